@@ -1,0 +1,43 @@
+"""Exact rounding of float64 values onto low-precision grids, and the oracle's result type."""
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """An output before rounding: the exact value, and the largest error a right backend may make on it."""
+
+    value: F64
+    error: F64
+
+
+def to_f64(array: NDArray[np.generic]) -> F64:
+    """Widen any float array (ml_dtypes ones too) to float64, exactly."""
+    return np.asarray(array).astype(np.float64)
+
+
+def numpy_dtype(name: str) -> np.dtype[np.generic]:
+    """The NumPy dtype of a dtype name, ml_dtypes included."""
+    return np.dtype(getattr(ml_dtypes, name, None) or name)
+
+
+def round_to(value: F64, dtype: str) -> NDArray[np.generic]:
+    """Round float64 to `dtype` once, to nearest even; past the largest finite value gives infinity.
+
+    NumPy and ml_dtypes cast float64 to bfloat16 through float32, which rounds twice.
+    """
+    target = numpy_dtype(dtype)
+    info = ml_dtypes.finfo(target)
+    _, exponent = np.frexp(np.where(np.isfinite(value), value, 0.0))
+    # frexp gives |value| in [2**(exponent-1), 2**exponent); the grid there has step 2**(exponent-1-nmant).
+    step = np.ldexp(1.0, np.maximum(exponent - 1, info.minexp) - info.nmant)
+    with np.errstate(invalid="ignore", over="ignore"):
+        rounded = np.rint(value / step) * step
+        rounded = np.where(np.abs(rounded) > float(info.max), np.copysign(np.inf, rounded), rounded)
+        return np.where(np.isnan(value), np.nan, rounded).astype(target)

@@ -1,0 +1,184 @@
+"""What an op is, as data.
+
+Everything else is derived from an `OpSpec`: argument validation, output shapes and dtypes, conformance
+cases and error bounds, rooflines, documentation and the stubs of a new backend.
+
+A dimension is written as a string: a name (`"D"`), or an arithmetic expression over names of dimensions
+and attributes (`"2*D"`, `"N*N"`). `"..."` as the first dimension stands for any number of leading ones.
+A dtype is the name NumPy and ml_dtypes give it (`"bfloat16"`), or a dtype variable (`"T"`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FLOATS = ("float32", "bfloat16", "float16")
+INTS = ("int32", "int64")
+
+FP32_ROUNDOFF = 2.0**-24  # unit roundoff of float32, the compute dtype of every op
+
+AttrKind = Literal["int", "float", "bool", "enum", "dtype"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One array argument.
+
+    `dtypes` lists the accepted dtypes; arguments that share a `dtype_var` must have the same one.
+    `host_unless` marks an argument that may also be a nested host sequence; as a tensor it is read back
+    to the host and checked, except when the attribute named here is given: then it stays on the device.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    doc: str
+    dtype_var: str = ""
+    optional: bool = False
+    host_unless: str = ""
+
+
+@dataclass(frozen=True)
+class AttrSpec:
+    """One keyword argument that is not an array. `kind="enum"` takes one of `values`, `"dtype"` too."""
+
+    name: str
+    kind: AttrKind
+    default: Any
+    doc: str
+    values: tuple[str, ...] = ()
+    minimum: int | None = None
+
+    @property
+    def optional(self) -> bool:
+        return self.default is None
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """One result. `dtype` is a dtype name, a dtype variable or a name that `OpSpec.derive` adds."""
+
+    name: str
+    shape: tuple[str, ...]
+    dtype: str
+    doc: str
+
+
+@dataclass(frozen=True)
+class ErrorBound:
+    """How far an output may be from the exact value before its one rounding.
+
+    The oracle gives, for each element, the exact value and a magnitude (the same formula on absolute
+    values, or what `reason` says). The allowed error is `steps(attrs) * 2**-24 * magnitude`; a result is
+    right when it lies between the two ends of that interval, each rounded to the output's dtype.
+    `steps` counts the float32 roundings on the longest path through the formula; 0 means bit-exact.
+    """
+
+    output: str
+    steps: Callable[[Mapping[str, Any]], float]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work of a call: bytes that must cross device memory once, and arithmetic."""
+
+    bytes_read: int
+    bytes_written: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One conformance case: a call described as data, from which seeded inputs are made.
+
+    `dims` gives the dimensions that `attrs` and `host` do not determine. `host` holds the literal values
+    of host arguments; those also named in `as_tensor` are passed as tensors. `present` lists the optional
+    arrays to pass. `fill` names a value distribution and `layout` a memory layout per array.
+    """
+
+    name: str
+    dims: Mapping[str, int]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    host: Mapping[str, Any] = field(default_factory=dict)
+    as_tensor: tuple[str, ...] = ()
+    present: tuple[str, ...] = ()
+    fill: Mapping[str, str] = field(default_factory=dict)
+    layout: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A validated call: every name bound, every default filled in.
+
+    `dims` may hold `None` for a size that only the device knows. `outputs` are (name, shape, dtype).
+    """
+
+    op: "OpSpec"
+    dims: Mapping[str, Any]
+    attrs: Mapping[str, Any]
+    dtypes: Mapping[str, str]
+    host: Mapping[str, Any]
+    outputs: tuple[tuple[str, tuple[Any, ...], str], ...] = ()
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """The definition of one op.
+
+    `check(call)` raises `SpecError` for what shapes and dtypes cannot express. `derive(call)` returns
+    further dims and dtypes that the outputs are written in.
+    """
+
+    name: str
+    version: int
+    summary: str
+    formula: str
+    source: str
+    tensors: tuple[TensorSpec, ...]
+    attrs: tuple[AttrSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    errors: tuple[ErrorBound, ...]
+    edge_cases: tuple[str, ...]
+    check: Callable[[Call], None]
+    derive: Callable[[Call], Mapping[str, Any]]
+    cost: Callable[[Call], Cost]
+    cases: Callable[[], tuple[Case, ...]]
+
+    def bound(self, output: str) -> ErrorBound:
+        return next(e for e in self.errors if e.output == output)
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a backend's implementation of one op can run. Whatever is not restricted here, it claims.
+
+    `devices` are device kinds (`"cpu"`, `"cuda"`, `"rocm"`, `"xpu"`, `"tpu"`, ..., or `"*"`).
+    `min_arch` is the least architecture per device kind, as (major, minor). `dtypes` restricts an
+    argument's dtype, `attrs` an attribute's values, and `multiples` a dimension's divisor.
+    """
+
+    devices: tuple[str, ...] = ("*",)
+    min_arch: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    attrs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    multiples: Mapping[str, int] = field(default_factory=dict)
+
+    def refusal(self, call: Call, device: str, arch: tuple[int, int] | None = None) -> str | None:
+        """Why this call cannot run here, or None if it can."""
+        if "*" not in self.devices and device not in self.devices:
+            return f"device={device}: runs on {', '.join(self.devices)}"
+        least = self.min_arch.get(device)
+        if least is not None and (arch is None or arch < least):
+            return f"arch={arch}: needs {device} {least[0]}.{least[1]} or later"
+        for name, allowed in self.dtypes.items():
+            if name in call.dtypes and call.dtypes[name] not in allowed:
+                return f"{name}.dtype={call.dtypes[name]}: supports {', '.join(allowed)}"
+        for name, values in self.attrs.items():
+            if call.attrs[name] not in values:
+                return f"{name}={call.attrs[name]!r}: supports {', '.join(map(repr, values))}"
+        for name, divisor in self.multiples.items():
+            if call.dims[name] % divisor:
+                return f"{name}={call.dims[name]}: must be a multiple of {divisor}"
+        return None

@@ -1,0 +1,229 @@
+"""One validator for every op: from an `OpSpec` and actual arguments to a `Call`, or a `SpecError`.
+
+Arrays are looked at through `.shape` and `.dtype` only, so it serves NumPy, torch (fake tensors too)
+and JAX (tracers too) alike.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from math import isqrt, prod
+from types import CodeType
+from typing import Any, NoReturn
+
+from polyfuse.spec._errors import SpecError
+from polyfuse.spec._types import AttrSpec, Call, OpSpec, TensorSpec
+
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2}
+
+
+def fail(op: str, argument: str, expected: str, got: object, hint: str = "") -> NoReturn:
+    """Raise the one kind of message: `op: argument: expected X, got Y; try Z`."""
+    raise SpecError(f"{op}: {argument}: expected {expected}, got {got}" + (f"; try {hint}" if hint else ""))
+
+
+def dtype_name(dtype: Any) -> str:
+    """The NumPy name of a dtype given as a string or as any framework's dtype object."""
+    if isinstance(dtype, str):
+        return dtype
+    if isinstance(dtype, type):
+        return dtype.__name__
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes per element."""
+    return _BYTES.get(dtype, 1)
+
+
+def bind(spec: OpSpec, arguments: Mapping[str, Any], *, read_host: bool = True) -> Call:
+    """Check a call and bind every name in it.
+
+    `arguments` maps every parameter of the op to its value (defaults included). Returns the `Call` with
+    canonical attributes (dtypes by name), host arguments as tuples, and its outputs. With
+    `read_host=False` (tracing) a host argument given as a tensor is not read, and a size that depends
+    on it is `None`. Raises `SpecError`.
+    """
+    attrs = {a.name: _attr(spec, a, arguments[a.name]) for a in spec.attrs}
+    host: dict[str, Any] = {}
+    shapes: dict[str, tuple[Any, ...]] = {}
+    dtypes: dict[str, str] = {}
+    for tensor in spec.tensors:
+        value = arguments[tensor.name]
+        if value is None:
+            if not tensor.optional:
+                fail(spec.name, tensor.name, "an array", None)
+            continue
+        if tensor.host_unless:
+            value = _to_host(spec, tensor, value, read_host and attrs[tensor.host_unless] is None)
+        if isinstance(value, tuple):
+            host[tensor.name] = value
+            shapes[tensor.name] = (len(value), len(value[0]))
+            continue
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            fail(spec.name, tensor.name, "an array", type(value).__name__)
+        shapes[tensor.name] = tuple(value.shape)
+        dtypes[tensor.name] = _dtype(spec, tensor, dtype_name(value.dtype), dtypes)
+    dims = _bind_shapes(spec, shapes, attrs)
+    call = Call(spec, dims, attrs, dtypes, host)
+    spec.check(call)
+    extra = spec.derive(call)
+    call = replace(
+        call,
+        dims={**dims, **{k: v for k, v in extra.items() if not isinstance(v, str)}},
+        dtypes={**dtypes, **{k: v for k, v in extra.items() if isinstance(v, str)}},
+    )
+    _check_derived(call, shapes)
+    names = {**attrs, **call.dims}
+    outputs = tuple(
+        (o.name, _evaluate_shape(o.shape, names), call.dtypes.get(o.dtype, o.dtype)) for o in spec.outputs
+    )
+    return replace(call, outputs=outputs)
+
+
+def output_bytes(call: Call) -> int:
+    """Bytes of all outputs of a call whose sizes are known."""
+    return sum(prod(shape) * itemsize(dtype) for _, shape, dtype in call.outputs)
+
+
+def _attr(spec: OpSpec, attr: AttrSpec, value: Any) -> Any:
+    if value is None:
+        if attr.optional:
+            return None
+        fail(spec.name, attr.name, f"a value (default {attr.default!r})", None)
+    if attr.kind in ("enum", "dtype"):
+        name = dtype_name(value) if attr.kind == "dtype" else value
+        if name not in attr.values:
+            fail(spec.name, attr.name, f"one of {', '.join(attr.values)}", repr(value))
+        return name
+    if attr.kind == "bool":
+        if not isinstance(value, bool):
+            fail(spec.name, attr.name, "True or False", repr(value))
+        return value
+    if isinstance(value, bool):
+        fail(spec.name, attr.name, "a number", repr(value))
+    if attr.kind == "int":
+        if not hasattr(value, "__index__"):
+            fail(spec.name, attr.name, "an integer", repr(value))
+        if attr.minimum is not None and value < attr.minimum:
+            fail(spec.name, attr.name, f"an integer >= {attr.minimum}", value)
+        return value
+    if not isinstance(value, (int, float)):
+        fail(spec.name, attr.name, "a number", repr(value))
+    return float(value)
+
+
+def _to_host(spec: OpSpec, tensor: TensorSpec, value: Any, read: bool) -> Any:
+    """Rows of ints as a tuple of tuples; a tensor is read back unless it must stay on the device."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        if dtype_name(value.dtype) not in tensor.dtypes:
+            fail(spec.name, tensor.name, f"dtype {' or '.join(tensor.dtypes)}", dtype_name(value.dtype))
+        if len(value.shape) != 2 or value.shape[1] != int(tensor.shape[1]):
+            fail(spec.name, tensor.name, _shape_text(tensor.shape), list(value.shape))
+        if not read:
+            return value
+        value = value.tolist()
+    width = int(tensor.shape[1])
+    try:
+        rows = tuple(tuple(row) for row in value)
+    except TypeError:
+        fail(spec.name, tensor.name, f"rows of {width} integers", repr(value))
+    for i, row in enumerate(rows):
+        if len(row) != width or not all(hasattr(v, "__index__") and not isinstance(v, bool) for v in row):
+            fail(spec.name, f"{tensor.name}[{i}]", f"{width} integers", list(row))
+    if not rows:
+        fail(spec.name, tensor.name, "at least one row", "[]")
+    return tuple(tuple(int(v) for v in row) for row in rows)
+
+
+def _dtype(spec: OpSpec, tensor: TensorSpec, dtype: str, bound: dict[str, str]) -> str:
+    if dtype not in tensor.dtypes:
+        fail(spec.name, tensor.name, f"dtype {' or '.join(tensor.dtypes)}", dtype)
+    if tensor.dtype_var:
+        first = bound.setdefault(tensor.dtype_var, dtype)
+        if first != dtype:
+            fail(spec.name, tensor.name, f"dtype {first} as the other {tensor.dtype_var} arguments", dtype)
+    return dtype
+
+
+def _bind_shapes(
+    spec: OpSpec, shapes: Mapping[str, tuple[Any, ...]], attrs: Mapping[str, Any]
+) -> dict[str, Any]:
+    dims: dict[str, Any] = {}
+    expressions: list[tuple[TensorSpec, str, Any]] = []
+    for tensor in spec.tensors:
+        if tensor.name not in shapes:
+            continue
+        shape, symbols = shapes[tensor.name], tensor.shape
+        if symbols and symbols[0] == "...":
+            symbols = symbols[1:]
+            lead = len(shape) - len(symbols)
+            if lead >= 0:
+                dims["..."] = shape[:lead]
+                shape = shape[lead:]
+        if len(shape) != len(symbols):
+            fail(spec.name, tensor.name, f"shape {_shape_text(tensor.shape)}", list(shapes[tensor.name]))
+        for symbol, size in zip(symbols, shape, strict=True):
+            if not _NAME.fullmatch(symbol) or symbol in attrs:
+                expressions.append((tensor, symbol, size))
+            elif dims.setdefault(symbol, size) != size:
+                fail(spec.name, tensor.name, f"{symbol}={dims[symbol]} in {_shape_text(tensor.shape)}", list(shape))
+    for tensor, symbol, size in expressions:
+        names = {**attrs, **dims}
+        unknown = {n for n in _NAME.findall(symbol)} - set(names)
+        if not unknown:
+            if evaluate(symbol, names) != size:
+                want = evaluate(symbol, names)
+                fail(spec.name, tensor.name, f"{symbol}={want} in {_shape_text(tensor.shape)}", list(shapes[tensor.name]))
+        else:
+            dims[unknown.pop()] = _solve(spec, tensor, symbol, size, names)
+    return dims
+
+
+def _solve(spec: OpSpec, tensor: TensorSpec, symbol: str, size: Any, names: Mapping[str, Any]) -> Any:
+    """The unknown of `k*X` (k known) or `X*X`, given the value of the product."""
+    left, _, right = symbol.rpartition("*")
+    if left == right:
+        root = isqrt(int(size))
+        if root * root != size:
+            fail(spec.name, tensor.name, f"a square number of rows in {_shape_text(tensor.shape)}", size)
+        return root
+    factor = evaluate(left, names)
+    if size % factor:
+        fail(spec.name, tensor.name, f"a size divisible by {left}={factor} in {_shape_text(tensor.shape)}", size)
+    return size // factor
+
+
+def _check_derived(call: Call, shapes: Mapping[str, tuple[Any, ...]]) -> None:
+    """Dimensions that `derive` determines must agree with the arguments that use them."""
+    for tensor in call.op.tensors:
+        for symbol, size in zip(reversed(tensor.shape), reversed(shapes.get(tensor.name, ())), strict=False):
+            want = call.dims.get(symbol)
+            if want is not None and symbol != "..." and size != want:
+                fail(call.op.name, tensor.name, f"{symbol}={want} in {_shape_text(tensor.shape)}", list(shapes[tensor.name]))
+
+
+@lru_cache(maxsize=None)
+def _compile(expression: str) -> CodeType:
+    return compile(expression, "<dimension>", "eval")
+
+
+def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
+    """The value of a dimension expression such as `"2*D"`."""
+    return eval(_compile(expression), {"__builtins__": {}}, dict(names))
+
+
+def _evaluate_shape(symbols: tuple[str, ...], names: Mapping[str, Any]) -> tuple[Any, ...]:
+    shape: list[Any] = []
+    for symbol in symbols:
+        if symbol == "...":
+            shape.extend(names["..."])
+        else:
+            shape.append(evaluate(symbol, names))
+    return tuple(shape)
+
+
+def _shape_text(symbols: tuple[str, ...]) -> str:
+    return "[" + ", ".join(symbols) + "]"

@@ -1,0 +1,198 @@
+"""`pos_embed_interpolate`: resample a learned square position-embedding table to every image's patch grid.
+
+For an image of `t` frames of `h x w` patches, patch (i, j) of each frame gets
+
+    out = sum over taps (y, x) of  wy[i, y] * wx[j, x] * table[y * N + x]      (+ base)
+
+where the taps and weights of an axis of `n` patches come from the exact source coordinate
+
+    align_corners=True    source = i * (N - 1) / (n - 1)          (0 when n == 1)
+    align_corners=False   source = ((2 * i + 1) * N - n) / (2 * n)
+
+split by integer division into `cell` (the floor) and `f` (the remainder, in [0, 1)):
+
+    bilinear   taps cell, cell + 1             weights 1 - f, f
+    bicubic    taps cell - 1 ... cell + 2      weights of the Keys kernel with a = -0.75; with g = 1 - f:
+               a*f*g*g,  g*(1 + f - (a+2)*f*f),  f*(1 + g - (a+2)*g*g),  a*g*f*f
+
+and a tap outside the table is moved to its border. For bilinear this equals clamping the source at 0.
+
+Rows come image by image, frame by frame (all frames of an image are equal), and inside a frame in
+spatial-merge order: (h/m, w/m, m, m). All arithmetic is fp32 or wider with one rounding at the end.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any
+
+from polyfuse.spec._types import (
+    FLOATS,
+    INTS,
+    AttrSpec,
+    Call,
+    Case,
+    Cost,
+    ErrorBound,
+    OpSpec,
+    OutputSpec,
+    TensorSpec,
+)
+from polyfuse.spec._validate import fail, itemsize
+
+NAME = "pos_embed_interpolate"
+
+_BOUND_REASON = (
+    "magnitude is sum of (|wy| + |wx|) * |table| over the taps, + |base|, because a 1-D weight is known to "
+    "an absolute error: bilinear 4 (a division within 2 ulp) + 1 (1 - f); bicubic 12 (the same through the "
+    "cubic's products). Then 1 for the product of weights and of value, half a step per accumulated tap "
+    "(|wy*wx| <= (|wy| + |wx|) / 2 there), 1 for base"
+)
+
+
+def _check(call: Call) -> None:
+    merge, side = call.attrs["merge_size"], call.dims["N"]
+    grid = call.host.get("grid_thw")
+    if side == 0:
+        fail(NAME, "table", "at least one row", "[0, D]")
+    if grid is None:
+        return
+    for i, (t, h, w) in enumerate(grid):
+        argument = f"grid_thw[{i}]"
+        if (t, h, w) == (0, 0, 0) and call.attrs["out_rows"] is not None:
+            continue
+        if min(t, h, w) < 1:
+            fail(NAME, argument, "t, h, w >= 1", [t, h, w])
+        if h % merge or w % merge:
+            fail(NAME, argument, f"h and w divisible by merge_size={merge}", [t, h, w])
+        if 2 * side * (max(h, w) + 1) >= 2**31:
+            fail(NAME, argument, f"2*N*max(h, w) below 2**31 with N={side}", [t, h, w])
+
+
+def _derive(call: Call) -> Mapping[str, Any]:
+    grid, out_rows = call.host.get("grid_thw"), call.attrs["out_rows"]
+    total = None if grid is None else sum(t * h * w for t, h, w in grid)
+    if out_rows is not None and total is not None and total > out_rows:
+        fail(NAME, "out_rows", f"at least the {total} rows of grid_thw", out_rows)
+    default = call.dtypes.get("base", call.dtypes["table"])
+    return {"rows": total if out_rows is None else out_rows, "out_dtype": call.attrs["out_dtype"] or default}
+
+
+def _cost(call: Call) -> Cost:
+    taps = 4 if call.attrs["mode"] == "bilinear" else 16
+    rows, side, width = call.dims["rows"], call.dims["N"], call.dims["D"]
+    read = min(side * side, taps * rows) * width * itemsize(call.dtypes["table"])
+    if "base" in call.dtypes:
+        read += rows * width * itemsize(call.dtypes["base"])
+    return Cost(read, rows * width * itemsize(call.dtypes["out_dtype"]), 2 * taps * rows * width)
+
+
+_GRIDS = {
+    "one_patch_block": ((1, 2, 2),),
+    "upsample": ((1, 10, 14),),
+    "downsample": ((1, 4, 2),),
+    "table_size": ((1, 6, 6),),
+    "video": ((3, 4, 6),),
+    "mixed": ((1, 8, 6), (2, 4, 4), (1, 2, 20)),
+}
+
+
+def _cases() -> Iterator[Case]:
+    small = {"N": 6, "D": 24}
+    for grid, mode, corners in product(_GRIDS, ("bilinear", "bicubic"), (True, False)):
+        attrs = {"mode": mode, "align_corners": corners}
+        yield Case(f"{grid}-{mode}-{_corners(corners)}", small, attrs, host={"grid_thw": _GRIDS[grid]})
+    grid = {"grid_thw": _GRIDS["mixed"]}
+    for dtype, out, base in product(FLOATS, (None, *FLOATS), (None, *FLOATS)):
+        name = f"dtypes-{dtype}-out_{out or 'default'}-base_{base or 'none'}"
+        dtypes = {"table": dtype} | ({"base": base} if base else {})
+        yield Case(name, small, {"out_dtype": out}, dtypes, grid, present=("base",) if base else ())
+    for merge, corners in product((1, 3), (True, False)):
+        attrs = {"merge_size": merge, "align_corners": corners}
+        host = {"grid_thw": ((2, 3 * merge, 5 * merge),)}
+        yield Case(f"merge_{merge}-{_corners(corners)}", small, attrs, host=host)
+    for mode, form, base in product(("bilinear", "bicubic"), ("host", "tensor"), ((), ("base",))):
+        yield Case(
+            f"padded-{mode}-grid_{form}{'-base' if base else ''}",
+            small,
+            {"mode": mode, "out_rows": 150},
+            {"table": "bfloat16", "grid_thw": "int32"} | ({"base": "bfloat16"} if base else {}),
+            {"grid_thw": (*_GRIDS["mixed"], (0, 0, 0), (0, 0, 0))},
+            as_tensor=("grid_thw",) if form == "tensor" else (),
+            present=base,
+            fill={"base": "nan_tail"} if base else {},
+        )
+    for name, values, rows in (
+        ("exact_fit", _GRIDS["mixed"], 120),
+        ("all_unused", ((0, 0, 0),), 4),
+        ("too_few_rows", _GRIDS["mixed"], 119),
+        ("indivisible", ((1, 2, 2), (1, 3, 4)), 32),
+        ("negative", ((1, 2, 2), (-1, 2, 2)), 32),
+    ):
+        yield Case(
+            f"device_grid-{name}", small, {"out_rows": rows}, host={"grid_thw": values}, as_tensor=("grid_thw",)
+        )
+    for mode, fill in product(("bilinear", "bicubic"), ("nan_some", "inf_some", "huge", "subnormal", "zeros")):
+        yield Case(f"fill_{fill}-{mode}", small, {"mode": mode}, host=grid, fill={"table": fill})
+    for layout in ("row_strided", "column_strided"):
+        dtypes = {"table": "bfloat16", "base": "bfloat16"}
+        both = {"table": layout, "base": layout}
+        yield Case(layout, small, {}, dtypes, grid, present=("base",), layout=both)
+    yield Case("grid_as_tensor", small, host=grid, as_tensor=("grid_thw",))
+    yield Case("table_of_one", {"N": 1, "D": 8}, host=grid)
+    yield Case("width_zero", {"N": 4, "D": 0}, host=grid)
+    yield Case("width_one", {"N": 5, "D": 1}, host=grid)
+    yield Case("width_odd", {"N": 5, "D": 131}, host=grid)
+    yield Case("many_images", {"N": 5, "D": 8}, host={"grid_thw": ((1, 2, 2),) * 70})
+    # N = 48, h = 94: rounding the scale (N-1)/(h-1) puts the last row one cell early.
+    yield Case("float_scale_trap", {"N": 48, "D": 8}, host={"grid_thw": ((1, 94, 94),)})
+
+
+def _corners(align: bool) -> str:
+    return "corners" if align else "half_pixel"
+
+
+SPEC = OpSpec(
+    name=NAME,
+    version=1,
+    summary="Resample a learned square position-embedding table to every image's patch grid, in one launch.",
+    formula=__doc__,
+    source=(
+        "Qwen3-VL vision tower; Transformers `get_vision_interpolation_indices_and_weights`; "
+        "R. Keys, Cubic convolution interpolation, IEEE TASSP 29(6), 1981"
+    ),
+    tensors=(
+        TensorSpec("table", ("N*N", "D"), FLOATS, "the learned table, row-major over its square grid"),
+        TensorSpec(
+            "grid_thw",
+            ("I", "3"),
+            INTS,
+            "per image (frames, patch rows, patch columns), >= 1, rows and columns divisible by merge_size; "
+            "a host sequence, or an integer tensor on the table's device. With out_rows, (0, 0, 0) is an unused "
+            "image, and a tensor is not read back to the host",
+            host_unless="out_rows",
+        ),
+        TensorSpec("base", ("rows", "D"), FLOATS, "added to the interpolated rows before rounding", optional=True),
+    ),
+    attrs=(
+        AttrSpec("merge_size", "int", 2, "side of a spatial-merge block, in patches", minimum=1),
+        AttrSpec("mode", "enum", "bilinear", "interpolation kernel", ("bilinear", "bicubic")),
+        AttrSpec("align_corners", "bool", True, "which source coordinate, as in torch.nn.functional.interpolate"),
+        AttrSpec("out_dtype", "dtype", None, "result dtype; None is base's, else table's", FLOATS),
+        AttrSpec("out_rows", "int", None, "rows of the result; those past the real total are zero", minimum=0),
+    ),
+    outputs=(OutputSpec("out", ("rows", "D"), "out_dtype", "the embeddings, in spatial-merge order"),),
+    errors=(
+        ErrorBound("out", lambda attrs: 10 if attrs["mode"] == "bilinear" else 24, _BOUND_REASON),
+    ),
+    edge_cases=(
+        "A tap of zero weight is not read: a NaN or Inf there does not reach the result.",
+        "Padding rows (out_rows) are zero, whatever base holds there.",
+        "A grid tensor with out_rows cannot be checked without reading it back. If one of its images is neither "
+        "valid nor (0, 0, 0), or the rows do not fit into out_rows, every element of the result is NaN.",
+        "D == 0 or no rows: an empty result, without a launch.",
+    ),
+    check=_check,
+    derive=_derive,
+    cost=_cost,
+    cases=lambda: tuple(_cases()),
+)
