@@ -1,1 +1,16 @@
-"""TODO"""
+"""Configuration files and their one loader: every key is known, every error is one line."""
+
+if __name__ != "polyfuse.configs":
+    raise ImportError(f"import polyfuse.configs, not {__name__}")
+
+from polyfuse.configs._load import (
+    ModelConfig,
+    Profile,
+    UserConfig,
+    model_configs,
+    platform_order,
+    profile,
+    user_config,
+)
+
+__all__ = ["ModelConfig", "Profile", "UserConfig", "model_configs", "platform_order", "profile", "user_config"]

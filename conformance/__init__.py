@@ -1,1 +1,12 @@
-"""TODO"""
+"""Proof that every backend computes what the spec says: cases, inputs, comparison, runner, reports."""
+
+if __name__ != "polyfuse.conformance":
+    raise ImportError(f"import polyfuse.conformance, not {__name__}")
+
+from polyfuse.conformance.cases import all_cases
+from polyfuse.conformance.compare import compare
+from polyfuse.conformance.inputs import make_inputs
+from polyfuse.conformance.report import Report, Result
+from polyfuse.conformance.runner import run
+
+__all__ = ["Report", "Result", "all_cases", "compare", "make_inputs", "run"]

@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyfuse.reference._numerics import F64, Exact, round_to, to_f64
-from polyfuse.spec import FP32_ROUNDOFF, OPS, dtype_name
+from polyfuse.spec import FP32_ROUNDOFF, OPS, Capability, dtype_name
 
 SPEC = OPS["pos_embed_interpolate"]
+CAPABILITY = Capability(devices=("cpu",))
 
 
 def axis_taps(index: NDArray[np.int64], size: int, side: int, mode: str, align_corners: bool) -> tuple[F64, F64]:

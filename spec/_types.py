@@ -157,6 +157,8 @@ class Capability:
     `devices` are device kinds (`"cpu"`, `"cuda"`, `"rocm"`, `"xpu"`, `"tpu"`, ..., or `"*"`).
     `min_arch` is the least architecture per device kind, as (major, minor). `dtypes` restricts an
     argument's dtype, `attrs` an attribute's values, and `multiples` a dimension's divisor.
+    `differentiable` says that gradients flow through it (autograd or `jax.grad`). `interpreted` are the devices
+    on which it is emulated: right, but slow, so that conformance gives it small cases only.
     """
 
     devices: tuple[str, ...] = ("*",)
@@ -164,9 +166,15 @@ class Capability:
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attrs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     multiples: Mapping[str, int] = field(default_factory=dict)
+    differentiable: bool = False
+    interpreted: tuple[str, ...] = ()
 
-    def refusal(self, call: Call, device: str, arch: tuple[int, int] | None = None) -> str | None:
+    def refusal(
+        self, call: Call, device: str, arch: tuple[int, int] | None = None, needs_grad: bool = False
+    ) -> str | None:
         """Why this call cannot run here, or None if it can."""
+        if needs_grad and not self.differentiable:
+            return "an input requires grad: no backward; call under torch.no_grad() or detach"
         if "*" not in self.devices and device not in self.devices:
             return f"device={device}: runs on {', '.join(self.devices)}"
         least = self.min_arch.get(device)

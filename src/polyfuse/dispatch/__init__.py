@@ -1,1 +1,28 @@
-"""TODO"""
+"""Backend registry, selection and the call path. Backends are named by string and imported lazily."""
+
+from polyfuse.dispatch._arrays import Device, convert, device_of, family_of, from_numpy, to_numpy
+from polyfuse.dispatch._call import explain, public, refresh, run
+from polyfuse.dispatch._registry import GROUP, Backend, Implementation, registry
+from polyfuse.dispatch._select import Candidate, Explanation, Preference, examine, use_backend
+
+__all__ = [
+    "GROUP",
+    "Backend",
+    "Candidate",
+    "Device",
+    "Explanation",
+    "Implementation",
+    "Preference",
+    "convert",
+    "device_of",
+    "examine",
+    "explain",
+    "family_of",
+    "from_numpy",
+    "public",
+    "refresh",
+    "registry",
+    "run",
+    "to_numpy",
+    "use_backend",
+]

@@ -1,0 +1,139 @@
+"""The schemas of the YAML files, and how they are read."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from polyfuse.spec import OPS, Case, SpecError
+
+ROOT = Path(__file__).parent
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _known_ops(value: Any) -> Any:
+    for name in value if isinstance(value, dict) else ():
+        if name not in OPS:
+            raise ValueError(f"expected one of {', '.join(OPS)}, got {name!r}")
+    return value
+
+
+Order = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PlatformConfig(_Strict):
+    """Order of preference per array family on one platform, and the ops that differ from it."""
+
+    torch: Order
+    jax: Order
+    numpy: Order
+    ops: Annotated[dict[str, dict[str, Order]], BeforeValidator(_known_ops)] = {}
+
+
+class UserConfig(_Strict):
+    """`polyfuse.yaml`: a backend, or a list in order of preference, for all ops and for single ones."""
+
+    backend: Order | None = None
+    ops: Annotated[dict[str, Order], BeforeValidator(_known_ops)] = {}
+
+
+class ModelCase(_Strict):
+    """One real shape of an op in a model; the fields are those of `polyfuse.spec.Case`."""
+
+    name: str
+    dims: dict[str, int] = {}
+    attrs: dict[str, Any] = {}
+    dtypes: dict[str, str] = {}
+    host: dict[str, list[list[int]]] = {}
+    present: list[str] = []
+
+    def case(self, model: str) -> Case:
+        host = {k: tuple(map(tuple, v)) for k, v in self.host.items()}
+        return Case(f"{model}-{self.name}", self.dims, self.attrs, self.dtypes, host, present=tuple(self.present))
+
+
+class ModelConfig(_Strict):
+    """A model's real shapes, per op. `source` says where they were read."""
+
+    model: str
+    source: str
+    ops: Annotated[dict[str, list[ModelCase]], BeforeValidator(_known_ops)]
+
+
+class Profile(_Strict):
+    """How much a conformance run does: the largest output, in elements, that each kind of execution takes on."""
+
+    seed: int = 0
+    models: bool = True
+    max_elements: int
+    max_elements_interpreted: int
+
+
+_T = TypeVar("_T", bound=_Strict)
+
+
+def _read(path: Path, schema: type[_T]) -> _T:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise SpecError(f"{path}:{where} is not valid YAML: {getattr(error, 'problem', error)}") from error
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: expected a mapping, got {type(data).__name__}")
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        keys = ", ".join(schema.model_fields)
+        hint = f"; known keys are {keys}" if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else ""
+        raise SpecError(f"{path}: {where}: {first['msg']}, got {first['input']!r}{hint}") from error
+
+
+def _names(folder: str) -> list[str]:
+    return sorted(p.stem for p in (ROOT / folder).glob("*.yaml"))
+
+
+@lru_cache(maxsize=64)
+def platform_order(kind: str, family: str, op: str) -> tuple[tuple[str, ...], str]:
+    """The platform's order of preference and the file it comes from; an unknown kind has that of `default`."""
+    name = kind if kind in _names("platforms") else "default"
+    config = _read(ROOT / "platforms" / f"{name}.yaml", PlatformConfig)
+    order = config.ops.get(op, {}).get(family) or getattr(config, family)
+    return tuple(order), f"configs/platforms/{name}.yaml"
+
+
+def user_config() -> tuple[UserConfig, str] | None:
+    """The user's config file and its path: `$POLYFUSE_CONFIG`, else `./polyfuse.yaml`, else None."""
+    named = os.environ.get("POLYFUSE_CONFIG")
+    path = Path(named or "polyfuse.yaml")
+    if not named and not path.is_file():
+        return None
+    return _read(path, UserConfig), str(path)
+
+
+def model_configs() -> dict[str, ModelConfig]:
+    """Every model file, by its name."""
+    return {name: _read(ROOT / "models" / f"{name}.yaml", ModelConfig) for name in _names("models")}
+
+
+def profile(name: str) -> Profile:
+    """A conformance profile by name. Raises `SpecError` for an unknown one."""
+    if name not in _names("conformance"):
+        raise SpecError(f"profile: expected one of {', '.join(_names('conformance'))}, got {name!r}")
+    return _read(ROOT / "conformance" / f"{name}.yaml", Profile)

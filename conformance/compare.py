@@ -1,0 +1,36 @@
+"""Is an output right? It must lie between the rounded ends of the oracle's interval, element by element."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyfuse.reference._numerics import Exact, round_to, to_f64
+from polyfuse.spec import dtype_name
+
+
+def compare(name: str, got: NDArray[Any], exact: Exact, dtype: str) -> str | None:
+    """None if `got` is a right rounding of `exact`, else one line that says what differs most.
+
+    NaN is right exactly where the exact value is NaN, infinity where the exact value or an end of its
+    interval rounds to it.
+    """
+    if got.shape != exact.value.shape:
+        return f"{name}: expected shape {list(exact.value.shape)}, got {list(got.shape)}"
+    if dtype_name(got.dtype) != dtype:
+        return f"{name}: expected dtype {dtype}, got {dtype_name(got.dtype)}"
+    value, result = exact.value, to_f64(got)
+    error = np.where(np.isfinite(value), exact.error, 0.0)
+    low, high = to_f64(round_to(value - error, dtype)), to_f64(round_to(value + error, dtype))
+    both_nan = np.isnan(value) & np.isnan(result)
+    wrong = ~(both_nan | ((result >= low) & (result <= high)))
+    count = int(wrong.sum())
+    if not count:
+        return None
+    distance = np.where(wrong, np.abs(result - value), -1.0)
+    distance = np.where(wrong & ~np.isfinite(distance), np.inf, distance)
+    at = tuple(int(i) for i in np.unravel_index(np.argmax(distance), distance.shape))
+    return (
+        f"{name}: {count} of {got.size} elements wrong; at {list(at)} expected {low[at]:.9g} to {high[at]:.9g} "
+        f"(exact {value[at]:.9g}), got {result[at]:.9g}"
+    )

@@ -1,0 +1,148 @@
+"""Run an op's cases on backends and compare each output with the oracle."""
+
+import importlib
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import polyfuse
+from polyfuse.configs import profile as load_profile
+from polyfuse.conformance.cases import all_cases
+from polyfuse.conformance.compare import compare
+from polyfuse.conformance.inputs import make_inputs
+from polyfuse.conformance.report import Report, Result
+from polyfuse.dispatch import Backend, device_of, examine, family_of, from_numpy, registry, to_numpy
+from polyfuse.reference._numerics import Exact
+from polyfuse.spec import OPS, BackendError, Call, Case, bind
+
+Progress = Callable[[Result, int], None]
+
+
+def run(
+    ops: Sequence[str] | None = None,
+    backends: Sequence[str] | None = None,
+    *,
+    profile: str = "standard",
+    device: str = "cpu",
+    on_result: Progress | None = None,
+) -> Report:
+    """Run conformance and return its report.
+
+    `ops` and `backends` default to all; a backend that cannot run here at all is one skipped result that says
+    why. `device` is `"cpu"` or an accelerator as torch names it (`"cuda"`); `on_result(result, total)` is
+    called after each case. Raises `SpecError` or `BackendError` for an unknown op, backend or profile.
+    """
+    settings = load_profile(profile)
+    chosen = [registry().get(name) for name in backends] if backends else _all_backends()
+    report = Report(device_name(device), profile, settings.seed)
+    cases = {op: all_cases(op, models=settings.models) for op in ops or OPS}
+    total = sum(len(c) for c in cases.values()) * len(chosen)
+    for op, its_cases in cases.items():
+        for case in its_cases:
+            trial = Trial(op, case, settings.seed)
+            for backend in chosen:
+                place = "cpu" if backend.family == "numpy" else device
+                started = time.perf_counter()
+                try:
+                    status, detail = trial.on(backend, place, settings.max_elements, settings.max_elements_interpreted)
+                except Exception:
+                    status, detail = "failed", traceback.format_exc(limit=-3).strip()
+                seconds = time.perf_counter() - started
+                report.results.append(Result(op, backend.name, case.name, status, round(seconds, 5), detail))
+                if on_result:
+                    on_result(report.results[-1], total)
+    return report
+
+
+class Trial:
+    """One case with its inputs and exact outputs, made once and run on every backend."""
+
+    def __init__(self, op: str, case: Case, seed: int) -> None:
+        self.op, self.case, self.seed = op, case, seed
+        self._made: tuple[dict[str, Any], Call] | None = None
+        self._exact: dict[str, Exact] | None = None
+
+    def inputs(self) -> tuple[dict[str, Any], Call]:
+        if self._made is None:
+            values = make_inputs(OPS[self.op], self.case, self.seed)
+            self._made = values, bind(OPS[self.op], values)
+        return self._made
+
+    def exact(self) -> dict[str, Exact]:
+        if self._exact is None:
+            oracle = importlib.import_module(f"polyfuse.reference.{self.op}").exact
+            self._exact = oracle(**self.inputs()[0])
+        return self._exact
+
+    def on(self, backend: Backend, device: str, limit: int, limit_interpreted: int) -> tuple[str, str]:
+        """(status, detail) of this case on one backend."""
+        missing = backend.missing(self.op)
+        if missing:
+            return "skipped", missing[1]
+        values, call = self.inputs()
+        elements = sum(int(np.prod(shape)) for _, shape, _ in call.outputs)
+        interpreted = backend.load(self.op).capability.interpreted
+        most = limit_interpreted if device in interpreted else limit
+        if elements > most:
+            return "skipped", f"{elements} output elements, the profile runs up to {most}" + (
+                " interpreted" if device in interpreted else ""
+            )
+        arrays = {k: _place(v, backend.family, device) for k, v in values.items()}
+        first = next(v for v in arrays.values() if family_of(v))
+        verdict, _ = examine(self.op, backend.name, call, backend.family, device_of(first, backend.family), False)
+        if verdict.status != "usable":
+            return "skipped", f"{verdict.status}: {verdict.reason}"
+        problem = self.check(getattr(polyfuse, self.op)(**arrays, backend=backend.name), call)
+        return ("failed", problem) if problem else self._inputs_intact(values, arrays)
+
+    def check(self, result: Any, call: Call) -> str | None:
+        """What is wrong with a result, or None."""
+        outputs = result if isinstance(result, tuple) else (result,)
+        if len(outputs) != len(call.outputs):
+            return f"expected {len(call.outputs)} outputs, got {len(outputs)}"
+        for (name, _, dtype), output in zip(call.outputs, outputs, strict=True):
+            problem = compare(name, to_numpy(output), self.exact()[name], dtype)
+            if problem:
+                return problem
+        return None
+
+    def _inputs_intact(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, str]:
+        for name, value in before.items():
+            if isinstance(value, np.ndarray):
+                now = to_numpy(after[name]).astype(value.dtype, copy=False)
+                if value.tobytes() != now.tobytes():
+                    return "failed", f"{name}: the backend wrote to its input"
+        return "passed", ""
+
+
+def _place(value: Any, family: str, device: str) -> Any:
+    """A fresh array of a family on a device; anything else unchanged."""
+    if not isinstance(value, np.ndarray):
+        return value
+    if family == "numpy":
+        return value.copy(order="K")
+    return from_numpy(value, family, device)
+
+
+def _all_backends() -> list[Backend]:
+    found = []
+    for name in registry().names():
+        try:
+            found.append(registry().get(name))
+        except BackendError:
+            continue  # `polyfuse info` shows it with its traceback
+    return found
+
+
+def device_name(device: str) -> str:
+    """The device's own name, for reports."""
+    if device == "cpu":
+        import platform
+
+        return f"cpu ({platform.machine()})"
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device

@@ -1,0 +1,123 @@
+"""`pos_embed_interpolate` in jax.numpy; the formula is the docstring of `polyfuse.spec.pos_embed_interpolate`.
+
+`table` and `base` may be traced, vmapped, sharded and differentiated; so may `grid_thw` (except
+differentiated) as an array, with `out_rows`. A tuple is static, but only its total is compiled in.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from math import isqrt
+
+import jax
+import jax.numpy as jnp
+
+from polyfuse.spec import Capability, Unsupported, dtype_name
+
+CAPABILITY = Capability()
+
+_INT32_MAX = 2**31 - 1
+
+
+def pos_embed_interpolate(
+    table: jax.Array,
+    grid_thw: Sequence[Sequence[int]] | jax.Array,
+    *,
+    merge_size: int = 2,
+    mode: str = "bilinear",
+    align_corners: bool = True,
+    base: jax.Array | None = None,
+    out_dtype: str | None = None,
+    out_rows: int | None = None,
+) -> jax.Array:
+    """[rows, D], rounded once."""
+    rows = sum(t * h * w for t, h, w in grid_thw) if out_rows is None else out_rows
+    if rows > _INT32_MAX:
+        raise Unsupported(f"rows={rows}: row numbers are int32")
+    dtype = out_dtype or dtype_name((table if base is None else base).dtype)
+    if rows == 0 or table.shape[1] == 0 or len(grid_thw) == 0:
+        return jnp.zeros((rows, table.shape[1]), dtype)
+    # Clipping first keeps an invalid int64 entry invalid in int32.
+    grid = jnp.clip(jnp.asarray(grid_thw), -1, _INT32_MAX).astype(jnp.int32)
+    return _interpolate(
+        table, grid, base, merge_size=merge_size, mode=mode, align_corners=align_corners, dtype=dtype, rows=rows
+    )
+
+
+@partial(jax.jit, static_argnames=("merge_size", "mode", "align_corners", "dtype", "rows"))
+def _interpolate(
+    table: jax.Array,
+    grid: jax.Array,
+    base: jax.Array | None,
+    *,
+    merge_size: int,
+    mode: str,
+    align_corners: bool,
+    dtype: str,
+    rows: int,
+) -> jax.Array:
+    side = isqrt(table.shape[0])
+    ends, valid = _image_ends(grid, merge_size, side, rows)
+    row = jnp.arange(rows, dtype=jnp.int32)
+    image = jnp.searchsorted(ends, row, side="right")  # the first whose end lies past the row
+    live = image < len(grid)
+    image = jnp.minimum(image, len(grid) - 1)
+    t, h, w = jnp.where(live & valid, grid[image].T, jnp.array([[1], [merge_size], [merge_size]]))
+    y, x = _patch(row - (ends[image] - t * h * w), h, w, merge_size)
+    # The cast comes before the gather so that gradients of the table accumulate in fp32.
+    source = table.astype(jnp.float32)
+    total = jnp.zeros((rows, table.shape[1]), jnp.float32)
+    for cell_y, weight_y in _axis_taps(y, h, side, mode, align_corners):
+        for cell_x, weight_x in _axis_taps(x, w, side, mode, align_corners):
+            weight = (weight_y * weight_x)[:, None]
+            cells = jnp.take(source, cell_y * side + cell_x, axis=0, mode="clip")
+            total += jnp.where(weight == 0, 0.0, weight * cells)
+    if base is not None:
+        total += base.astype(jnp.float32)
+    total = jnp.where(live[:, None], total, 0.0)
+    return jnp.where(valid, total, jnp.nan).astype(dtype)
+
+
+def _image_ends(grid: jax.Array, merge_size: int, side: int, rows: int) -> tuple[jax.Array, jax.Array]:
+    """The row after each image's last one, and whether the images are valid and fit into `rows`."""
+    t, h, w = grid.T
+    longest = _INT32_MAX // (2 * side) - 1  # the spec's limit, under which coordinates fit in int32
+    # Divisions instead of products, which could overflow.
+    fits = (w <= rows // jnp.maximum(h, 1)) & (t <= rows // jnp.maximum(h * w, 1))
+    usable = fits & (jnp.min(grid, axis=1) > 0) & (jnp.maximum(h, w) <= longest)
+    usable &= (h % merge_size == 0) & (w % merge_size == 0)
+    unused = jnp.all(grid == 0, axis=1)
+    ends = jnp.cumsum(jnp.where(usable, t * h * w, 0), dtype=jnp.int32)
+    # A sum of int32 sizes that first passes 2**31 is negative there.
+    return ends, jnp.all((usable | unused) & (ends >= 0) & (ends <= rows))
+
+
+def _patch(row: jax.Array, h: jax.Array, w: jax.Array, merge_size: int) -> tuple[jax.Array, jax.Array]:
+    """Patch coordinates of an image's `row`-th row, in spatial-merge order (h/m, w/m, m, m)."""
+    block, inner = jnp.divmod(row % (h * w), merge_size * merge_size)
+    block_y, block_x = jnp.divmod(block, w // merge_size)
+    inner_y, inner_x = jnp.divmod(inner, merge_size)
+    return block_y * merge_size + inner_y, block_x * merge_size + inner_x
+
+
+def _axis_taps(
+    index: jax.Array, size: jax.Array, side: int, mode: str, align_corners: bool
+) -> list[tuple[jax.Array, jax.Array]]:
+    """(table cell, weight) of every tap, for positions `index` on axes of `size` patches."""
+    if align_corners:
+        numerator, denominator = index * (side - 1), jnp.maximum(size - 1, 1)
+    else:
+        numerator, denominator = (2 * index + 1) * side - size, 2 * size
+    cell, remainder = jnp.divmod(numerator, denominator)
+    f = remainder.astype(jnp.float32) / denominator.astype(jnp.float32)
+    g = 1 - f
+    if mode == "bilinear":
+        taps = [(0, g), (1, f)]
+    else:
+        a = -0.75
+        taps = [
+            (-1, a * f * g * g),
+            (0, g * (1 + f - (a + 2) * f * f)),
+            (1, f * (1 + g - (a + 2) * g * g)),
+            (2, a * g * f * f),
+        ]
+    return [(jnp.clip(cell + offset, 0, side - 1), weight) for offset, weight in taps]

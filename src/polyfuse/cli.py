@@ -1,0 +1,256 @@
+"""`polyfuse`: the command line. Every error of ours is one line on stderr and exit status 2."""
+
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import polyfuse
+from polyfuse.spec import OPS, BackendError, SpecError, Unsupported
+
+STATUS_STYLE = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+class _Group(click.Group):
+    """Reports the library's own errors as the command line's."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (SpecError, Unsupported, BackendError) as error:
+            raise click.UsageError(str(error)) from error
+
+
+def console() -> Console:
+    """Stdout; wide enough for tables when it is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(polyfuse.__version__, prog_name="polyfuse")
+def main() -> None:
+    """Fused ops for vision-language and hybrid-attention models, one spec and many backends.
+
+    \b
+    Example:
+      polyfuse info
+    """
+
+
+@main.command()
+def info() -> None:
+    """Show the platform and, for every backend, whether it can run here.
+
+    \b
+    Example:
+      polyfuse info
+    """
+    from polyfuse.conformance.report import versions
+    from polyfuse.dispatch import registry
+
+    out = console()
+    out.print(f"device: {default_device()}   " + "   ".join(f"{k} {v}" for k, v in versions().items()), soft_wrap=True)
+    table = Table("backend", "arrays", "from", *OPS, title="Backends")
+    for name in registry().names():
+        try:
+            backend = registry().get(name)
+        except BackendError:
+            continue
+        verdicts = []
+        for op in OPS:
+            try:
+                missing = backend.missing(op)
+                if missing is None:
+                    backend.load(op)
+                verdicts.append("[green]available[/]" if missing is None else f"[yellow]{escape(missing[1])}[/]")
+            except BackendError as error:
+                verdicts.append(f"[red]{escape(str(error))}[/]")
+        table.add_row(name, backend.family, escape(backend.origin), *verdicts)
+    out.print(table)
+    for name, text in registry().problems:
+        out.print(f"[red]backend {escape(name)} cannot be used:[/] {escape(text)}")
+
+
+@main.command()
+def ops() -> None:
+    """List the ops with their signatures.
+
+    \b
+    Example:
+      polyfuse ops
+    """
+    table = Table("op", "spec", "what it does", "options")
+    for spec in OPS.values():
+        options = "\n".join(f"{a.name}={a.default!r}" for a in spec.attrs)
+        table.add_row(spec.name, f"v{spec.version}", spec.summary, escape(options))
+    console().print(table)
+
+
+@main.command()
+@click.argument("op")
+@click.option("--family", default="torch", show_default=True, help="Kind of arrays: torch, jax or numpy.")
+@click.option("--device", default=None, help="Device of the arrays, such as cpu or cuda; the accelerator if there is one.")
+@click.option("--json", "as_json", is_flag=True, help="Print the decision as JSON.")
+def explain(op: str, family: str, device: str | None, as_json: bool) -> None:
+    """Show which backend runs OP here, why each other one does not, and where the preference came from.
+
+    \b
+    Example:
+      POLYFUSE_BACKEND=triton polyfuse explain pos_embed_interpolate
+    """
+    from polyfuse.conformance import make_inputs
+    from polyfuse.dispatch._arrays import FAMILIES
+    from polyfuse.dispatch._select import check_op
+
+    check_op(op)
+    if family not in FAMILIES:
+        raise SpecError(f"--family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    spec = OPS[op]
+    values = make_inputs(spec, spec.cases()[0])
+    place = device or default_device()
+    decision = polyfuse.explain(op, **{k: _place(v, family, place) for k, v in values.items()})
+    if as_json:
+        click.echo(json.dumps(decision.as_dict(), indent=1))
+        return
+    title = f"{op} on {decision.device}, {family} arrays: {decision.winner or 'no backend'}"
+    names = ", ".join(decision.preference.names)
+    table = Table("backend", "verdict", "why", title=title, caption=f"preference: {names}  from {decision.preference.source}")
+    for c in decision.candidates:
+        style = "bold green" if c.status == "chosen" else ""
+        table.add_row(c.name, c.status, escape(c.reason), style=style)
+    console().print(table)
+
+
+def _place(value: object, family: str, device: str) -> object:
+    import numpy as np
+
+    from polyfuse.dispatch import from_numpy
+
+    return from_numpy(value, family, device) if isinstance(value, np.ndarray) else value
+
+
+@main.command()
+@click.option("--op", "op_names", multiple=True, help="An op; repeat for several. Default: all.")
+@click.option("--backend", "backends", multiple=True, help="A backend; repeat for several. Default: all.")
+@click.option("--profile", default="standard", show_default=True, help="quick, standard or full.")
+@click.option("--device", default=None, help="cpu, cuda, ...; the accelerator if there is one.")
+@click.option("--plugin", "plugins", multiple=True, metavar="MODULE:OBJECT", help="A Backend object to register first.")
+@click.option("--report", type=click.Path(file_okay=False, path_type=Path), help="Folder for the JSON and JUnit files.")
+def conformance(
+    op_names: tuple[str, ...],
+    backends: tuple[str, ...],
+    profile: str,
+    device: str | None,
+    plugins: tuple[str, ...],
+    report: Path | None,
+) -> None:
+    """Prove backends against the oracle. Exit status 0 if something ran and nothing failed, else 1.
+
+    \b
+    Example:
+      polyfuse conformance --op pos_embed_interpolate --backend torch --backend triton --report report
+    """
+    from polyfuse.dispatch._select import check_op
+
+    for op in op_names:
+        check_op(op)
+    for plugin in plugins:
+        _register(plugin)
+    ok = run_conformance(console(), op_names, backends, profile, device or default_device(), report)
+    sys.exit(0 if ok else 1)
+
+
+def _register(plugin: str) -> None:
+    from polyfuse.dispatch import Backend, registry
+
+    module, _, name = plugin.partition(":")
+    try:
+        backend = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BackendError(f"--plugin: expected an importable MODULE:OBJECT, got {plugin!r} ({error})") from error
+    if not isinstance(backend, Backend):
+        raise BackendError(f"--plugin: {plugin} is not a polyfuse.dispatch.Backend but {type(backend).__name__}")
+    registry().add(backend)
+
+
+def run_conformance(
+    out: Console,
+    op_names: tuple[str, ...],
+    backends: tuple[str, ...],
+    profile: str,
+    device: str,
+    folder: Path | None,
+) -> bool:
+    """Run conformance with a live progress bar, print the matrix and every failure, write the report."""
+    from polyfuse import conformance as suite
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("conformance", total=None)
+
+        def show(result: suite.Result, total: int) -> None:
+            bar.update(task, advance=1, total=total, description=f"{result.op} {result.backend}")
+
+        report = suite.run(op_names or None, backends or None, profile=profile, device=device, on_result=show)
+    names = list(dict.fromkeys(r.backend for r in report.results))
+    table = Table("op", *names, title=f"Conformance on {report.device}, profile {profile}, seed {report.seed}")
+    for op in dict.fromkeys(r.op for r in report.results):
+        table.add_row(op, *(_cell(report.counts(op, name)) for name in names))
+    out.print(table)
+    for r in report.results:
+        if r.status == "failed":
+            out.print(f"[bold red]failed[/] {r.op} {r.backend} {r.case}: {escape(r.detail)}", soft_wrap=True)
+    reasons = {(r.backend, r.detail) for r in report.results if r.status == "skipped"}
+    for name, reason in sorted(reasons):
+        cases = sum(r.backend == name and r.detail == reason for r in report.results)
+        out.print(f"[yellow]skipped[/] {name}: {cases} cases: {escape(reason)}", soft_wrap=True)
+    counts = report.counts()
+    out.print(", ".join(f"{counts[s]} {s}" for s in STATUS_STYLE))
+    if folder:
+        out.print("written: " + ", ".join(map(str, report.write(folder))), soft_wrap=True)
+    return report.ok
+
+
+def _cell(counts: dict[str, int]) -> str:
+    return " ".join(f"[{style}]{counts[s]} {s}[/]" for s, style in STATUS_STYLE.items() if counts[s]) or "-"
+
+
+@main.command()
+@click.option("--fast", is_flag=True, help="Use a tiny tower instead of the real one.")
+@click.option(
+    "--report",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("report"),
+    show_default=True,
+    help="Folder for the conformance report.",
+)
+def demo(fast: bool, report: Path) -> None:
+    """Run real photos through the Qwen3-VL vision tower, untouched and accelerated, then prove every backend.
+
+    \b
+    Example:
+      polyfuse demo --fast
+    """
+    from polyfuse.demo import run_demo
+
+    out = console()
+    status = run_demo(fast, out, default_device())
+    ok = run_conformance(out, (), (), "quick" if fast else "standard", default_device(), report)
+    sys.exit(status or (0 if ok else 1))
+
+
+def default_device() -> str:
+    """`cuda`, or what torch calls this machine's accelerator, else `cpu`."""
+    if importlib.util.find_spec("torch") is None:
+        return "cpu"
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator else "cpu"

@@ -1,0 +1,251 @@
+"""From a public function's arguments to a running backend: validate, resolve, cache, call."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any, TypeVar
+
+from polyfuse.dispatch._arrays import FAMILIES, Device, convert, device_of, family_of, is_traced
+from polyfuse.dispatch._registry import Implementation, registry
+from polyfuse.dispatch._select import (
+    Explanation,
+    as_names,
+    check_op,
+    clear_settings,
+    context_names,
+    explain_call,
+    log,
+    resolve,
+)
+from polyfuse.spec import OPS, Call, OpSpec, SpecError, Unsupported, bind
+
+_CACHE_LIMIT = 4096
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything about a call that depends only on its signature."""
+
+    usable: list[tuple[str, Implementation]]
+    attrs: dict[str, Any]
+    convert_to: str | None
+    convert_back: str
+
+
+class Op:
+    """One op's calls: its parameter order, and the plans of the signatures seen so far."""
+
+    def __init__(self, spec: OpSpec, function: Callable[..., Any]) -> None:
+        parameters = [p for p in signature(function).parameters.values() if p.name != "backend"]
+        self.spec = spec
+        self.names = tuple(p.name for p in parameters)
+        self.defaults = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
+        self.cache: dict[Any, _Plan] = {}
+        positional = [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+        self.positional = len(positional)
+        arrays = {t.name for t in spec.tensors}
+        self.keyword_arrays = [(i, n) for i, n in enumerate(self.names) if n in arrays and n not in positional]
+        self.hosts = [(self.names.index(t.name), self.names.index(t.host_unless)) for t in spec.tensors if t.host_unless]
+
+
+_OPS: dict[str, Op] = {}
+
+
+def public(function: _Function) -> _Function:
+    """Make a function the public face of the op of its name; its body passes its arguments to `run`."""
+    spec = OPS[function.__name__]
+    _OPS[spec.name] = Op(spec, function)
+    function.__doc__ = docstring(spec)
+    return function
+
+
+def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -> Any:
+    """Call an op; `args` are all its parameters in order."""
+    op = _OPS[name]
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        from polyfuse.dispatch._torch_ops import traced
+
+        return traced(op, args)
+    if op.hosts:
+        args = read_hosts(op, args)
+    key: list[Any] = [tuple(backend) if isinstance(backend, list) else backend, context_names()]
+    for value in args:
+        kind = type(value)
+        key.append(kind)
+        describe = _DESCRIBE.get(kind)
+        if describe is None:
+            describe = _describer(kind, value)
+        key.append(describe(value))
+    try:
+        signature_key = tuple(key)
+        plan = op.cache.get(signature_key)
+    except TypeError:
+        return _execute(op, _plan(op, args, backend), args)
+    if plan is None:
+        plan = _plan(op, args, backend)
+        if len(op.cache) >= _CACHE_LIMIT:
+            op.cache.clear()
+        op.cache[signature_key] = plan
+    return _execute(op, plan, args)
+
+
+def _execute(op: Op, plan: _Plan, args: tuple[Any, ...]) -> Any:
+    if plan.convert_to:
+        args = tuple(convert(value, plan.convert_to) for value in args)
+    arrays = {name: args[i] for i, name in op.keyword_arrays}
+    last = len(plan.usable) - 1
+    for i, (name, implementation) in enumerate(plan.usable):
+        try:
+            result = implementation.function(*args[: op.positional], **arrays, **plan.attrs)
+            break
+        except Unsupported as error:
+            if i == last:
+                raise
+            log.warning("%s: %s declined this call (%s), trying %s", op.spec.name, name, error, plan.usable[i + 1][0])
+    if plan.convert_to:
+        if isinstance(result, tuple):
+            return tuple(convert(r, plan.convert_back) for r in result)
+        return convert(result, plan.convert_back)
+    return result
+
+
+def _plan(op: Op, args: tuple[Any, ...], backend: str | Sequence[str] | None) -> _Plan:
+    names = None if backend is None else as_names(backend)
+    call, family, device, needs_grad = examine_arguments(op, args)
+    usable = resolve(op.spec.name, call, family, device, names, needs_grad)
+    target = registry().get(usable[0][0]).family
+    if any(registry().get(n).family != target for n, _ in usable):
+        raise SpecError(f"{op.spec.name}: backend: expected backends of one array family, got {list(names or ())}")
+    return _Plan(usable, dict(call.attrs), None if target == family else target, family)
+
+
+def examine_arguments(op: Op, args: tuple[Any, ...]) -> tuple[Call, str, Device, bool]:
+    """Validate a call: (call, array family, device, whether a gradient is wanted). Raises `SpecError`."""
+    values = dict(zip(op.names, args, strict=True))
+    family = device = first = None
+    needs_grad = False
+    for tensor in op.spec.tensors:
+        value = values[tensor.name]
+        kind = family_of(value)
+        if kind is None:
+            if value is not None and not tensor.host_unless:
+                raise SpecError(
+                    f"{op.spec.name}: {tensor.name}: expected an array of {', '.join(FAMILIES)}, "
+                    f"got {type(value).__name__}"
+                )
+            continue
+        here = device_of(value, kind)
+        place = value.device if kind == "torch" else here
+        if first is None:
+            family, device, first = kind, here, (tensor.name, place)
+        elif kind != family or place != first[1]:
+            raise SpecError(
+                f"{op.spec.name}: {tensor.name}: expected a {family} array on {_place_text(first[1])} "
+                f"as {first[0]}, got {kind} on {_place_text(place)}"
+            )
+        if kind == "torch" and value.requires_grad:
+            import torch
+
+            needs_grad = needs_grad or torch.is_grad_enabled()
+    call = bind(op.spec, values)
+    if family is None or device is None:
+        raise SpecError(f"{op.spec.name}: expected at least one array")
+    return call, family, device, needs_grad
+
+
+def _place_text(place: Any) -> str:
+    return place.kind if isinstance(place, Device) else str(place)
+
+
+def read_hosts(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Host arguments as hashable tuples; a tensor is read back here unless it must stay on its device."""
+    values = list(args)
+    main = family_of(args[0])
+    for index, unless in op.hosts:
+        value = args[index]
+        family = family_of(value)
+        if family is not None:
+            if family == main and args[unless] is not None:
+                continue
+            name = op.names[index]
+            if is_traced(value):
+                raise SpecError(f"{op.spec.name}: {name}: a traced array needs {op.names[unless]}=, got None")
+            if "int" not in str(value.dtype) or value.ndim != 2:
+                continue
+            value = value.tolist()
+        if isinstance(value, (list, tuple)):
+            values[index] = tuple(tuple(row) if isinstance(row, (list, tuple)) else row for row in value)
+    return tuple(values)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would run `polyfuse.<op>(*args, **kwargs)`, and why each other one would not.
+
+    Raises what the call itself would raise for a bad argument.
+    """
+    check_op(op)
+    entry = _OPS[op]
+    backend = kwargs.pop("backend", None)
+    values = dict(zip(entry.names, args, strict=False)) | kwargs
+    unknown = set(values) - set(entry.names)
+    if unknown or len(args) > entry.positional:
+        raise SpecError(f"{op}: expected the parameters {', '.join(entry.names)}, got {', '.join(unknown) or len(args)}")
+    values = {name: values[name] if name in values else entry.defaults.get(name) for name in entry.names}
+    bound = read_hosts(entry, tuple(values.values()))
+    call, family, device, needs_grad = examine_arguments(entry, bound)
+    names = None if backend is None else as_names(backend)
+    return explain_call(op, call, family, device, names, needs_grad)
+
+
+def refresh() -> None:
+    """Read environment, config file and installed plugins again; they are otherwise read once per process."""
+    clear_settings()
+    registry.cache_clear()
+    for op in _OPS.values():
+        op.cache.clear()
+
+
+def docstring(spec: OpSpec) -> str:
+    """An op's documentation, from its spec."""
+    lines = [spec.summary, "", spec.formula.strip(), "", "Arguments:"]
+    for t in spec.tensors:
+        optional = ", optional" if t.optional else ""
+        lines.append(f"    {t.name}: [{', '.join(t.shape)}] {'/'.join(t.dtypes)}{optional}. {t.doc}.")
+    for a in spec.attrs:
+        kind = " | ".join(a.values) if a.kind == "enum" else a.kind
+        lines.append(f"    {a.name}: {kind}, default {a.default!r}. {a.doc}.")
+    lines.append("    backend: a backend name, or a list in order of preference; None selects one for the machine.")
+    lines += ["", "Returns:"]
+    lines += [f"    {o.name}: [{', '.join(o.shape)}] {o.dtype}. {o.doc}." for o in spec.outputs]
+    lines += ["", "Notes:"] + [f"    {e}" for e in spec.edge_cases]
+    lines += ["", "Raises:", "    SpecError: an argument breaks a rule above; nothing was launched."]
+    lines += ["    Unsupported, BackendError: no preferred backend can run the call.", "", f"Source: {spec.source}."]
+    return "\n".join(lines)
+
+
+def _describe_torch(x: Any) -> Any:
+    return x.shape, x.dtype, x.device, x.requires_grad and sys.modules["torch"].is_grad_enabled()
+
+
+def _describe_numpy(x: Any) -> Any:
+    return x.shape, x.dtype
+
+
+def _describe_jax(x: Any) -> Any:
+    return x.shape, x.dtype, None if is_traced(x) else x.sharding
+
+
+_DESCRIBE: dict[type, Callable[[Any], Any]] = {}
+
+
+def _describer(kind: type, value: Any) -> Callable[[Any], Any]:
+    describers = {"torch": _describe_torch, "numpy": _describe_numpy, "jax": _describe_jax}
+    family = family_of(value)
+    return _DESCRIBE.setdefault(kind, describers[family] if family else _itself)
+
+
+def _itself(x: Any) -> Any:
+    return x

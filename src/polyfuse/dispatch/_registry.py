@@ -1,0 +1,142 @@
+"""The backends: the five built in, those of installed packages, and those registered at run time."""
+
+import importlib
+import importlib.util
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from polyfuse.spec import OPS, BackendError, Capability
+
+GROUP = "polyfuse.backends"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's implementation of one op."""
+
+    function: Callable[..., Any]
+    capability: Capability
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of op implementations for one kind of array.
+
+    `module` is a package with one submodule per op, which defines a function of the op's name and
+    parameters and a `CAPABILITY`. It is imported only when one of its ops is needed. The package may define
+    `unavailable() -> str | None`, the reason why it cannot run on this machine.
+
+    `family` is the kind of array it takes (`"torch"`, `"jax"` or `"numpy"`); `requires` are modules that must
+    be installed; `implements` maps each op to the version of the spec that the implementation follows;
+    `override` allows it to take the name of an existing backend.
+    """
+
+    name: str
+    family: str
+    module: str
+    requires: tuple[str, ...] = ()
+    implements: Mapping[str, int] = field(default_factory=dict)
+    override: bool = False
+    origin: str = "registered"
+
+    def missing(self, op: str) -> tuple[str, str] | None:
+        """(status, reason) why the op cannot be loaded here, or None. Imports no op module."""
+        for module in self.requires:
+            if importlib.util.find_spec(module) is None:
+                return "not_installed", f"{module} is not installed"
+        if op not in self.implements:
+            return "not_implemented", f"does not implement {op}"
+        if self.implements[op] != OPS[op].version:
+            return "spec_version", f"implements version {self.implements[op]} of {op}, this is version {OPS[op].version}"
+        reason = getattr(_import(self, self.module), "unavailable", lambda: None)()
+        return ("not_installed", reason) if reason else None
+
+    def load(self, op: str) -> Implementation:
+        """Import the op's module. Raises `BackendError` if it fails or does not define what it must."""
+        module = _import(self, f"{self.module}.{op}")
+        try:
+            return Implementation(getattr(module, op), module.CAPABILITY)
+        except AttributeError as error:
+            raise BackendError(f"{self.name}: {error}") from error
+
+
+def _import(backend: Backend, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise BackendError(f"{backend.name}: importing {module} failed: {type(error).__name__}: {error}") from error
+
+
+_ALL = {name: spec.version for name, spec in OPS.items()}
+_BUILT_IN = tuple(
+    Backend(name, family, module, requires, _ALL, origin="built in")
+    for name, family, module, requires in (
+        ("numpy", "numpy", "polyfuse.reference", ()),
+        ("jax", "jax", "polyfuse.reference.jax", ("jax",)),
+        ("pallas", "jax", "polyfuse.reference.pallas", ("jax",)),
+        ("torch", "torch", "polyfuse.torch_impl", ("torch",)),
+        ("triton", "torch", "polyfuse.triton_impl", ("torch", "triton")),
+    )
+)
+
+
+class Registry:
+    """Names to backends. An installed plugin stays metadata until something asks for it.
+
+    `problems` holds (name, text) for each plugin that could not be used; a built-in backend keeps its name.
+    """
+
+    def __init__(self) -> None:
+        self._backends = {b.name: b for b in _BUILT_IN}
+        self._plugins: dict[str, EntryPoint] = {}
+        self.problems: list[tuple[str, str]] = []
+        for entry in entry_points(group=GROUP):
+            twin = self._plugins.setdefault(entry.name, entry)
+            if twin is not entry:
+                both = f"{twin.value} and {entry.value}"
+                self.problems.append((entry.name, f"two installed packages provide it: {both}"))
+        for name, _ in self.problems:
+            self._plugins.pop(name, None)
+
+    def names(self) -> tuple[str, ...]:
+        """Every usable or not yet loaded name, loading nothing."""
+        return tuple(dict.fromkeys((*self._backends, *self._plugins)))
+
+    def get(self, name: str) -> Backend:
+        """The backend of that name. Raises `BackendError` if it is unknown or cannot be loaded."""
+        if name in self._plugins:
+            self._load(self._plugins.pop(name))
+        if name in self._backends:
+            return self._backends[name]
+        for problem, text in self.problems:
+            if problem == name:
+                raise BackendError(f"backend {name!r}: {text.strip().splitlines()[-1]}")
+        raise BackendError(f"backend: expected one of {', '.join(self.names())}, got {name!r}")
+
+    def add(self, backend: Backend) -> None:
+        """Register a backend. Raises `BackendError` for a name that is taken, unless `override` is set."""
+        if backend.name in self.names() and not backend.override:
+            known = self._backends.get(backend.name)
+            by = known.origin if known else f"entry point {self._plugins[backend.name].value}"
+            raise BackendError(f"backend {backend.name!r} ({backend.module}) exists already ({by}); try override=True")
+        self._plugins.pop(backend.name, None)
+        self._backends[backend.name] = backend
+
+    def _load(self, entry: EntryPoint) -> None:
+        try:
+            backend = entry.load()
+            if not isinstance(backend, Backend) or backend.name != entry.name:
+                raise BackendError(f"entry point {entry.value} must be a polyfuse Backend named {entry.name!r}")
+            self.add(replace(backend, origin=f"entry point {entry.value}"))
+        except Exception:
+            self.problems.append((entry.name, traceback.format_exc()))
+
+
+@lru_cache(maxsize=1)
+def registry() -> Registry:
+    """The process's registry."""
+    return Registry()

@@ -1,0 +1,99 @@
+"""`torch.ops.polyfuse.*`: each op as one opaque node of a compiled graph, registered from its spec.
+
+Choices among named values (enums, dtypes) travel as their index, -1 for None: no string enters a graph.
+A host argument travels as a flat list of integers.
+"""
+
+from typing import Any
+
+import torch
+
+from polyfuse.dispatch._arrays import family_of
+from polyfuse.dispatch._call import _OPS, Op, run
+from polyfuse.spec import AttrSpec, OpSpec, TensorSpec, bind
+
+_LIBRARY = torch.library.Library("polyfuse", "FRAGMENT")
+_SCHEMA_TYPES = {"int": "SymInt", "float": "float", "bool": "bool", "enum": "int", "dtype": "int"}
+
+
+def _fields(spec: OpSpec) -> dict[str, TensorSpec | AttrSpec]:
+    return {f.name: f for f in (*spec.tensors, *spec.attrs)}
+
+
+def schema(op: Op) -> str:
+    """The op's schema in torch's notation."""
+    parameters = []
+    fields = _fields(op.spec)
+    for name in op.names:
+        field = fields[name]
+        if isinstance(field, TensorSpec):
+            optional = "?" if field.optional or field.host_unless else ""
+            parameters.append(f"Tensor{optional} {name}")
+            if field.host_unless:
+                parameters.append(f"SymInt[]? {name}_values")
+        else:
+            named = field.kind in ("enum", "dtype")
+            parameters.append(f"{_SCHEMA_TYPES[field.kind]}{'?' if field.optional and not named else ''} {name}")
+    returns = ", ".join(["Tensor"] * len(op.spec.outputs))
+    return f"{op.spec.name}({', '.join(parameters)}) -> {returns if len(op.spec.outputs) == 1 else f'({returns})'}"
+
+
+def traced(op: Op, args: tuple[Any, ...]) -> Any:
+    """Call the registered op with a public function's arguments."""
+    flat: list[Any] = []
+    fields = _fields(op.spec)
+    for name, value in zip(op.names, args, strict=True):
+        field = fields[name]
+        if isinstance(field, TensorSpec):
+            if not field.host_unless:
+                flat.append(value)
+            elif isinstance(value, torch.Tensor):
+                flat.extend((value, None))
+            else:
+                flat.extend((None, [v for row in value for v in row]))
+        elif field.kind in ("enum", "dtype"):
+            flat.append(-1 if value is None else field.values.index(str(value).removeprefix("torch.")))
+        else:
+            flat.append(value)
+    return getattr(torch.ops.polyfuse, op.spec.name)(*flat)
+
+
+def _decode(op: Op, flat: tuple[Any, ...]) -> tuple[Any, ...]:
+    values = iter(flat)
+    args: list[Any] = []
+    fields = _fields(op.spec)
+    for name in op.names:
+        field, value = fields[name], next(values)
+        if isinstance(field, TensorSpec):
+            if field.host_unless:
+                rows, width = next(values), int(field.shape[1])
+                if rows is not None:
+                    value = tuple(tuple(rows[i : i + width]) for i in range(0, len(rows), width))
+        elif field.kind in ("enum", "dtype"):
+            value = None if value < 0 else field.values[value]
+        args.append(value)
+    return tuple(args)
+
+
+def _register(op: Op) -> None:
+    spec = op.spec
+    _LIBRARY.define(schema(op))
+
+    def eager(*flat: Any) -> Any:
+        return run(spec.name, _decode(op, flat), None)
+
+    def fake(*flat: Any) -> Any:
+        call = bind(spec, dict(zip(op.names, _decode(op, flat), strict=True)), read_host=False)
+        device = next(x.device for x in flat if family_of(x) == "torch")
+        results = []
+        for _, shape, dtype in call.outputs:
+            sizes = [torch.library.get_ctx().new_dynamic_size() if n is None else n for n in shape]
+            results.append(torch.empty(sizes, dtype=getattr(torch, dtype), device=device))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    _LIBRARY.impl(spec.name, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"polyfuse::{spec.name}", fake, lib=_LIBRARY)
+
+
+for _op in _OPS.values():
+    _register(_op)

@@ -1,0 +1,41 @@
+"""Each tolerance has wrong implementations that it rejects, on ordinary and on real-model inputs."""
+
+import pytest
+
+from polyfuse.conformance.mutants import MUTANTS
+from polyfuse.conformance.runner import Trial
+from polyfuse.conformance.cases import all_cases
+from polyfuse.spec import OPS
+
+SMALL = 100_000
+
+
+@pytest.fixture(scope="module")
+def trials():
+    made = {}
+    for op in OPS:
+        made[op] = [Trial(op, case, seed=1) for case in OPS[op].cases()]
+    return made
+
+
+def test_every_op_has_mutants():
+    assert set(MUTANTS) == set(OPS)
+
+
+@pytest.mark.parametrize(("op", "mutant"), [(op, m) for op in MUTANTS for m in MUTANTS[op]], ids=lambda x: getattr(x, "__name__", x))
+def test_a_mutant_is_rejected(trials, op, mutant):
+    killed = []
+    for trial in trials[op]:
+        values, call = trial.inputs()
+        if trial.check(mutant(**values), call):
+            killed.append(trial.case.name)
+    assert killed, f"no case of {op} rejects {mutant.__name__}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_oracle_itself_passes_every_case(trials, op):
+    import polyfuse
+
+    for trial in trials[op]:
+        values, call = trial.inputs()
+        assert trial.check(getattr(polyfuse, op)(**values), call) is None

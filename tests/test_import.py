@@ -1,0 +1,32 @@
+"""`import polyfuse` is cheap: frameworks are loaded when an op first needs them."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import polyfuse
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "jax", "triton", "pydantic", "transformers", "numpy")
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_loads_no_framework() -> None:
+    loaded = run("import sys, polyfuse; print(*sys.modules)").split()
+    assert "polyfuse" in loaded
+    assert set(HEAVY).isdisjoint(loaded)
+
+
+def test_import_takes_under_200_ms() -> None:
+    code = "import time; t = time.perf_counter(); import polyfuse; print(time.perf_counter() - t)"
+    seconds = [float(run(code)) for _ in range(5)]
+    assert min(seconds) < 0.2, seconds
+
+
+def test_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert polyfuse.__version__ == project["version"]

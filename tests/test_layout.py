@@ -1,0 +1,152 @@
+"""The tree is what the design says: six linked layers, one file name and one signature per op."""
+
+import ast
+import inspect
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import polyfuse
+from polyfuse.spec import OPS
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ("configs", "conformance", "reference", "spec", "torch_impl", "triton_impl")
+IMPLEMENTATIONS = ("reference", "reference/jax", "reference/pallas", "torch_impl", "triton_impl")
+
+# (name, kind, default as source; "" for none)
+Parameters = list[tuple[str, str, str]]
+
+
+def sources(*folders: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def python(code: str) -> str:
+    """The last line that `code` prints in a fresh interpreter started in the root folder."""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Every module that a file imports; a relative import as its dots."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+def parsed_parameters(path: Path, function: str) -> Parameters:
+    body = ast.parse(path.read_text()).body
+    found = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == function]
+    assert len(found) == 1, f"{path}: expected one top-level function {function}, got {len(found)}"
+    args = found[0].args
+    assert not args.vararg, f"{path}: {function} takes *args"
+    assert not args.kwarg, f"{path}: {function} takes **kwargs"
+    positional = [(a, "POSITIONAL_ONLY") for a in args.posonlyargs] + [(a, "POSITIONAL_OR_KEYWORD") for a in args.args]
+    defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults + args.kw_defaults
+    everything = positional + [(a, "KEYWORD_ONLY") for a in args.kwonlyargs]
+    return [
+        (arg.arg, kind, ast.unparse(default) if default else "")
+        for (arg, kind), default in zip(everything, defaults, strict=True)
+    ]
+
+
+def parameters(function: Callable[..., object]) -> Parameters:
+    return [
+        (p.name, p.kind.name, "" if p.default is p.empty else repr(p.default))
+        for p in inspect.signature(function).parameters.values()
+    ]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer_is_a_link_to_the_root_folder(layer: str) -> None:
+    link = ROOT / "src/polyfuse" / layer
+    assert link.is_symlink()
+    assert link.readlink() == Path("../..", layer)
+    assert link.resolve() == (ROOT / layer).resolve()
+    assert (link / "__init__.py").is_file()
+
+
+def test_links_are_tracked() -> None:
+    if (ROOT / ".git").exists():
+        listing = subprocess.check_output(["git", "ls-files", "-s", "src/polyfuse"], cwd=ROOT, text=True)
+        entries = [line.split() for line in listing.splitlines()]
+        links = [path for mode, _, _, path in entries if mode == "120000"]
+    else:
+        links = [f"src/polyfuse/{e.name}" for e in os.scandir(ROOT / "src/polyfuse") if e.is_symlink()]
+    assert sorted(links) == [f"src/polyfuse/{layer}" for layer in LAYERS]
+
+
+@pytest.mark.parametrize("folder", ["spec", *IMPLEMENTATIONS])
+def test_op_files_are_the_ops(folder: str) -> None:
+    files = {path.stem for path in (ROOT / folder).glob("*.py") if not path.name.startswith("_")}
+    assert files == set(OPS)
+
+
+@pytest.mark.parametrize("folder", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op", OPS)
+def test_signature_is_the_oracles(op: str, folder: str) -> None:
+    expected = parsed_parameters(ROOT / "reference" / f"{op}.py", op)
+    assert parsed_parameters(ROOT / folder / f"{op}.py", op) == expected
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_spec_declares_the_oracles_parameters(op: str) -> None:
+    oracle = parsed_parameters(ROOT / "reference" / f"{op}.py", op)
+    arrays = {t.name: "None" if t.optional else "" for t in OPS[op].tensors}
+    attributes = {a.name: repr(a.default) for a in OPS[op].attrs}
+    required = {name for name, kind, _ in oracle if kind == "KEYWORD_ONLY"} & set(attributes)
+    declared = arrays | {name: default for name, default in attributes.items()}
+    assert required <= set(declared)
+    assert {name: default for name, _, default in oracle} == declared
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_public_function_adds_backend(op: str) -> None:
+    oracle = parsed_parameters(ROOT / "reference" / f"{op}.py", op)
+    assert parameters(getattr(polyfuse, op)) == [*oracle, ("backend", "KEYWORD_ONLY", "None")]
+
+
+def test_median_source_file_is_short() -> None:
+    lines = {path: len(path.read_text().splitlines()) for path in sources(*LAYERS, "src")}
+    written = {path: n for path, n in lines.items() if path.name != "__init__.py"}
+    assert statistics.median(written.values()) < 180, sorted(written.items(), key=lambda item: -item[1])[:10]
+
+
+@pytest.mark.parametrize("folder", [*LAYERS, "src", "tests"])
+def test_imports_are_absolute_and_through_polyfuse(folder: str) -> None:
+    wrong = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sources(folder)
+        for name in imported_names(path)
+        if name.startswith(".") or name.split(".")[0] in LAYERS
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, "reference.jax", "reference.pallas"])
+def test_wrong_identity_is_refused(layer: str) -> None:
+    code = f"try: import {layer}\nexcept ImportError as error: print(error)\nelse: print('imported')"
+    assert f"import polyfuse.{layer.split('.')[0]}" in python(code)
+
+
+def test_spec_imports_the_standard_library_only() -> None:
+    allowed = {*sys.stdlib_module_names, "polyfuse.spec"}
+    wrong = {
+        f"{path.name}: {name}"
+        for path in sources("spec")
+        for name in imported_names(path)
+        if not {name, name.split(".")[0], ".".join(name.split(".")[:2])} & allowed
+    }
+    assert not wrong
+    loaded = python("import sys, polyfuse.spec; print(*sys.modules)").split()
+    assert "polyfuse.spec" in loaded
+    assert {"numpy", "ml_dtypes", "torch", "jax", "triton"}.isdisjoint(loaded)
