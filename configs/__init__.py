@@ -10,7 +10,17 @@ from polyfuse.configs._load import (
     model_configs,
     platform_order,
     profile,
+    projection_strategies,
     user_config,
 )
 
-__all__ = ["ModelConfig", "Profile", "UserConfig", "model_configs", "platform_order", "profile", "user_config"]
+__all__ = [
+    "ModelConfig",
+    "Profile",
+    "UserConfig",
+    "model_configs",
+    "platform_order",
+    "profile",
+    "projection_strategies",
+    "user_config",
+]

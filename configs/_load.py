@@ -51,32 +51,66 @@ class ModelCase(_Strict):
     """One real shape of an op in a model; the fields are those of `polyfuse.spec.Case`."""
 
     name: str
-    dims: dict[str, int] = {}
+    dims: dict[str, int | list[int]] = {}
     attrs: dict[str, Any] = {}
     dtypes: dict[str, str] = {}
     host: dict[str, list[list[int]]] = {}
     present: list[str] = []
+    fill: dict[str, str] = {}
 
     def case(self, model: str) -> Case:
         host = {k: tuple(map(tuple, v)) for k, v in self.host.items()}
-        return Case(f"{model}-{self.name}", self.dims, self.attrs, self.dtypes, host, present=tuple(self.present))
+        dims = {k: tuple(v) if isinstance(v, list) else v for k, v in self.dims.items()}
+        return Case(
+            f"{model}-{self.name}", dims, self.attrs, self.dtypes, host, present=tuple(self.present), fill=self.fill
+        )
 
 
 class ModelConfig(_Strict):
-    """A model's real shapes, per op. `source` says where they were read."""
+    """A model's real shapes, per op, for conformance and (larger) for the bench. `source` says where they were read."""
 
     model: str
     source: str
-    ops: Annotated[dict[str, list[ModelCase]], BeforeValidator(_known_ops)]
+    ops: Annotated[dict[str, list[ModelCase]], BeforeValidator(_known_ops)] = {}
+    bench: Annotated[dict[str, list[ModelCase]], BeforeValidator(_known_ops)] = {}
+
+
+class StrategyRange(_Strict):
+    """Strategies from fastest to slowest for calls of up to `rows` rows; the last range has no limit."""
+
+    rows: int | None = None
+    ranking: list[str]
+
+
+class ProjectionEntry(_Strict):
+    """Measured strategies of `gdn_in_proj` for one pair of weights."""
+
+    hidden: int
+    n1: int
+    n2: int
+    dtype: str = "bfloat16"
+    ranges: list[StrategyRange]
+
+
+class Tuning(_Strict):
+    """What was measured on one device, and with what."""
+
+    device: str
+    versions: dict[str, str]
+    gdn_in_proj: list[ProjectionEntry] = []
 
 
 class Profile(_Strict):
-    """How much a conformance run does: the largest output, in elements, that each kind of execution takes on."""
+    """How much a conformance run does: the largest output, in elements, that each kind of execution takes on.
+
+    `max_elements_repeated` is for cases that only repeat smaller ones, on an accelerator.
+    """
 
     seed: int = 0
     models: bool = True
     max_elements: int
     max_elements_interpreted: int
+    max_elements_repeated: int = 0
 
 
 _T = TypeVar("_T", bound=_Strict)
@@ -130,6 +164,20 @@ def user_config() -> tuple[UserConfig, str] | None:
 def model_configs() -> dict[str, ModelConfig]:
     """Every model file, by its name."""
     return {name: _read(ROOT / "models" / f"{name}.yaml", ModelConfig) for name in _names("models")}
+
+
+@lru_cache(maxsize=16)
+def projection_strategies(
+    device: str,
+) -> dict[tuple[int, int, int, str], tuple[tuple[int | None, tuple[str, ...]], ...]]:
+    """(hidden, n1, n2, dtype) to the ranges of rows and their ranked strategies, as measured on that device."""
+    name = device.lower().replace(" ", "_")
+    if name not in _names("tuning"):
+        return {}
+    entries = _read(ROOT / "tuning" / f"{name}.yaml", Tuning).gdn_in_proj
+    return {
+        (e.hidden, e.n1, e.n2, e.dtype): tuple((r.rows, tuple(r.ranking)) for r in e.ranges) for e in entries
+    }
 
 
 def profile(name: str) -> Profile:

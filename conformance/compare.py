@@ -15,19 +15,24 @@ def compare(name: str, got: NDArray[Any], exact: Exact, dtype: str) -> str | Non
     NaN is right exactly where the exact value is NaN, infinity where the exact value or an end of its
     interval rounds to it.
     """
-    if got.shape != exact.value.shape:
-        return f"{name}: expected shape {list(exact.value.shape)}, got {list(got.shape)}"
     if dtype_name(got.dtype) != dtype:
         return f"{name}: expected dtype {dtype}, got {dtype_name(got.dtype)}"
+    if exact.as_bytes:
+        got, dtype = np.ascontiguousarray(got).view(np.uint8), "uint8"
+    if got.shape != exact.value.shape:
+        return f"{name}: expected shape {list(exact.value.shape)}, got {list(got.shape)}"
     value, result = exact.value, to_f64(got)
-    error = np.where(np.isfinite(value), exact.error, 0.0)
-    low, high = to_f64(round_to(value - error, dtype)), to_f64(round_to(value + error, dtype))
-    both_nan = np.isnan(value) & np.isnan(result)
-    wrong = ~(both_nan | ((result >= low) & (result <= high)))
+    low, high = to_f64(round_to(exact.low, dtype)), to_f64(round_to(exact.high, dtype))
+    with np.errstate(invalid="ignore"):
+        right = (np.isnan(value) & np.isnan(result)) | ((result >= low) & (result <= high))
+    if exact.bits:
+        right &= np.signbit(result) == np.signbit(value)
+    wrong = ~(right | (np.isneginf(exact.low) & np.isposinf(exact.high)))
     count = int(wrong.sum())
     if not count:
         return None
-    distance = np.where(wrong, np.abs(result - value), -1.0)
+    with np.errstate(invalid="ignore"):
+        distance = np.where(wrong, np.abs(result - value), -1.0)
     distance = np.where(wrong & ~np.isfinite(distance), np.inf, distance)
     at = tuple(int(i) for i in np.unravel_index(np.argmax(distance), distance.shape))
     return (

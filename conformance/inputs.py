@@ -84,6 +84,39 @@ def _nan_tail(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> N
     return values
 
 
+def _scaled(scale: float) -> _Fill:
+    return lambda rng, shape, dtype: rng.standard_normal(shape) * scale
+
+
+def _decades(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> NDArray[np.float64]:
+    """Magnitudes from 1e-4 to 1e3, so that the groups of a row have very different scales."""
+    return rng.standard_normal(shape) * 10.0 ** rng.uniform(-4, 3, (*shape[:-1], 1))
+
+
+def _outliers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> NDArray[np.float64]:
+    values = rng.standard_normal(shape)
+    values[rng.random(shape) < 0.01] *= 100
+    return values
+
+
+def _wide_line(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> NDArray[np.float64]:
+    """Evenly spread over [-110, 110]: past where exp underflows and overflows in float32."""
+    return np.linspace(-110, 110, int(np.prod(shape))).reshape(shape)
+
+
+def row_counts(experts: int) -> NDArray[np.int64]:
+    """Valid rows per expert: 2, 0, 5, 3, 1, 6, 4, 2, ..."""
+    return (5 * np.arange(experts) + 2) % 7
+
+
+def _nan_past_rows(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> NDArray[np.float64]:
+    """NaN in the rows of each expert past its `row_counts`: they must not be read."""
+    values = rng.standard_normal(shape)
+    for expert, count in enumerate(row_counts(shape[0])):
+        values[expert, count:] = np.nan
+    return values
+
+
 FILLS: dict[str, _Fill] = {
     "normal": _normal,
     "zeros": lambda rng, shape, dtype: np.zeros(shape),
@@ -92,6 +125,14 @@ FILLS: dict[str, _Fill] = {
     "huge": _huge,
     "subnormal": _subnormal,
     "nan_tail": _nan_tail,
+    "large": _scaled(200.0),
+    "tiny": _scaled(1e-6),
+    "tiny_vectors": _scaled(1e-5),
+    "decades": _decades,
+    "outliers": _outliers,
+    "wide_line": _wide_line,
+    "row_counts": lambda rng, shape, dtype: row_counts(shape[0]).astype(np.float64),
+    "nan_past_rows": _nan_past_rows,
 }
 
 
@@ -109,4 +150,5 @@ LAYOUTS: dict[str, Callable[[Array], Array]] = {
     "contiguous": np.ascontiguousarray,
     "row_strided": _row_strided,
     "column_strided": _column_strided,
+    "token_stride_1": _column_strided,
 }

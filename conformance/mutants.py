@@ -46,8 +46,8 @@ def last_row_dropped(**values: Any) -> Any:
 
 def one_precision_lower(**values: Any) -> Any:
     """The result passes through the next narrower dtype."""
-    narrower = {"float32": "float16", "float16": "bfloat16", "bfloat16": "float8_e4m3fn"}[_out_dtype(values)]
-    with np.errstate(over="ignore"):
+    narrower = {"float32": "float16", "float16": "bfloat16", "bfloat16": "float8_e5m2"}[_out_dtype(values)]
+    with np.errstate(over="ignore", invalid="ignore"):
         return to_f64(_unrounded(**values).astype(np.float32).astype(getattr(ml_dtypes, narrower, narrower))).astype(
             _right(**values).dtype
         )

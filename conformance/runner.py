@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import polyfuse
+from polyfuse.configs import Profile
 from polyfuse.configs import profile as load_profile
 from polyfuse.conformance.cases import all_cases
 from polyfuse.conformance.compare import compare
@@ -47,7 +48,7 @@ def run(
                 place = "cpu" if backend.family == "numpy" else device
                 started = time.perf_counter()
                 try:
-                    status, detail = trial.on(backend, place, settings.max_elements, settings.max_elements_interpreted)
+                    status, detail = trial.on(backend, place, settings)
                 except Exception:
                     status, detail = "failed", traceback.format_exc(limit=-3).strip()
                 seconds = time.perf_counter() - started
@@ -77,36 +78,64 @@ class Trial:
             self._exact = oracle(**self.inputs()[0])
         return self._exact
 
-    def on(self, backend: Backend, device: str, limit: int, limit_interpreted: int) -> tuple[str, str]:
-        """(status, detail) of this case on one backend."""
+    def on(self, backend: Backend, device: str = "cpu", limits: Profile | None = None) -> tuple[str, str]:
+        """(status, detail) of this case on one backend; the limits default to those of the standard profile."""
+        limits = limits or load_profile("standard")
         missing = backend.missing(self.op)
         if missing:
             return "skipped", missing[1]
+        interpreted = device in backend.load(self.op).capability.interpreted
+        too_large = self._too_large(device, interpreted, limits)
+        if too_large:
+            return "skipped", too_large
         values, call = self.inputs()
-        elements = sum(int(np.prod(shape)) for _, shape, _ in call.outputs)
-        interpreted = backend.load(self.op).capability.interpreted
-        most = limit_interpreted if device in interpreted else limit
-        if elements > most:
-            return "skipped", f"{elements} output elements, the profile runs up to {most}" + (
-                " interpreted" if device in interpreted else ""
-            )
         arrays = {k: _place(v, backend.family, device) for k, v in values.items()}
         first = next(v for v in arrays.values() if family_of(v))
         verdict, _ = examine(self.op, backend.name, call, backend.family, device_of(first, backend.family), False)
         if verdict.status != "usable":
             return "skipped", f"{verdict.status}: {verdict.reason}"
-        problem = self.check(getattr(polyfuse, self.op)(**arrays, backend=backend.name), call)
+        result = getattr(polyfuse, self.op)(**arrays, backend=backend.name)
+        problem = self.check(result, call)
+        if problem is None and self.case.repeat > 1:
+            problem = self._check_repeated(result, arrays, backend)
         return ("failed", problem) if problem else self._inputs_intact(values, arrays)
+
+    def _too_large(self, device: str, interpreted: bool, limits: Profile) -> str | None:
+        _, call = self.inputs()
+        elements = sum(int(np.prod(output.shape)) for output in call.outputs)
+        most = limits.max_elements_interpreted if interpreted else limits.max_elements
+        if self.case.repeat > 1:
+            elements *= self.case.repeat
+            most = most if device == "cpu" else limits.max_elements_repeated
+        how = " interpreted" if interpreted else ""
+        return f"{elements} output elements, the profile runs up to {most}{how}" if elements > most else None
+
+    def _check_repeated(self, result: Any, arrays: Mapping[str, Any], backend: Backend) -> str | None:
+        """Run on repeated rows; every repetition must equal the first run's result, which the oracle has passed."""
+        times, spec = self.case.repeat, OPS[self.op]
+        grown = dict(arrays)
+        for tensor in spec.tensors:
+            value = arrays[tensor.name]
+            if tensor.shape[0] == spec.rows and value is not None:
+                grown[tensor.name] = value * times if isinstance(value, tuple) else _repeat(value, times)
+        large = getattr(polyfuse, self.op)(**grown, backend=backend.name)
+        for want, one, many in zip(bind(spec, self.inputs()[0]).outputs, _as_tuple(result), _as_tuple(large), strict=True):
+            for i in range(times):
+                if not _equal_bits(many[i * len(one) : (i + 1) * len(one)], one):
+                    return f"{want.name}: repetition {i} of {times} differs from the first run"
+        return None
 
     def check(self, result: Any, call: Call) -> str | None:
         """What is wrong with a result, or None."""
-        outputs = result if isinstance(result, tuple) else (result,)
+        outputs = _as_tuple(result)
         if len(outputs) != len(call.outputs):
             return f"expected {len(call.outputs)} outputs, got {len(outputs)}"
-        for (name, _, dtype), output in zip(call.outputs, outputs, strict=True):
-            problem = compare(name, to_numpy(output), self.exact()[name], dtype)
+        for want, got in zip(call.outputs, outputs, strict=True):
+            problem = compare(want.name, to_numpy(got), self.exact()[want.name], want.dtype)
             if problem:
                 return problem
+            if want.strides and family_of(got) == "torch" and got.stride() != want.strides:
+                return f"{want.name}: expected strides {list(want.strides)}, got {list(got.stride())}"
         return None
 
     def _inputs_intact(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, str]:
@@ -116,6 +145,29 @@ class Trial:
                 if value.tobytes() != now.tobytes():
                     return "failed", f"{name}: the backend wrote to its input"
         return "passed", ""
+
+
+def _as_tuple(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def _repeat(value: Any, times: int) -> Any:
+    """An array with its rows repeated as a whole, on its device."""
+    if family_of(value) == "torch":
+        return value.repeat(times, *([1] * (value.ndim - 1)))
+    if family_of(value) == "numpy":
+        return np.tile(value, (times, *([1] * (value.ndim - 1))))
+    import jax.numpy as jnp
+
+    return jnp.tile(value, (times, *([1] * (value.ndim - 1))))
+
+
+def _equal_bits(one: Any, other: Any) -> bool:
+    if family_of(one) == "torch" and one.element_size() == 1:
+        import torch
+
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    return bool((one == other).all())
 
 
 def _place(value: Any, family: str, device: str) -> Any:

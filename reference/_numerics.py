@@ -11,10 +11,28 @@ F64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Exact:
-    """An output before rounding: the exact value, and the largest error a right backend may make on it."""
+    """An output before its last rounding: the exact value, and the interval a right backend's value lies in.
+
+    Where `low` is -inf and `high` is +inf anything is right, NaN too: an element the op leaves unwritten.
+    `bits` asks for the sign of zero too: the output is a copy. `as_bytes`: the output's bytes are compared, as
+    numbers.
+    """
 
     value: F64
-    error: F64
+    low: F64
+    high: F64
+    bits: bool = False
+    as_bytes: bool = False
+
+    @classmethod
+    def around(cls, value: F64, error: F64) -> "Exact":
+        """The interval `value +- error`; infinities and NaN stand for themselves."""
+        error = np.where(np.isfinite(value), error, 0.0)
+        return cls(value, value - error, value + error)
+
+    @classmethod
+    def copy(cls, value: F64) -> "Exact":
+        return cls(value, value, value, bits=True)
 
 
 def to_f64(array: NDArray[np.generic]) -> F64:
@@ -28,11 +46,15 @@ def numpy_dtype(name: str) -> np.dtype[np.generic]:
 
 
 def round_to(value: F64, dtype: str) -> NDArray[np.generic]:
-    """Round float64 to `dtype` once, to nearest even; past the largest finite value gives infinity.
+    """Round float64 to `dtype` once, to nearest even; past the largest finite value gives infinity, or the
+    dtype's NaN if it has no infinity.
 
     NumPy and ml_dtypes cast float64 to bfloat16 through float32, which rounds twice.
     """
     target = numpy_dtype(dtype)
+    if target.kind in "iu":
+        limits = np.iinfo(target)
+        return np.clip(np.rint(value), limits.min, limits.max).astype(target)
     info = ml_dtypes.finfo(target)
     _, exponent = np.frexp(np.where(np.isfinite(value), value, 0.0))
     # frexp gives |value| in [2**(exponent-1), 2**exponent); the grid there has step 2**(exponent-1-nmant).

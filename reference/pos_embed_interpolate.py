@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyfuse.reference._numerics import F64, Exact, round_to, to_f64
-from polyfuse.spec import FP32_ROUNDOFF, OPS, Capability, dtype_name
+from polyfuse.spec import FP32_ROUNDOFF, Capability, dtype_name
+from polyfuse.spec.pos_embed_interpolate import SPEC
 
-SPEC = OPS["pos_embed_interpolate"]
 CAPABILITY = Capability(devices=("cpu",))
 
 
@@ -55,7 +55,7 @@ def exact(
     total = sum(t * h * w for t, h, w in images)
     rows = total if out_rows is None else out_rows
     if any(not _usable(image, merge_size) for image in images) or total > rows:
-        return {"out": Exact(np.full((rows, width), np.nan), np.zeros((rows, width)))}
+        return {"out": Exact.around(np.full((rows, width), np.nan), np.zeros((rows, width)))}
 
     value, magnitude = np.zeros((rows, width)), np.zeros((rows, width))
     start = 0
@@ -81,7 +81,7 @@ def exact(
         with np.errstate(invalid="ignore"):
             value[:total] += to_f64(base)[:total]
         magnitude[:total] += np.abs(to_f64(base)[:total])
-    return {"out": Exact(value, steps * FP32_ROUNDOFF * magnitude)}
+    return {"out": Exact.around(value, steps * FP32_ROUNDOFF * magnitude)}
 
 
 def pos_embed_interpolate(

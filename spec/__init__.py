@@ -10,7 +10,9 @@ from polyfuse.spec._errors import BackendError, SpecError, Unsupported
 from polyfuse.spec._types import (
     FLOATS,
     FP32_ROUNDOFF,
+    FP32_TINY,
     INTS,
+    REQUIRED,
     AttrSpec,
     Call,
     Capability,
@@ -18,19 +20,25 @@ from polyfuse.spec._types import (
     Cost,
     ErrorBound,
     OpSpec,
+    Output,
     OutputSpec,
     TensorSpec,
 )
 from polyfuse.spec._validate import bind, dtype_name, fail
+from polyfuse.spec.gdn_in_proj import SPEC as _gdn_in_proj
+from polyfuse.spec.gdn_post_conv import SPEC as _gdn_post_conv
 from polyfuse.spec.pos_embed_interpolate import SPEC as _pos_embed_interpolate
+from polyfuse.spec.silu_mul_block_quant import SPEC as _silu_mul_block_quant
 
-OPS: dict[str, OpSpec] = {spec.name: spec for spec in (_pos_embed_interpolate,)}
+OPS: dict[str, OpSpec] = {spec.name: spec for spec in (_pos_embed_interpolate, _gdn_post_conv, _silu_mul_block_quant, _gdn_in_proj)}
 
 __all__ = [
     "FLOATS",
     "FP32_ROUNDOFF",
+    "FP32_TINY",
     "INTS",
     "OPS",
+    "REQUIRED",
     "AttrSpec",
     "BackendError",
     "Call",
@@ -39,6 +47,7 @@ __all__ = [
     "Cost",
     "ErrorBound",
     "OpSpec",
+    "Output",
     "OutputSpec",
     "SpecError",
     "TensorSpec",

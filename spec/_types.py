@@ -16,6 +16,9 @@ FLOATS = ("float32", "bfloat16", "float16")
 INTS = ("int32", "int64")
 
 FP32_ROUNDOFF = 2.0**-24  # unit roundoff of float32, the compute dtype of every op
+FP32_TINY = 2.0**-126  # least normal float32; an accelerator may flush what is smaller
+
+REQUIRED: Any = object()  # the default of an attribute that has none
 
 AttrKind = Literal["int", "float", "bool", "enum", "dtype"]
 
@@ -40,14 +43,17 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class AttrSpec:
-    """One keyword argument that is not an array. `kind="enum"` takes one of `values`, `"dtype"` too."""
+    """One keyword argument that is not an array. `kind="enum"` takes one of `values`, `"dtype"` too.
+
+    `minimum` is the least number accepted; `default` is `REQUIRED` where the caller must give one.
+    """
 
     name: str
     kind: AttrKind
     default: Any
     doc: str
     values: tuple[str, ...] = ()
-    minimum: int | None = None
+    minimum: float | None = None
 
     @property
     def optional(self) -> bool:
@@ -56,12 +62,17 @@ class AttrSpec:
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """One result. `dtype` is a dtype name, a dtype variable or a name that `OpSpec.derive` adds."""
+    """One result. `dtype` is a dtype name, a dtype variable or a name that `OpSpec.derive` adds.
+
+    `strides` names the tuple of element strides that `OpSpec.derive` adds; empty means contiguous. JAX arrays
+    have no strides and ignore it.
+    """
 
     name: str
     shape: tuple[str, ...]
     dtype: str
     doc: str
+    strides: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,10 @@ class ErrorBound:
     """How far an output may be from the exact value before its one rounding.
 
     The oracle gives, for each element, the exact value and a magnitude (the same formula on absolute
-    values, or what `reason` says). The allowed error is `steps(attrs) * 2**-24 * magnitude`; a result is
+    values, or what `reason` says). The allowed error is `steps(call) * 2**-24 * magnitude`; a result is
     right when it lies between the two ends of that interval, each rounded to the output's dtype.
-    `steps` counts the float32 roundings on the longest path through the formula; 0 means bit-exact.
+    `steps` counts the float32 roundings on the longest path through the formula; 0 means bit-exact. It is
+    a function of the op's attributes and dimensions.
     """
 
     output: str
@@ -94,11 +106,12 @@ class Case:
 
     `dims` gives the dimensions that `attrs` and `host` do not determine. `host` holds the literal values
     of host arguments; those also named in `as_tensor` are passed as tensors. `present` lists the optional
-    arrays to pass. `fill` names a value distribution and `layout` a memory layout per array.
+    arrays to pass. `fill` names a value distribution and `layout` a memory layout per array. With `repeat` the
+    arguments' rows are repeated that often: each repetition's result must be that of the first, bit for bit.
     """
 
     name: str
-    dims: Mapping[str, int]
+    dims: Mapping[str, Any]
     attrs: Mapping[str, Any] = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)
     host: Mapping[str, Any] = field(default_factory=dict)
@@ -106,13 +119,27 @@ class Case:
     present: tuple[str, ...] = ()
     fill: Mapping[str, str] = field(default_factory=dict)
     layout: Mapping[str, str] = field(default_factory=dict)
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Output:
+    """A result of one call: its shape (a size only the device knows is `None`), dtype name and element strides.
+
+    `strides` is `None` for a contiguous result.
+    """
+
+    name: str
+    shape: tuple[Any, ...]
+    dtype: str
+    strides: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Call:
     """A validated call: every name bound, every default filled in.
 
-    `dims` may hold `None` for a size that only the device knows. `outputs` are (name, shape, dtype).
+    `dims` may hold `None` for a size that only the device knows.
     """
 
     op: "OpSpec"
@@ -120,7 +147,7 @@ class Call:
     attrs: Mapping[str, Any]
     dtypes: Mapping[str, str]
     host: Mapping[str, Any]
-    outputs: tuple[tuple[str, tuple[Any, ...], str], ...] = ()
+    outputs: tuple["Output", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +155,8 @@ class OpSpec:
     """The definition of one op.
 
     `check(call)` raises `SpecError` for what shapes and dtypes cannot express. `derive(call)` returns
-    further dims and dtypes that the outputs are written in.
+    further dims and dtypes that the outputs are written in. `rows` is the first dimension of the arguments
+    that grow with the batch.
     """
 
     name: str
@@ -136,6 +164,7 @@ class OpSpec:
     summary: str
     formula: str
     source: str
+    rows: str
     tensors: tuple[TensorSpec, ...]
     attrs: tuple[AttrSpec, ...]
     outputs: tuple[OutputSpec, ...]

@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from math import isqrt, prod
+from math import isqrt
 from types import CodeType
 from typing import Any, NoReturn
 
 from polyfuse.spec._errors import SpecError
-from polyfuse.spec._types import AttrSpec, Call, OpSpec, TensorSpec
+from polyfuse.spec._types import REQUIRED, AttrSpec, Call, OpSpec, Output, TensorSpec
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2}
@@ -78,21 +78,17 @@ def bind(spec: OpSpec, arguments: Mapping[str, Any], *, read_host: bool = True) 
     _check_derived(call, shapes)
     names = {**attrs, **call.dims}
     outputs = tuple(
-        (o.name, _evaluate_shape(o.shape, names), call.dtypes.get(o.dtype, o.dtype)) for o in spec.outputs
+        Output(o.name, _evaluate_shape(o.shape, names), call.dtypes.get(o.dtype, o.dtype), names.get(o.strides))
+        for o in spec.outputs
     )
     return replace(call, outputs=outputs)
 
 
-def output_bytes(call: Call) -> int:
-    """Bytes of all outputs of a call whose sizes are known."""
-    return sum(prod(shape) * itemsize(dtype) for _, shape, dtype in call.outputs)
-
-
 def _attr(spec: OpSpec, attr: AttrSpec, value: Any) -> Any:
-    if value is None:
+    if value is None or value is REQUIRED:
         if attr.optional:
             return None
-        fail(spec.name, attr.name, f"a value (default {attr.default!r})", None)
+        fail(spec.name, attr.name, "a value" if attr.default is REQUIRED else f"a value (default {attr.default!r})", None)
     if attr.kind in ("enum", "dtype"):
         name = dtype_name(value) if attr.kind == "dtype" else value
         if name not in attr.values:
@@ -112,6 +108,8 @@ def _attr(spec: OpSpec, attr: AttrSpec, value: Any) -> Any:
         return value
     if not isinstance(value, (int, float)):
         fail(spec.name, attr.name, "a number", repr(value))
+    if attr.minimum is not None and not value >= attr.minimum:
+        fail(spec.name, attr.name, f"a number >= {attr.minimum}", value)
     return float(value)
 
 
@@ -121,7 +119,7 @@ def _to_host(spec: OpSpec, tensor: TensorSpec, value: Any, read: bool) -> Any:
         if dtype_name(value.dtype) not in tensor.dtypes:
             fail(spec.name, tensor.name, f"dtype {' or '.join(tensor.dtypes)}", dtype_name(value.dtype))
         if len(value.shape) != 2 or value.shape[1] != int(tensor.shape[1]):
-            fail(spec.name, tensor.name, _shape_text(tensor.shape), list(value.shape))
+            fail(spec.name, tensor.name, f"shape {_shape_text(tensor.shape)}", list(value.shape))
         if not read:
             return value
         value = value.tolist()

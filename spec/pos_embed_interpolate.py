@@ -145,6 +145,10 @@ def _cases() -> Iterator[Case]:
     yield Case("many_images", {"N": 5, "D": 8}, host={"grid_thw": ((1, 2, 2),) * 70})
     # N = 48, h = 94: rounding the scale (N-1)/(h-1) puts the last row one cell early.
     yield Case("float_scale_trap", {"N": 48, "D": 8}, host={"grid_thw": ((1, 94, 94),)})
+    # 1,884,160 rows: more than 2**31 elements.
+    yield Case(
+        "over_2_31", {"N": 48, "D": 1152}, dtypes={"table": "bfloat16"}, host={"grid_thw": ((1, 64, 64),)}, repeat=460
+    )
 
 
 def _corners(align: bool) -> str:
@@ -160,6 +164,7 @@ SPEC = OpSpec(
         "Qwen3-VL vision tower; Transformers `get_vision_interpolation_indices_and_weights`; "
         "R. Keys, Cubic convolution interpolation, IEEE TASSP 29(6), 1981"
     ),
+    rows="I",
     tensors=(
         TensorSpec("table", ("N*N", "D"), FLOATS, "the learned table, row-major over its square grid"),
         TensorSpec(

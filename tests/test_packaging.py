@@ -16,13 +16,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def package_files() -> set[str]:
     """Every file of the package, as its path in a wheel."""
-    folders = [(ROOT / "src/polyfuse", "polyfuse"), *((ROOT / layer, f"polyfuse/{layer}") for layer in LAYERS)]
-    return {
-        f"{prefix}/{path.relative_to(folder).as_posix()}"
-        for folder, prefix in folders
-        for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".pyc" and not path.relative_to(folder).parts[0] in LAYERS
+    folders = {"polyfuse": ROOT / "src/polyfuse"} | {f"polyfuse/{layer}": ROOT / layer for layer in LAYERS}
+    links = tuple(f"polyfuse/{layer}/" for layer in LAYERS)
+    found = {
+        prefix: {f"{prefix}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()}
+        for prefix, folder in folders.items()
     }
+    # Whether rglob enters a link depends on the version of Python.
+    found["polyfuse"] = {name for name in found["polyfuse"] if not name.startswith(links)}
+    return {name for names in found.values() for name in names if not name.endswith(".pyc")}
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ from math import isqrt
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from polyfuse.spec import Capability, Unsupported, dtype_name
 
-CAPABILITY = Capability()
+CAPABILITY = Capability(differentiable=True)
 
 _INT32_MAX = 2**31 - 1
 
@@ -58,11 +59,11 @@ def _interpolate(
     side = isqrt(table.shape[0])
     ends, valid = _image_ends(grid, merge_size, side, rows)
     row = jnp.arange(rows, dtype=jnp.int32)
-    image = jnp.searchsorted(ends, row, side="right")  # the first whose end lies past the row
+    image = jnp.searchsorted(ends, row, side="right", method="compare_all")
     live = image < len(grid)
     image = jnp.minimum(image, len(grid) - 1)
     t, h, w = jnp.where(live & valid, grid[image].T, jnp.array([[1], [merge_size], [merge_size]]))
-    y, x = _patch(row - (ends[image] - t * h * w), h, w, merge_size)
+    y, x = _patch(lax.rem(row - (ends[image] - t * h * w), h * w), w, merge_size)
     # The cast comes before the gather so that gradients of the table accumulate in fp32.
     source = table.astype(jnp.float32)
     total = jnp.zeros((rows, table.shape[1]), jnp.float32)
@@ -82,20 +83,20 @@ def _image_ends(grid: jax.Array, merge_size: int, side: int, rows: int) -> tuple
     t, h, w = grid.T
     longest = _INT32_MAX // (2 * side) - 1  # the spec's limit, under which coordinates fit in int32
     # Divisions instead of products, which could overflow.
-    fits = (w <= rows // jnp.maximum(h, 1)) & (t <= rows // jnp.maximum(h * w, 1))
+    fits = (w <= lax.div(rows, jnp.maximum(h, 1))) & (t <= lax.div(rows, jnp.maximum(h * w, 1)))
     usable = fits & (jnp.min(grid, axis=1) > 0) & (jnp.maximum(h, w) <= longest)
-    usable &= (h % merge_size == 0) & (w % merge_size == 0)
+    usable &= (lax.rem(h, merge_size) == 0) & (lax.rem(w, merge_size) == 0)
     unused = jnp.all(grid == 0, axis=1)
     ends = jnp.cumsum(jnp.where(usable, t * h * w, 0), dtype=jnp.int32)
     # A sum of int32 sizes that first passes 2**31 is negative there.
     return ends, jnp.all((usable | unused) & (ends >= 0) & (ends <= rows))
 
 
-def _patch(row: jax.Array, h: jax.Array, w: jax.Array, merge_size: int) -> tuple[jax.Array, jax.Array]:
-    """Patch coordinates of an image's `row`-th row, in spatial-merge order (h/m, w/m, m, m)."""
-    block, inner = jnp.divmod(row % (h * w), merge_size * merge_size)
-    block_y, block_x = jnp.divmod(block, w // merge_size)
-    inner_y, inner_x = jnp.divmod(inner, merge_size)
+def _patch(row: jax.Array, w: jax.Array, merge_size: int) -> tuple[jax.Array, jax.Array]:
+    """Patch coordinates of a frame's `row`-th row, in spatial-merge order (h/m, w/m, m, m)."""
+    block, inner = _divmod(row, merge_size * merge_size)
+    block_y, block_x = _divmod(block, lax.div(w, merge_size))
+    inner_y, inner_x = _divmod(inner, merge_size)
     return block_y * merge_size + inner_y, block_x * merge_size + inner_x
 
 
@@ -107,8 +108,9 @@ def _axis_taps(
         numerator, denominator = index * (side - 1), jnp.maximum(size - 1, 1)
     else:
         numerator, denominator = (2 * index + 1) * side - size, 2 * size
-    cell, remainder = jnp.divmod(numerator, denominator)
-    f = remainder.astype(jnp.float32) / denominator.astype(jnp.float32)
+    # Division truncates; a negative numerator is above -denominator, so its floor is -1.
+    cell = jnp.where(numerator < 0, -1, lax.div(numerator, denominator))
+    f = (numerator - cell * denominator).astype(jnp.float32) / denominator.astype(jnp.float32)
     g = 1 - f
     if mode == "bilinear":
         taps = [(0, g), (1, f)]
@@ -121,3 +123,9 @@ def _axis_taps(
             (2, a * g * f * f),
         ]
     return [(jnp.clip(cell + offset, 0, side - 1), weight) for offset, weight in taps]
+
+
+def _divmod(a: jax.Array, b: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """For a >= 0 and b > 0, where truncation is the floor."""
+    quotient = lax.div(a, b)
+    return quotient, a - quotient * b

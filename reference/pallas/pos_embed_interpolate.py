@@ -1,10 +1,10 @@
 """`pos_embed_interpolate` as one Pallas kernel; the formula is the docstring of `polyfuse.spec.pos_embed_interpolate`.
 
-Each program computes a tile of rows x columns of the result. It finds the image of each of its rows in the
-grid itself, so that one launch serves all images and nothing is computed on the host.
+Each program computes a tile of the result and finds the image of each of its rows in the grid itself, so one
+launch serves all images. Indices are vectors, loads and stores are masked: that is what Triton lowers to.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import isqrt
 from typing import Any
@@ -17,12 +17,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from polyfuse.spec import Capability, Unsupported, dtype_name
 
-# No TPU: Mosaic has no gather of table rows by a vector of row numbers.
-CAPABILITY = Capability(devices=("cpu", "cuda", "rocm"), min_arch={"cuda": (8, 0)})
+# No TPU: Mosaic cannot gather table rows by a vector of row numbers.
+CAPABILITY = Capability(devices=("cpu", "cuda", "rocm"), min_arch={"cuda": (8, 0)}, interpreted=("cpu",))
 
 _INT32_MAX = 2**31 - 1
 _GPU_TILE = (32, 128)
-_CPU_TILE = (8192, 2048)  # the interpreter's cost is per program, so few and large ones
+_CPU_TILE_ROWS = 8192  # the interpreter pays per program and copies the whole result each time
 
 
 def pos_embed_interpolate(
@@ -38,21 +38,154 @@ def pos_embed_interpolate(
 ) -> jax.Array:
     """[rows, D], rounded once."""
     rows = sum(t * h * w for t, h, w in grid_thw) if out_rows is None else out_rows
+    width = table.shape[1]
     if rows > _INT32_MAX:
         raise Unsupported(f"rows={rows}: row numbers are int32")
     dtype = out_dtype or dtype_name((table if base is None else base).dtype)
-    if rows == 0 or table.shape[1] == 0 or len(grid_thw) == 0:
-        return jnp.zeros((rows, table.shape[1]), dtype)
+    if rows == 0 or width == 0 or len(grid_thw) == 0:
+        return jnp.zeros((rows, width), dtype)
     # Clipping first keeps an invalid int64 entry invalid in int32.
     grid = jnp.clip(jnp.asarray(grid_thw), -1, _INT32_MAX).astype(jnp.int32)
-    kernel = partial(
-        _kernel,
-        side=isqrt(table.shape[0]),
-        rows=rows,
-        width=table.shape[1],
-        images=len(grid_thw),
-        merge_size=merge_size,
-        mode=mode,
-        align_corners=align_corners,
+    operands = (grid, table) if base is None else (grid, table, base)
+    return _interpolate(
+        *operands, merge_size=merge_size, mode=mode, align_corners=align_corners, dtype=dtype, rows=rows
     )
-    ...
+
+
+@partial(jax.jit, static_argnames=("merge_size", "mode", "align_corners", "dtype", "rows"))
+def _interpolate(*operands: jax.Array, dtype: str, rows: int, **attrs: Any) -> jax.Array:
+    width = operands[1].shape[1]
+    native = partial(
+        _launch, tile=(_GPU_TILE[0], min(_GPU_TILE[1], pl.next_power_of_2(width))), dtype=dtype, rows=rows, **attrs
+    )
+    interpreted = partial(
+        _launch, tile=(min(_CPU_TILE_ROWS, rows), width), interpret=True, dtype=dtype, rows=rows, **attrs
+    )
+    return lax.platform_dependent(*operands, cpu=interpreted, cuda=native, rocm=native)
+
+
+def _launch(
+    grid: jax.Array,
+    table: jax.Array,
+    *base: jax.Array,
+    tile: tuple[int, int],
+    dtype: str,
+    rows: int,
+    interpret: bool = False,
+    **attrs: Any,
+) -> jax.Array:
+    (cells, width), (tile_rows, tile_width) = table.shape, tile
+    tiled = pl.BlockSpec(tile, lambda i, j: (i, j))
+    return pl.pallas_call(
+        partial(_kernel, side=isqrt(cells), rows=rows, width=width, **attrs),
+        out_shape=jax.ShapeDtypeStruct((rows, width), dtype),
+        grid=(pl.cdiv(rows, tile_rows), pl.cdiv(width, tile_width)),
+        in_specs=[
+            pl.BlockSpec(grid.shape, lambda i, j: (0, 0)),
+            pl.BlockSpec((cells, tile_width), lambda i, j: (0, j)),
+            *(tiled for _ in base),
+        ],
+        out_specs=tiled,
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        name="pos_embed_interpolate",
+    )(grid, table, *base)
+
+
+def _kernel(
+    grid_ref: Any,
+    table_ref: Any,
+    *refs: Any,
+    side: int,
+    rows: int,
+    width: int,
+    merge_size: int,
+    mode: str,
+    align_corners: bool,
+) -> None:
+    *base_refs, out_ref = refs
+    tile_rows, tile_width = out_ref.shape
+    row = pl.program_id(0) * tile_rows + lax.iota(jnp.int32, tile_rows)
+    inner = lax.iota(jnp.int32, tile_width)[None, :]
+    column = pl.program_id(1) * tile_width + inner
+    h, w, start, live, valid = _find_images(grid_ref, row, merge_size, side, rows)
+    y, x = _patch(lax.rem(row - start, h * w), w, merge_size)
+    total = jnp.zeros((tile_rows, tile_width), jnp.float32)
+    for cell_y, weight_y in _axis_taps(y, h, side, mode, align_corners):
+        for cell_x, weight_x in _axis_taps(x, w, side, mode, align_corners):
+            weight = weight_y * weight_x
+            taps = plgpu.load(
+                table_ref.at[(cell_y * side + cell_x)[:, None], inner],
+                mask=(live & (weight != 0))[:, None] & (column < width),
+                other=0,
+            )
+            total += weight[:, None] * taps.astype(jnp.float32)
+    for base_ref in base_refs:
+        total += plgpu.load(base_ref, mask=live[:, None] & (column < width), other=0).astype(jnp.float32)
+    # Rows of no image have read nothing and are zero.
+    total = jnp.where(valid, total, jnp.nan)
+    plgpu.store(out_ref, total.astype(out_ref.dtype), mask=(row < rows)[:, None] & (column < width))
+
+
+def _find_images(
+    grid_ref: Any, row: jax.Array, merge_size: int, side: int, rows: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(h, w, first row) of the image of each row, whether it has one, and whether all images are usable."""
+    images = grid_ref.shape[0]
+    image = lax.iota(jnp.int32, pl.next_power_of_2(images))
+    t, h, w = (plgpu.load(grid_ref.at[image, axis], mask=image < images, other=0) for axis in range(3))
+    longest = _INT32_MAX // (2 * side) - 1  # the spec's limit, under which coordinates fit in int32
+    # Divisions instead of products, which could overflow.
+    fits = (w <= lax.div(rows, jnp.maximum(h, 1))) & (t <= lax.div(rows, jnp.maximum(h * w, 1)))
+    usable = fits & (t > 0) & (h > 0) & (w > 0) & (jnp.maximum(h, w) <= longest)
+    usable &= (lax.rem(h, merge_size) == 0) & (lax.rem(w, merge_size) == 0)
+    unused = (t == 0) & (h == 0) & (w == 0)
+    ends = jnp.cumsum(jnp.where(usable, t * h * w, 0))
+    # A sum of int32 sizes that first passes 2**31 is negative there.
+    valid = jnp.min(jnp.where((usable | unused) & (ends >= 0) & (ends <= rows), 1, 0)) == 1
+
+    before = ends[None, :] <= row[:, None]  # [tile_rows, images]
+    image = jnp.sum(jnp.where(before, 1, 0), axis=1)
+    start = jnp.max(jnp.where(before, ends[None, :], 0), axis=1)
+    live = valid & (image < images)
+    h, w = (plgpu.load(grid_ref.at[image, axis], mask=live, other=merge_size) for axis in (1, 2))
+    return h, w, start, live, valid
+
+
+def _patch(row: jax.Array, w: jax.Array, merge_size: int) -> tuple[jax.Array, jax.Array]:
+    """Patch coordinates of a frame's `row`-th row, in spatial-merge order (h/m, w/m, m, m)."""
+    block, inner = _divmod(row, merge_size * merge_size)
+    block_y, block_x = _divmod(block, lax.div(w, merge_size))
+    inner_y, inner_x = _divmod(inner, merge_size)
+    return block_y * merge_size + inner_y, block_x * merge_size + inner_x
+
+
+def _axis_taps(
+    index: jax.Array, size: jax.Array, side: int, mode: str, align_corners: bool
+) -> list[tuple[jax.Array, jax.Array]]:
+    """(table cell, weight) of every tap, for positions `index` on axes of `size` patches."""
+    if align_corners:
+        numerator, denominator = index * (side - 1), jnp.maximum(size - 1, 1)
+    else:
+        numerator, denominator = (2 * index + 1) * side - size, 2 * size
+    # Division truncates; a negative numerator is above -denominator, so its floor is -1.
+    cell = jnp.where(numerator < 0, -1, lax.div(numerator, denominator))
+    f = (numerator - cell * denominator).astype(jnp.float32) / denominator.astype(jnp.float32)
+    g = 1 - f
+    if mode == "bilinear":
+        taps = [(0, g), (1, f)]
+    else:
+        a = -0.75
+        taps = [
+            (-1, a * f * g * g),
+            (0, g * (1 + f - (a + 2) * f * f)),
+            (1, f * (1 + g - (a + 2) * g * g)),
+            (2, a * g * f * f),
+        ]
+    return [(jnp.clip(cell + offset, 0, side - 1), weight) for offset, weight in taps]
+
+
+def _divmod(a: jax.Array, b: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """For a >= 0 and b > 0, where truncation is the floor."""
+    quotient = lax.div(a, b)
+    return quotient, a - quotient * b

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from polyfuse.spec import BackendError, SpecError, Unsupported
 
 if TYPE_CHECKING:
-    from polyfuse._ops import pos_embed_interpolate
+    from polyfuse._ops import gdn_in_proj, gdn_post_conv, pos_embed_interpolate, silu_mul_block_quant
     from polyfuse.dispatch import explain, refresh, use_backend
 
 __version__ = "0.1.0.dev0"
@@ -15,8 +15,11 @@ __all__ = [
     "SpecError",
     "Unsupported",
     "explain",
+    "gdn_in_proj",
+    "gdn_post_conv",
     "pos_embed_interpolate",
     "refresh",
+    "silu_mul_block_quant",
     "use_backend",
 ]
 

@@ -24,3 +24,55 @@ def pos_embed_interpolate(
 ) -> Any:
     args = (table, grid_thw, merge_size, mode, align_corners, base, out_dtype, out_rows)
     return run("pos_embed_interpolate", args, backend)
+
+
+@public
+def gdn_post_conv(
+    conv_out: Any,
+    a: Any,
+    b: Any,
+    A_log: Any,
+    dt_bias: Any,
+    *,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    l2norm: bool = True,
+    l2norm_eps: float = 1e-6,
+    output_g_exp: bool = False,
+    backend: str | Sequence[str] | None = None,
+) -> Any:
+    args = (conv_out, a, b, A_log, dt_bias, num_k_heads, head_k_dim, head_v_dim, l2norm, l2norm_eps, output_g_exp)
+    return run("gdn_post_conv", args, backend)
+
+
+@public
+def silu_mul_block_quant(
+    x: Any,
+    *,
+    num_rows: Any = None,
+    group_size: int = 128,
+    quant_dtype: Any = "float8_e4m3fn",
+    scale_format: str = "float32",
+    scale_layout: str = "row_major",
+    scale_ub: float | None = None,
+    limit: float | None = None,
+    materialize: bool = False,
+    backend: str | Sequence[str] | None = None,
+) -> Any:
+    args = (x, num_rows, group_size, quant_dtype, scale_format, scale_layout, scale_ub, limit, materialize)
+    return run("silu_mul_block_quant", args, backend)
+
+
+@public
+def gdn_in_proj(
+    x: Any,
+    w_qkvz: Any,
+    w_ba: Any,
+    *,
+    bias_qkvz: Any = None,
+    bias_ba: Any = None,
+    strategy: str = "auto",
+    backend: str | Sequence[str] | None = None,
+) -> Any:
+    return run("gdn_in_proj", (x, w_qkvz, w_ba, bias_qkvz, bias_ba, strategy), backend)

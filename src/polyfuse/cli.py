@@ -223,6 +223,59 @@ def _cell(counts: dict[str, int]) -> str:
 
 
 @main.command()
+@click.option("--op", "op_names", multiple=True, help="An op; repeat for several. Default: all.")
+@click.option("--backend", "backends", multiple=True, help="A backend; repeat for several. Default: all.")
+@click.option("--device", default=None, help="cpu, cuda, ...; the accelerator if there is one.")
+@click.option("--model", default=None, help="Only the cases of this model file.")
+@click.option("--no-compile", is_flag=True, help="Leave out the comparison with torch.compile.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the JSON file.")
+def bench(
+    op_names: tuple[str, ...],
+    backends: tuple[str, ...],
+    device: str | None,
+    model: str | None,
+    no_compile: bool,
+    out: Path | None,
+) -> None:
+    """Measure time per call on real-model shapes, as a fraction of the device's own stream ceiling.
+
+    \b
+    Example:
+      polyfuse bench --op silu_mul_block_quant --backend triton --out benchmarks/results
+    """
+    from polyfuse.bench import run_bench
+    from polyfuse.dispatch import registry
+    from polyfuse.dispatch._select import check_op
+
+    for op in op_names:
+        check_op(op)
+    for name in backends:
+        registry().get(name)
+    screen = console()
+    with screen.status("measuring") as status:
+        result = run_bench(
+            op_names,
+            backends,
+            device or default_device(),
+            model,
+            not no_compile,
+            lambda row: status.update(f"{row.op} {row.case} {row.backend}"),
+        )
+    columns = ("op", "model", "case", "backend", "device us", "host us", "GB/s", "of ceiling", "vs eager", "vs compile")
+    table = Table(*columns, title=f"{result.device}, stream ceiling {result.ceiling_gb_s:.0f} GB/s")
+    for r in result.rows:
+        ratios = ("-" if x is None else f"{x:.2f}x" for x in (r.eager_ratio, r.compile_ratio))
+        numbers = (f"{r.device_us:.2f}", f"{r.host_us:.1f}", f"{r.gigabytes_per_s:.0f}", f"{r.fraction:.1%}")
+        table.add_row(r.op, r.model, r.case, r.backend, *numbers, *ratios)
+    screen.print(table)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{result.device.split('(')[-1].rstrip(')').lower().replace(' ', '_')}.json"
+        path.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
+        screen.print(f"written: {path}")
+
+
+@main.command()
 @click.option("--fast", is_flag=True, help="Use a tiny tower instead of the real one.")
 @click.option(
     "--report",

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
+import numpy as np
+
 from polyfuse.dispatch._arrays import FAMILIES, Device, convert, device_of, family_of, is_traced
 from polyfuse.dispatch._registry import Implementation, registry
 from polyfuse.dispatch._select import (
@@ -58,6 +60,9 @@ def public(function: _Function) -> _Function:
     spec = OPS[function.__name__]
     _OPS[spec.name] = Op(spec, function)
     function.__doc__ = docstring(spec)
+    torch_ops = sys.modules.get("polyfuse.dispatch._torch_ops")
+    if torch_ops is not None:
+        torch_ops.register(_OPS[spec.name])
     return function
 
 
@@ -177,8 +182,16 @@ def read_hosts(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
                 continue
             value = value.tolist()
         if isinstance(value, (list, tuple)):
-            values[index] = tuple(tuple(row) if isinstance(row, (list, tuple)) else row for row in value)
+            values[index] = _rows(value)
     return tuple(values)
+
+
+def _rows(value: Sequence[Any]) -> Any:
+    """Rows of ints as tuples; what holds anything else as a list, which no cache key matches, for the validator."""
+    rows = tuple(tuple(row) if isinstance(row, (list, tuple)) else row for row in value)
+    if all(type(row) is tuple and all(type(v) is int for v in row) for row in rows):
+        return rows
+    return [tuple(int(v) if isinstance(v, np.integer) else v for v in r) if type(r) is tuple else r for r in rows]
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:

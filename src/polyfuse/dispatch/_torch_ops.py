@@ -38,8 +38,8 @@ def schema(op: Op) -> str:
     return f"{op.spec.name}({', '.join(parameters)}) -> {returns if len(op.spec.outputs) == 1 else f'({returns})'}"
 
 
-def traced(op: Op, args: tuple[Any, ...]) -> Any:
-    """Call the registered op with a public function's arguments."""
+def flatten(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A public function's arguments as the registered op takes them."""
     flat: list[Any] = []
     fields = _fields(op.spec)
     for name, value in zip(op.names, args, strict=True):
@@ -55,7 +55,12 @@ def traced(op: Op, args: tuple[Any, ...]) -> Any:
             flat.append(-1 if value is None else field.values.index(str(value).removeprefix("torch.")))
         else:
             flat.append(value)
-    return getattr(torch.ops.polyfuse, op.spec.name)(*flat)
+    return tuple(flat)
+
+
+def traced(op: Op, args: tuple[Any, ...]) -> Any:
+    """Call the registered op with a public function's arguments."""
+    return getattr(torch.ops.polyfuse, op.spec.name)(*flatten(op, args))
 
 
 def _decode(op: Op, flat: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -75,25 +80,45 @@ def _decode(op: Op, flat: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(args)
 
 
-def _register(op: Op) -> None:
+def _owned(results: Any) -> Any:
+    """Results as a graph needs them: none a view of another's memory."""
+    if not isinstance(results, tuple):
+        return results
+    storages = [r.untyped_storage().data_ptr() for r in results]
+    if len(set(storages)) == len(results):
+        return results
+    return tuple(r.clone(memory_format=torch.contiguous_format) for r in results)
+
+
+def register(op: Op) -> None:
+    """Define the op in torch's library with an implementation and a fake kernel."""
     spec = op.spec
     _LIBRARY.define(schema(op))
 
     def eager(*flat: Any) -> Any:
-        return run(spec.name, _decode(op, flat), None)
+        return _owned(run(spec.name, _decode(op, flat), None))
 
     def fake(*flat: Any) -> Any:
         call = bind(spec, dict(zip(op.names, _decode(op, flat), strict=True)), read_host=False)
         device = next(x.device for x in flat if family_of(x) == "torch")
         results = []
-        for _, shape, dtype in call.outputs:
-            sizes = [torch.library.get_ctx().new_dynamic_size() if n is None else n for n in shape]
-            results.append(torch.empty(sizes, dtype=getattr(torch, dtype), device=device))
+        for out in call.outputs:
+            sizes = [torch.library.get_ctx().new_dynamic_size() if n is None else n for n in out.shape]
+            dtype = getattr(torch, out.dtype)
+            if out.strides:
+                results.append(torch.empty_strided(sizes, out.strides, dtype=dtype, device=device))
+            else:
+                results.append(torch.empty(sizes, dtype=dtype, device=device))
         return results[0] if len(results) == 1 else tuple(results)
 
     _LIBRARY.impl(spec.name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"polyfuse::{spec.name}", fake, lib=_LIBRARY)
 
 
+def registered() -> dict[str, Op]:
+    """Every op with a registration, by name."""
+    return dict(_OPS)
+
+
 for _op in _OPS.values():
-    _register(_op)
+    register(_op)

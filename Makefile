@@ -1,0 +1,39 @@
+# Needs make and Python 3.11 or later; everything else goes into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo    install, then run the demo"
+	@echo "make test    install, then run every test"
+	@echo "make check   install, then run ruff, mypy, pyright and import-linter"
+	@echo "make clean   remove the virtual environment, builds and caches"
+	@echo "PYTHON=python3.12 make ...   use another interpreter (3.11 or later)"
+
+demo: $(STAMP)
+	@$(BIN)/polyfuse demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: PYTHON=python3.12 make")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time takes a few minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist report src/*.egg-info .coverage* .*_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,46 @@
+"""`gdn_in_proj` in jax.numpy; the formula is the docstring of `polyfuse.spec.gdn_in_proj`.
+
+XLA schedules the two products itself: of the strategies only `merged` asks for something else, one product over
+both weights as one matrix.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from polyfuse.spec import Capability
+
+CAPABILITY = Capability(attrs={"strategy": ("auto", "sequential", "parallel", "merged")}, differentiable=True)
+
+
+@partial(jax.jit, static_argnames=("strategy",))
+def gdn_in_proj(
+    x: jax.Array,
+    w_qkvz: jax.Array,
+    w_ba: jax.Array,
+    *,
+    bias_qkvz: jax.Array | None = None,
+    bias_ba: jax.Array | None = None,
+    strategy: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """qkvz and ba, each rounded once."""
+    if strategy == "merged":
+        both = _product(x, jnp.concatenate([w_qkvz, w_ba]))
+        large, small = both[..., : len(w_qkvz)], both[..., len(w_qkvz) :]
+    else:
+        large, small = _product(x, w_qkvz), _product(x, w_ba)
+    return _finish(large, bias_qkvz, x.dtype), _finish(small, bias_ba, x.dtype)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """fp32 products and sums; HIGHEST keeps float32 operands from being rounded to tf32."""
+    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(
+        x, weight, contract_last, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+
+
+def _finish(total: jax.Array, bias: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    return (total if bias is None else total + bias.astype(jnp.float32)).astype(dtype)

@@ -1,0 +1,187 @@
+"""`silu_mul_block_quant`: SiLU-and-multiply of a gated MLP, quantised block by block, in one pass.
+
+A row of `x` is [gate | up], each of width D:
+
+    y      gate * sigmoid(gate) * up          in fp32, unrounded
+    amax   max |y| over each group of group_size columns
+    scale  amax / qmax, then min(scale, scale_ub) if given, then max(scale, floor)
+    q      round(clamp(y / scale, -qmax, qmax))
+
+    qmax   float8_e4m3fn 448, float8_e4m3fnuz 224, float8_e5m2 57344, int8 127
+    floor  1 / (qmax * 512); int8: 2**-23
+
+`limit=c` first clamps gate to at most c and up to [-c, c]. `materialize=True` rounds silu(gate), and then the
+product, to x's dtype, so that replacing an unfused pair of ops changes no bit. With a ue8m0 scale format the
+scale is rounded UP to a power of two and q is computed with that; group_size=32 with ue8m0 is MXFP8.
+Rounding is to nearest even, saturating at +-qmax.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from math import prod
+from typing import Any
+
+from polyfuse.spec._types import FLOATS, AttrSpec, Call, Case, Cost, ErrorBound, OpSpec, OutputSpec, TensorSpec
+from polyfuse.spec._validate import fail, itemsize
+
+NAME = "silu_mul_block_quant"
+
+QMAX = {"float8_e4m3fn": 448.0, "float8_e4m3fnuz": 224.0, "float8_e5m2": 57344.0, "int8": 127.0}
+SCALE_FORMATS = ("float32", "ue8m0", "ue8m0_packed")
+SCALE_LAYOUTS = ("row_major", "col_major", "col_major_tma")
+TMA_ALIGNMENT = 4  # elements of 4 bytes that make the 16 bytes a tensor-memory stride must divide by
+
+
+def scale_floor(quant_dtype: str) -> float:
+    """The least scale: what keeps an all-zero group from dividing by zero."""
+    return 2.0**-23 if quant_dtype == "int8" else 1.0 / (QMAX[quant_dtype] * 512.0)
+
+
+def _check(call: Call) -> None:
+    group = call.attrs["group_size"]
+    if call.dims["D"] % group:
+        fail(NAME, "x", f"a last dimension divisible by 2*group_size={2 * group}", 2 * call.dims["D"])
+    lead = call.dims["..."]
+    if not lead:
+        fail(NAME, "x", "at least 2 dimensions", 1)
+    if "num_rows" in call.dtypes and len(lead) != 2:
+        fail(NAME, "x", "shape [E, T, 2*D] with num_rows", [*lead, 2 * call.dims["D"]])
+    for name in ("scale_ub", "limit"):
+        if call.attrs[name] is not None and not call.attrs[name] > 0:
+            fail(NAME, name, "a number > 0", call.attrs[name])
+
+
+def _derive(call: Call) -> Mapping[str, Any]:
+    lead, attrs = tuple(call.dims["..."]), call.attrs
+    groups = call.dims["D"] // attrs["group_size"]
+    columns = -(-groups // 4) if attrs["scale_format"] == "ue8m0_packed" else groups
+    dtype = "int32" if attrs["scale_format"] == "ue8m0_packed" else "float32"
+    experts = {"E": lead[0]} if "num_rows" in call.dtypes else {}
+    masked = bool(experts)
+    return {
+        "G": columns,
+        "quant_dtype": attrs["quant_dtype"],
+        "scale_dtype": dtype,
+        "scale_strides": scale_strides(lead, columns, attrs["scale_layout"], masked),
+        **experts,
+    }
+
+
+def scale_strides(lead: tuple[Any, ...], columns: Any, layout: str, masked: bool) -> tuple[Any, ...] | None:
+    """Element strides of the scales [..., columns]; `None` is contiguous.
+
+    A column-major buffer is [columns, rows] over all leading rows, or one such buffer per expert; for the
+    tensor-memory accelerator its rows are padded to a multiple of 4.
+    """
+    if layout == "row_major":
+        return None
+    inner = lead[1:] if masked else lead
+    rows = prod(inner)
+    if layout == "col_major_tma":
+        rows = -(-rows // TMA_ALIGNMENT) * TMA_ALIGNMENT
+    strides = [prod(inner[i + 1 :]) for i in range(len(inner))]
+    return (*([columns * rows] if masked else []), *strides, rows)
+
+
+def _cost(call: Call) -> Cost:
+    rows, width = prod(call.dims["..."]), call.dims["D"]
+    scales = rows * call.dims["G"] * 4
+    return Cost(2 * rows * width * itemsize(call.dtypes["x"]), rows * width + scales, 10 * rows * width)
+
+
+def _cases() -> Iterator[Case]:
+    small = {"...": (5,), "D": 128}
+    for dtype, fmt, layout in product(QMAX, SCALE_FORMATS, SCALE_LAYOUTS):
+        attrs = {"group_size": 32, "quant_dtype": dtype, "scale_format": fmt, "scale_layout": layout}
+        yield Case(f"{dtype}-{fmt}-{layout}", small, attrs, {"x": "bfloat16"})
+    for dtype, materialize, limit in product(FLOATS, (False, True), (None, 0.75)):
+        attrs = {"group_size": 64, "materialize": materialize, "limit": limit}
+        yield Case(f"{dtype}-materialize_{materialize}-limit_{limit}", small, attrs, {"x": dtype})
+    for group, width in ((128, 256), (64, 192), (48, 144), (7, 21), (1, 3), (256, 512), (96, 96)):
+        for fmt in ("float32", "ue8m0_packed"):
+            attrs = {"group_size": group, "scale_format": fmt}
+            yield Case(f"group_{group}-{fmt}", {"...": (4,), "D": width}, attrs, {"x": "bfloat16"})
+    for lead in ((0,), (1,), (67,), (2, 3), (2, 2, 2)):
+        for layout in SCALE_LAYOUTS:
+            attrs = {"group_size": 32, "scale_layout": layout}
+            yield Case(f"lead_{'x'.join(map(str, lead))}-{layout}", {"...": lead, "D": 64}, attrs, {"x": "bfloat16"})
+    for fmt, layout in product(SCALE_FORMATS, SCALE_LAYOUTS):
+        yield Case(
+            f"experts-{fmt}-{layout}",
+            {"...": (3, 6), "D": 160, "E": 3},
+            {"group_size": 32, "scale_format": fmt, "scale_layout": layout},
+            {"x": "bfloat16"},
+            present=("num_rows",),
+            fill={"num_rows": "row_counts", "x": "nan_past_rows"},
+        )
+    for dtype, fmt in product(QMAX, ("float32", "ue8m0")):
+        for fill in ("zeros", "nan_some", "inf_some", "large", "tiny", "decades", "outliers"):
+            attrs = {"group_size": 32, "quant_dtype": dtype, "scale_format": fmt}
+            yield Case(f"fill_{fill}-{dtype}-{fmt}", {"...": (12,), "D": 96}, attrs, fill={"x": fill})
+    for dtype in ("float8_e4m3fn", "int8"):
+        for ub in (1e-3, 10.0):
+            yield Case(f"scale_ub_{ub}-{dtype}", small, {"group_size": 32, "quant_dtype": dtype, "scale_ub": ub})
+    yield Case("scale_ub-inf_some", small, {"group_size": 32, "scale_ub": 0.01}, fill={"x": "inf_some"})
+    for layout in ("row_strided", "column_strided"):
+        yield Case(layout, {"...": (9,), "D": 64}, {"group_size": 32}, {"x": "bfloat16"}, layout={"x": layout})
+    # 211,200 rows: more than 2**31 elements.
+    yield Case("over_2_31", {"...": (660,), "D": 12288}, {}, {"x": "bfloat16"}, repeat=320)
+
+
+SPEC = OpSpec(
+    name=NAME,
+    version=1,
+    summary="SiLU-and-multiply followed by block-wise FP8 or INT8 quantisation, in one pass over the activation.",
+    formula=__doc__,
+    source=(
+        "DeepSeek-V3, arXiv:2412.19437 (1 x 128 tiles); OCP Microscaling Formats v1.0 (MXFP8); "
+        "gpt-oss (clamped SwiGLU)"
+    ),
+    rows="...",
+    tensors=(
+        TensorSpec("x", ("...", "2*D"), FLOATS, "[gate | up]; leading dimensions are rows"),
+        TensorSpec(
+            "num_rows",
+            ("E",),
+            ("int32",),
+            "valid rows per expert of an x [E, T, 2*D]; rows past that are neither read nor written",
+            optional=True,
+        ),
+    ),
+    attrs=(
+        AttrSpec("group_size", "int", 128, "columns that share a scale; divides D", minimum=1),
+        AttrSpec("quant_dtype", "dtype", "float8_e4m3fn", "dtype of q", tuple(QMAX)),
+        AttrSpec(
+            "scale_format", "enum", "float32", "ue8m0: powers of two, as float32 or four exponent bytes per int32",
+            SCALE_FORMATS,
+        ),
+        AttrSpec("scale_layout", "enum", "row_major", "memory layout of the scales", SCALE_LAYOUTS),
+        AttrSpec("scale_ub", "float", None, "upper bound of a finite scale; > 0"),
+        AttrSpec("limit", "float", None, "clamp of gate from above and of up on both sides; > 0"),
+        AttrSpec("materialize", "bool", False, "round silu(gate) and the product to x's dtype before quantising"),
+    ),
+    outputs=(
+        OutputSpec("q", ("...", "D"), "quant_dtype", "quantised values"),
+        OutputSpec("scale", ("...", "G"), "scale_dtype", "y is about q * scale", strides="scale_strides"),
+    ),
+    errors=(
+        ErrorBound(
+            "q",
+            lambda names: 10,
+            "on y: magnitude |y| * (1 + |gate|), as an exponential turns the rounding of its argument into a relative "
+            "error and costs 2 ulp; 1 + exp, a division within 2 ulp and two products. Then 3 for y / scale",
+        ),
+        ErrorBound("scale", lambda names: 10, "the error of the largest |y|, and 2 for the division by qmax"),
+    ),
+    edge_cases=(
+        "NaN in a group: its scale is NaN and its q are NaN (int8: 0).",
+        "amax is infinite: the scale is infinite whatever scale_ub says, q is NaN (int8: 0) where y is, else 0.",
+        "y beyond float32 is infinite. ue8m0_packed writes exponent byte 255 for a NaN or infinite scale.",
+        "Four exponent bytes per int32, the first group lowest; the bytes past the last group are 0.",
+        "No rows, or D == 0: empty results, without a launch. num_rows beyond T counts as T, below 0 as 0.",
+    ),
+    check=_check,
+    derive=_derive,
+    cost=_cost,
+    cases=lambda: tuple(_cases()),
+)

@@ -1,0 +1,229 @@
+"""Time of every op against the machine's own ceiling: what `polyfuse bench` measures.
+
+Device time is that of a CUDA-graph replay of many calls, divided by their number; without a GPU it is wall time.
+Host time is wall time per call over calls that are queued without waiting for the device.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+import polyfuse
+from polyfuse.configs import model_configs
+from polyfuse.conformance import make_inputs
+from polyfuse.conformance.report import versions
+from polyfuse.conformance.runner import device_name
+from polyfuse.dispatch import examine, from_numpy, registry
+from polyfuse.dispatch._arrays import device_of
+from polyfuse.spec import OPS, Case, SpecError, bind
+
+CEILING_BYTES = 2**31
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case on one backend. Times are in microseconds per call, `fraction` is of the measured stream ceiling."""
+
+    op: str
+    model: str
+    case: str
+    backend: str
+    device_us: float
+    host_us: float
+    gigabytes_per_s: float
+    fraction: float
+    eager_ratio: float | None
+    compile_ratio: float | None
+
+
+@dataclass
+class Bench:
+    """All rows of a run, with what they were measured on."""
+
+    device: str
+    ceiling_gb_s: float
+    versions: dict[str, str]
+    rows: list[Row]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_bench(
+    ops: Sequence[str] = (),
+    backends: Sequence[str] = (),
+    device: str = "cpu",
+    model: str | None = None,
+    compiled: bool = True,
+    on_row: Callable[[Row], None] | None = None,
+) -> Bench:
+    """Measure the bench cases of the model files.
+
+    `ops` and `backends` default to all; PyTorch eager (and, with `compiled`, torch.compile of the same code) is
+    always measured for the ratios. Raises `SpecError` for an unknown model.
+    """
+    configs = model_configs()
+    if model is not None and model not in configs:
+        raise SpecError(f"--model: expected one of {', '.join(configs)}, got {model!r}")
+    ceiling = stream_ceiling(device)
+    result = Bench(device_name(device), round(ceiling, 1), versions(), [])
+    for name, config in configs.items():
+        if model not in (None, name):
+            continue
+        for op, cases in config.bench.items():
+            if ops and op not in ops:
+                continue
+            for case in cases:
+                for row in _measure(op, name, case.case(name), backends, device, ceiling, compiled):
+                    result.rows.append(row)
+                    if on_row:
+                        on_row(row)
+    return result
+
+
+def _measure(
+    op: str, model: str, case: Case, backends: Sequence[str], device: str, ceiling: float, compiled: bool
+) -> Iterator[Row]:
+    values = make_inputs(OPS[op], case)
+    call = bind(OPS[op], values)
+    cost = OPS[op].cost(call)
+    moved = cost.bytes_read + cost.bytes_written
+    eager = compile_us = None
+    names = list(dict.fromkeys(("torch", *(backends or registry().names()))))
+    for name in names:
+        backend = registry().get(name)
+        if backend.family == "numpy":
+            continue
+        arrays = {k: from_numpy(v, backend.family, device) if hasattr(v, "strides") else v for k, v in values.items()}
+        place = device_of(next(a for a in arrays.values() if hasattr(a, "dtype")), backend.family)
+        verdict, implementation = examine(op, name, call, backend.family, place, False)
+        if implementation is None or place.kind in implementation.capability.interpreted:
+            continue
+        with torch.no_grad():
+            function = partial(getattr(polyfuse, op), **arrays, backend=name)
+            device_us, host_us = _time(function, backend.family, device)
+            if name == "torch":
+                eager = device_us
+                if compiled:
+                    compile_us = _time_compiled(implementation.function, arrays, device)
+        if backends and name not in backends:
+            continue
+        yield Row(
+            op,
+            model,
+            case.name.removeprefix(f"{model}-"),
+            name,
+            round(device_us, 3),
+            round(host_us, 2),
+            round(moved / device_us / 1e3, 1),
+            round(moved / device_us / 1e3 / ceiling, 4),
+            round(eager / device_us, 3) if eager else None,
+            round(compile_us / device_us, 3) if compile_us else None,
+        )
+
+
+def _time_compiled(function: Callable[..., Any], arrays: dict[str, Any], device: str) -> float:
+    torch._dynamo.reset()
+    compiled = torch.compile(function)
+    return _time(partial(compiled, **arrays), "torch", device)[0]
+
+
+def _time(function: Callable[[], Any], family: str, device: str) -> tuple[float, float]:
+    """(device, host) microseconds per call."""
+    if family == "jax":
+        return _time_jax(function)
+    for _ in range(3):
+        function()
+    if not device.startswith("cuda"):
+        wall = _wall(function, lambda: None)
+        return wall, wall
+    with _quiet_stream():
+        device_us = _graph_replay(function)
+    return device_us, _wall(function, torch.cuda.synchronize)
+
+
+def _time_jax(function: Callable[[], Any]) -> tuple[float, float]:
+    import jax
+
+    jax.block_until_ready(function())
+    rounds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        for _ in range(20):
+            result = function()
+        queued = time.perf_counter()
+        jax.block_until_ready(result)
+        rounds.append((time.perf_counter() - started, queued - started))
+    return median(r[0] for r in rounds) * 1e6 / 20, median(r[1] for r in rounds) * 1e6 / 20
+
+
+def _wall(function: Callable[[], Any], wait: Callable[[], None], calls: int = 50, rounds: int = 9) -> float:
+    times = []
+    for _ in range(rounds):
+        wait()
+        started = time.perf_counter()
+        for _ in range(calls):
+            function()
+        times.append((time.perf_counter() - started) / calls)
+        wait()
+    return median(times) * 1e6
+
+
+@contextmanager
+def _quiet_stream() -> Iterator[None]:
+    """A stream of its own, as capture needs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _graph_replay(function: Callable[[], Any], rounds: int = 15) -> float:
+    """Microseconds per call of a captured run of calls, whose results are dropped one by one."""
+    function()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    once = time.perf_counter() - started
+    calls = max(4, min(200, int(0.004 / once)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for _ in range(calls):
+            function()
+    return _events(graph.replay, rounds) / calls
+
+
+def _events(function: Callable[[], Any], rounds: int) -> float:
+    """Median device microseconds of a call."""
+    times = []
+    function()
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return median(times)
+
+
+def stream_ceiling(device: str) -> float:
+    """Gigabytes per second of a large copy on the device, read and written bytes both counted."""
+    size = CEILING_BYTES if device.startswith("cuda") else CEILING_BYTES // 16
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    copy()
+    us = _events(copy, 15) if device.startswith("cuda") else _wall(copy, lambda: None, calls=3, rounds=5)
+    return 2 * size / us / 1e3

@@ -1,0 +1,14 @@
+"""Importing this module registers every op as `torch.ops.polyfuse.<op>`, for graphs built by hand.
+
+`torch.compile` of the public functions needs no import: they register themselves when traced.
+"""
+
+from polyfuse import _ops
+from polyfuse.dispatch import _torch_ops
+
+__all__ = ["schemas"]
+
+
+def schemas() -> dict[str, str]:
+    """The schema of every registered op, by name."""
+    return {name: _torch_ops.schema(op) for name, op in _torch_ops.registered().items() if hasattr(_ops, name)}

@@ -1,0 +1,185 @@
+"""Selection: precedence, strictness, fall-through, and what explain says of it."""
+
+import asyncio
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import polyfuse
+from polyfuse import BackendError, SpecError, Unsupported
+from polyfuse.dispatch import Backend, Implementation, registry
+from polyfuse.spec import Capability
+
+TABLE = torch.randn(36, 8)
+GRID = [[1, 2, 4]]
+OP = "pos_embed_interpolate"
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    polyfuse.refresh()
+    yield
+    polyfuse.refresh()
+
+
+def winner(**kwargs):
+    return polyfuse.explain(OP, TABLE, GRID, **kwargs)
+
+
+def test_platform_default_on_cpu():
+    decision = winner()
+    assert (decision.winner, decision.preference.source) == ("torch", "configs/platforms/cpu.yaml")
+    assert {c.name: c.status for c in decision.candidates} == {
+        "torch": "chosen",
+        "triton": "usable",
+        "numpy": "wrong_family",
+        "jax": "wrong_family",
+        "pallas": "wrong_family",
+    }
+
+
+def test_precedence_from_the_lowest_to_the_highest(monkeypatch, tmp_path):
+    (tmp_path / "polyfuse.yaml").write_text("backend: triton\n")
+    polyfuse.refresh()
+    assert (winner().winner, winner().preference.source) == ("triton", "polyfuse.yaml: backend")
+    (tmp_path / "polyfuse.yaml").write_text(f"backend: triton\nops: {{{OP}: [torch]}}\n")
+    polyfuse.refresh()
+    assert (winner().winner, winner().preference.source) == ("torch", f"polyfuse.yaml: ops.{OP}")
+    monkeypatch.setenv("POLYFUSE_BACKEND", "triton")
+    polyfuse.refresh()
+    assert (winner().winner, winner().preference.source) == ("triton", "environment variable POLYFUSE_BACKEND")
+    monkeypatch.setenv("POLYFUSE_BACKEND_POS_EMBED_INTERPOLATE", "torch")
+    polyfuse.refresh()
+    assert winner().winner == "torch"
+    with polyfuse.use_backend(["triton", "torch"]):
+        assert (winner().winner, winner().preference.source) == ("triton", "polyfuse.use_backend")
+        assert winner(backend="torch").winner == "torch"
+    assert winner().winner == "torch"
+
+
+def test_config_file_named_by_the_environment(monkeypatch, tmp_path):
+    path = tmp_path / "other.yaml"
+    path.write_text("backend: triton\n")
+    monkeypatch.setenv("POLYFUSE_CONFIG", str(path))
+    polyfuse.refresh()
+    assert winner().preference.source == f"{path}: backend"
+    monkeypatch.setenv("POLYFUSE_CONFIG", str(tmp_path / "absent.yaml"))
+    polyfuse.refresh()
+    with pytest.raises(SpecError, match=r"absent\.yaml: cannot be read: No such file"):
+        winner()
+
+
+def test_a_preference_for_other_arrays_says_nothing_about_this_call():
+    with polyfuse.use_backend("pallas"):
+        assert winner().winner == "torch"
+    assert polyfuse.pos_embed_interpolate(TABLE, GRID, backend="numpy").dtype == torch.float32
+
+
+@pytest.mark.parametrize("use", ["call", "context", "environment"])
+def test_an_unknown_name_lists_the_known_ones(monkeypatch, use):
+    with pytest.raises(BackendError, match="expected one of numpy, jax, pallas, torch, triton, got 'trition'"):
+        if use == "call":
+            polyfuse.pos_embed_interpolate(TABLE, GRID, backend="trition")
+        elif use == "context":
+            with polyfuse.use_backend("trition"):
+                pass
+        else:
+            monkeypatch.setenv("POLYFUSE_BACKEND", "trition")
+            polyfuse.refresh()
+            polyfuse.pos_embed_interpolate(TABLE, GRID)
+
+
+@pytest.fixture
+def picky(monkeypatch):
+    """A torch backend that refuses by capability (bicubic) and at the call (merge_size 1), else returns 7s."""
+
+    def function(table, grid_thw, **attrs):
+        if attrs["merge_size"] == 1:
+            raise Unsupported("merge_size=1")
+        return torch.full((8, 8), 7.0)
+
+    backend = Backend("picky", "torch", "polyfuse.torch_impl", implements={OP: 1})
+    implementation = Implementation(function, Capability(attrs={"mode": ("bilinear",)}, differentiable=True))
+    monkeypatch.setattr(Backend, "load", lambda self, op, load=Backend.load: implementation if self is backend else load(self, op))
+    registry().add(backend)
+
+
+def test_a_named_backend_that_refuses_raises_unless_the_list_goes_on(picky, caplog):
+    assert polyfuse.pos_embed_interpolate(TABLE, GRID, backend="picky")[0, 0] == 7
+    with pytest.raises(Unsupported, match=r"no backend of \[picky\].*mode='bicubic': supports 'bilinear'"):
+        polyfuse.pos_embed_interpolate(TABLE, GRID, mode="bicubic", backend="picky")
+    out = polyfuse.pos_embed_interpolate(TABLE, GRID, mode="bicubic", backend=["picky", "torch"])
+    assert torch.equal(out, polyfuse.pos_embed_interpolate(TABLE, GRID, mode="bicubic", backend="torch"))
+
+
+def test_a_backend_may_decline_at_the_call(picky, caplog):
+    with pytest.raises(Unsupported, match="merge_size=1"):
+        polyfuse.pos_embed_interpolate(TABLE, GRID, merge_size=1, backend="picky")
+    with caplog.at_level(logging.WARNING, "polyfuse"):
+        out = polyfuse.pos_embed_interpolate(TABLE, GRID, merge_size=1, backend=["picky", "torch"])
+    assert torch.equal(out, polyfuse.pos_embed_interpolate(TABLE, GRID, merge_size=1))
+    assert "picky declined this call (merge_size=1), trying torch" in caplog.text
+
+
+def test_any_other_exception_is_a_bug_and_propagates(monkeypatch):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("bug")
+
+    implementation = Implementation(broken, Capability())
+    monkeypatch.setattr(Backend, "load", lambda self, op: implementation)
+    with pytest.raises(ZeroDivisionError, match="bug"):
+        polyfuse.pos_embed_interpolate(TABLE, GRID, backend=["torch", "triton"])
+
+
+def test_a_gradient_keeps_a_backend_without_backward_out():
+    table = TABLE.clone().requires_grad_()
+    assert polyfuse.explain(OP, table, GRID, backend=["triton", "torch"]).winner == "torch"
+    polyfuse.pos_embed_interpolate(table, GRID).sum().backward()
+    assert table.grad is not None and torch.isclose(table.grad.sum(), torch.tensor(64.0))
+    with torch.no_grad():
+        assert polyfuse.explain(OP, table, GRID, backend=["triton", "torch"]).winner == "triton"
+
+
+def test_use_backend_belongs_to_the_thread_and_to_the_task():
+    seen = {}
+
+    def other():
+        seen["thread"] = winner().winner
+
+    async def task(name, barrier):
+        with polyfuse.use_backend(name):
+            await barrier.wait()
+            seen[name] = winner().winner
+
+    async def both():
+        barrier = asyncio.Barrier(2)
+        await asyncio.gather(task("triton", barrier), task("torch", barrier))
+
+    with polyfuse.use_backend("triton"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    asyncio.run(both())
+    assert seen == {"thread": "torch", "triton": "triton", "torch": "torch"}
+
+
+def test_explain_checks_the_call_it_explains():
+    with pytest.raises(SpecError, match="divisible"):
+        polyfuse.explain(OP, TABLE, [[1, 3, 3]])
+    with pytest.raises(SpecError, match="op: expected one of pos_embed_interpolate"):
+        polyfuse.explain("pos_embed", TABLE, GRID)
+    with pytest.raises(SpecError, match="expected the parameters table, grid_thw.*got modus"):
+        polyfuse.explain(OP, TABLE, GRID, modus="bilinear")
+    assert "torch      chosen" in str(winner())
+    assert winner().as_dict()["winner"] == "torch"
+
+
+def test_mixed_arrays_are_refused():
+    with pytest.raises(SpecError, match=r"base: expected a torch array on cpu as table, got numpy on cpu"):
+        polyfuse.pos_embed_interpolate(TABLE, GRID, base=np.zeros((8, 8), np.float32))
+    with pytest.raises(SpecError, match=r"grid_thw: expected a torch array on cpu as table, got torch on meta"):
+        polyfuse.pos_embed_interpolate(TABLE, torch.ones((1, 3), dtype=torch.int64, device="meta"), out_rows=4)

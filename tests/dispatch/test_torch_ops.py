@@ -1,0 +1,70 @@
+"""`torch.ops.polyfuse.*`: schema, fake kernel, opcheck, and full-graph compilation."""
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import polyfuse
+from polyfuse.conformance import make_inputs
+from polyfuse.conformance.runner import Trial
+from polyfuse.dispatch import _torch_ops, from_numpy
+from polyfuse.spec import OPS
+from polyfuse.torch_ops import schemas
+
+_OPS = _torch_ops.registered()
+
+GRID = ((1, 4, 6), (2, 2, 2))
+
+
+def arguments(op, case):
+    values = make_inputs(OPS[op], case)
+    return {k: from_numpy(v, "torch") if hasattr(v, "strides") else v for k, v in values.items()}
+
+
+def test_no_string_enters_the_schema():
+    assert set(schemas()) == set(OPS)
+    for text in schemas().values():
+        assert "str " not in text
+    assert str(torch.ops.polyfuse.pos_embed_interpolate.default._schema) == (
+        "polyfuse::pos_embed_interpolate(Tensor table, Tensor? grid_thw, SymInt[]? grid_thw_values, SymInt merge_size, "
+        "int mode, bool align_corners, Tensor? base, int out_dtype, SymInt? out_rows) -> Tensor"
+    )
+
+
+def finite(op, case):
+    """opcheck takes NaN for a difference."""
+    return case.repeat == 1 and all(np.isfinite(e.value).all() for e in Trial(op, case, 0).exact().values())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op):
+    for case in [c for c in OPS[op].cases() if finite(op, c)][::9]:
+        values = arguments(op, case)
+        args = _torch_ops.flatten(_OPS[op], tuple(values[n] for n in _OPS[op].names))
+        torch.library.opcheck(getattr(torch.ops.polyfuse, op).default, args)
+
+
+@pytest.mark.parametrize("form", ["host", "tensor", "out_rows"])
+def test_compiles_into_one_full_graph(form):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    grid = GRID if form == "host" else torch.tensor(GRID)
+    rows = 40 if form == "out_rows" else None
+
+    def model(table, x):
+        return polyfuse.pos_embed_interpolate(table * 2, grid, base=x, out_rows=rows, mode="bicubic") + 1
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for width in (8, 16):
+        table, x = torch.randn(36, width), torch.randn(rows or 32, width)
+        assert torch.equal(compiled(table, x), model(table, x))
+    assert counter.frame_count == 1
+    names = [n.target for n in counter.graphs[0].graph.nodes if n.op == "call_function"]
+    assert torch.ops.polyfuse.pos_embed_interpolate in names or torch.ops.polyfuse.pos_embed_interpolate.default in names
+
+
+def test_a_bad_call_is_refused_while_compiling():
+    compiled = torch.compile(lambda t: polyfuse.pos_embed_interpolate(t, ((1, 3, 4),)), fullgraph=True)
+    with pytest.raises(Exception, match="divisible by merge_size=2, got"):
+        compiled(torch.randn(36, 8))

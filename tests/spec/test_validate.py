@@ -1,0 +1,90 @@
+"""The validator's messages: the argument, what was expected, what was got."""
+
+import re
+
+import numpy as np
+import pytest
+
+from polyfuse.spec import OPS, Output, SpecError, bind
+
+SPEC = OPS["pos_embed_interpolate"]
+TABLE = np.zeros((36, 8), np.float32)
+DEFAULTS = {a.name: a.default for a in SPEC.attrs} | {"base": None}
+
+
+def call(**changes):
+    return bind(SPEC, DEFAULTS | {"table": TABLE, "grid_thw": [[1, 2, 4]]} | changes)
+
+
+def test_binds_dims_attributes_and_outputs():
+    bound = call(base=np.zeros((8, 8), np.float16))
+    assert dict(bound.dims) == {"N": 6, "D": 8, "I": 1, "rows": 8}
+    assert bound.outputs == (Output("out", (8, 8), "float16"),)
+    assert bound.host == {"grid_thw": ((1, 2, 4),)}
+
+
+def test_a_dtype_attribute_takes_a_name_or_a_dtype():
+    assert call(out_dtype=np.dtype("float16")).outputs[0].dtype == "float16"
+    assert call(out_dtype=np.float16).outputs[0].dtype == "float16"
+    assert call(out_dtype="bfloat16").outputs[0].dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid_thw": []}, "grid_thw: expected at least one row, got []"),
+        ({"grid_thw": [[1, 3, 4]]}, "grid_thw[0]: expected h and w divisible by merge_size=2, got [1, 3, 4]"),
+        ({"grid_thw": [[1, 2, 2], [1, -2, 2]]}, "grid_thw[1]: expected t, h, w >= 1, got [1, -2, 2]"),
+        ({"grid_thw": [[0, 0, 0]]}, "grid_thw[0]: expected t, h, w >= 1, got [0, 0, 0]"),
+        ({"grid_thw": [[1, 2]]}, "grid_thw[0]: expected 3 integers, got [1, 2]"),
+        ({"grid_thw": [[1, 2, 2.0]]}, "grid_thw[0]: expected 3 integers, got [1, 2, 2.0]"),
+        ({"grid_thw": 5}, "grid_thw: expected rows of 3 integers, got 5"),
+        ({"grid_thw": np.zeros((1, 3), np.float32)}, "grid_thw: expected dtype int32 or int64, got float32"),
+        ({"grid_thw": np.zeros((1, 4), np.int64)}, "grid_thw: expected shape [I, 3], got [1, 4]"),
+        ({"grid_thw": [[1, 2, 2**30]]}, "grid_thw[0]: expected 2*N*max(h, w) below 2**31 with N=6"),
+        ({"table": None}, "table: expected an array, got None"),
+        ({"table": 3}, "table: expected an array, got int"),
+        ({"table": np.zeros((35, 8), np.float32)}, "table: expected a square number of rows in [N*N, D], got 35"),
+        ({"table": np.zeros(36, np.float32)}, "table: expected shape [N*N, D], got [36]"),
+        ({"table": np.zeros((36, 8))}, "table: expected dtype float32 or bfloat16 or float16, got float64"),
+        ({"base": np.zeros((9, 8), np.float32)}, "base: expected rows=8 in [rows, D], got [9, 8]"),
+        ({"base": np.zeros((8, 9), np.float32)}, "base: expected D=8 in [rows, D], got [8, 9]"),
+        ({"mode": "cubic"}, "mode: expected one of bilinear, bicubic, got 'cubic'"),
+        ({"align_corners": 1}, "align_corners: expected True or False, got 1"),
+        ({"merge_size": 0}, "merge_size: expected an integer >= 1, got 0"),
+        ({"merge_size": 2.0}, "merge_size: expected an integer, got 2.0"),
+        ({"merge_size": None}, "merge_size: expected a value (default 2), got None"),
+        ({"out_dtype": "int8"}, "out_dtype: expected one of float32, bfloat16, float16, got 'int8'"),
+        ({"out_rows": 7}, "out_rows: expected at least the 8 rows of grid_thw, got 7"),
+        ({"out_rows": -1}, "out_rows: expected an integer >= 0, got -1"),
+    ],
+)
+def test_bad_calls(changes, message):
+    with pytest.raises(SpecError, match=re.escape("pos_embed_interpolate: " + message)):
+        call(**changes)
+
+
+def test_a_grid_tensor_with_out_rows_is_not_read():
+    grid = np.array([[1, 3, 3]])
+    assert call(grid_thw=grid, out_rows=16).host == {}
+    with pytest.raises(SpecError, match="divisible"):
+        call(grid_thw=grid)
+
+
+def test_without_reading_the_host_a_dependent_size_is_unknown():
+    bound = bind(SPEC, DEFAULTS | {"table": TABLE, "grid_thw": np.array([[1, 2, 2]])}, read_host=False)
+    assert bound.outputs == (Output("out", (None, 8), "float32"),)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_spec_is_complete(op):
+    spec = OPS[op]
+    assert spec.formula and spec.source and spec.summary.endswith(".")
+    assert {e.output for e in spec.errors} == {o.name for o in spec.outputs}
+    assert all(e.reason for e in spec.errors)
+    names = [c.name for c in spec.cases()]
+    assert len(names) == len(set(names))
+    for attr in spec.attrs:
+        if attr.values:
+            used = {c.attrs.get(attr.name, attr.default) for c in spec.cases()}
+            assert used >= set(attr.values), f"no case of {op} uses {attr.name} {set(attr.values) - used}"

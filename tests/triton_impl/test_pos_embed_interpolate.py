@@ -1,0 +1,244 @@
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from polyfuse.conformance.compare import compare
+from polyfuse.conformance.inputs import make_inputs
+from polyfuse.dispatch import from_numpy, to_numpy
+from polyfuse.reference.pos_embed_interpolate import exact
+from polyfuse.spec import OPS, Case, Unsupported, bind
+from polyfuse.triton_impl import _common
+from polyfuse.triton_impl import pos_embed_interpolate as module
+from polyfuse.triton_impl.pos_embed_interpolate import pos_embed_interpolate
+
+SPEC = OPS["pos_embed_interpolate"]
+INTERPRETED = _common.INTERPRETED.value
+DEVICE = "cpu" if INTERPRETED else "cuda"
+MIXED = ((2, 4, 4), (1, 8, 6), (1, 2, 20))  # 120 rows
+PHOTOS = Case(
+    "photos",
+    {"N": 48, "D": 1152},
+    dtypes={"table": "bfloat16", "base": "bfloat16"},
+    host={"grid_thw": ((1, 32, 32), (1, 24, 38))},
+    present=("base",),
+)
+
+
+def arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """What the dispatcher passes: tensors, canonical attributes, and a host grid as tuples."""
+    call = bind(SPEC, values)
+    arrays = {k: from_numpy(v, "torch", DEVICE) for k, v in values.items() if isinstance(v, np.ndarray)}
+    return {**values, **arrays, **call.attrs, **call.host}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The launch grids of the kernel, as they happen."""
+    seen: list[tuple[int, ...]] = []
+    kernel = module._kernel
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            seen.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(module, "_kernel", Recorder())
+    return seen
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory that is NaN, so that an element left unwritten shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
+
+
+@pytest.mark.parametrize("case", [*SPEC.cases(), PHOTOS], ids=lambda case: case.name)
+def test_equals_the_oracle_in_one_launch(case: Case, launches: list[tuple[int, ...]], poisoned_memory: None) -> None:
+    values = make_inputs(SPEC, case)
+    args = arguments(values)
+    before = {k: to_numpy(v).tobytes() for k, v in args.items() if isinstance(v, torch.Tensor)}
+    got = pos_embed_interpolate(**args)
+    assert compare("out", to_numpy(got), exact(**values)["out"], bind(SPEC, values).outputs[0].dtype) is None
+    assert {k: to_numpy(args[k]).tobytes() for k in before} == before
+    assert len(launches) == (got.numel() > 0)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_an_images_rows_do_not_depend_on_the_batch(mode: str) -> None:
+    table = normal(36, 24)
+    batch = pos_embed_interpolate(table, MIXED, mode=mode)
+    alone = torch.cat([pos_embed_interpolate(table, (image,), mode=mode) for image in MIXED])
+    padded = pos_embed_interpolate(table, torch.tensor(MIXED, device=DEVICE), mode=mode, out_rows=150)
+    assert batch.count_nonzero() == batch.numel()
+    assert torch.equal(batch, alone)
+    assert torch.equal(padded, torch.nn.functional.pad(alone, (0, 0, 0, 30)))
+
+
+@pytest.fixture(params=[((2**63, 16, 1),), ((2**63, 32, 2),), ((2**63, 32, 6),)], ids=str)
+def other_tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The tiles of a GPU, also where the kernel is interpreted."""
+    monkeypatch.setattr(module, "TILES", request.param)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 128)
+    module._blocks.cache_clear()
+    yield
+    module._blocks.cache_clear()
+
+
+@pytest.mark.parametrize(("grid", "width"), [(MIXED, 40), (((1, 4, 6),), 192)], ids=["tail_columns", "whole_blocks"])
+def test_tiles_do_not_change_bits(grid: Any, width: int, other_tile: None, poisoned_memory: None) -> None:
+    case = Case("tile", {"N": 6, "D": width}, host={"grid_thw": grid}, present=("base",))
+    values = make_inputs(SPEC, case)
+    got = pos_embed_interpolate(**arguments(values))
+    assert compare("out", to_numpy(got), exact(**values)["out"], "float32") is None
+    module._blocks.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TILES", ((2**63, 64, 1),))
+        patch.setattr(module, "BLOCK_BYTES", 1024)
+        assert torch.equal(pos_embed_interpolate(**arguments(values)), got)
+
+
+@pytest.mark.parametrize("form", ["one_image", "host_grid", "device_grid"])
+def test_wide_row_numbers(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, grid = normal(36, 24), MIXED[:1] if form == "one_image" else MIXED
+    rows = sum(t * h * w for t, h, w in grid)
+    thw = torch.tensor(grid, device=DEVICE) if form == "device_grid" else grid
+    want = pos_embed_interpolate(table, grid, align_corners=False)
+    monkeypatch.setattr(module, "WIDE_ROWS", 0)
+    assert torch.equal(pos_embed_interpolate(table, thw, align_corners=False, out_rows=rows), want)
+
+
+def test_the_grid_may_be_strided_and_of_either_int_type() -> None:
+    table = normal(36, 8)
+    wide = torch.tensor([[7, 1, 4, 6], [7, 2, 2, 2]], device=DEVICE)
+    want = pos_embed_interpolate(table, ((1, 4, 6), (2, 2, 2)))
+    for dtype in (torch.int32, torch.int64):
+        assert torch.equal(pos_embed_interpolate(table, wide.to(dtype)[:, 1:], out_rows=32), want)
+
+
+def test_no_images_are_all_padding() -> None:
+    grid = torch.zeros((0, 3), dtype=torch.int64, device=DEVICE)
+    assert torch.equal(pos_embed_interpolate(normal(36, 8), grid, out_rows=4).cpu(), torch.zeros(4, 8))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        (2**32, 2**16, 2**16),  # 2**64 rows, which is 0 in int64
+        (1, 2**31, 2),
+        (2**62, 2, 2),
+        (0, 2, 2),
+    ],
+)
+def test_an_image_that_overflows_poisons_the_result(image: tuple[int, int, int]) -> None:
+    grid = torch.tensor([(1, 2, 2), image], device=DEVICE)
+    assert pos_embed_interpolate(normal(36, 8), grid, out_rows=16).isnan().all()
+
+
+def test_a_repeated_host_grid_is_copied_once() -> None:
+    table = normal(36, 8)
+    module._grid_tensor.cache_clear()
+    for _ in range(3):
+        pos_embed_interpolate(table, MIXED)
+    assert module._grid_tensor.cache_info()[:2] == (2, 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3.4e38, 1.00390625, 1.01171875, -0.0])
+def test_rounding_to_bfloat16(value: float) -> None:
+    """A zero table adds nothing: the result is base rounded once; 1.0039 and 1.0117 are ties."""
+    base = torch.full((4, 8), value, device=DEVICE)
+    got = pos_embed_interpolate(torch.zeros(4, 8, device=DEVICE), ((1, 2, 2),), base=base, out_dtype="bfloat16")
+    assert torch.equal(got.nan_to_num(nan=7.0), base.to(torch.bfloat16).nan_to_num(nan=7.0))
+
+
+def test_a_cpu_tensor_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_common, "INTERPRETED", _common.tl.constexpr(False))
+    with pytest.raises(Unsupported, match="^pos_embed_interpolate: .* CPU tensors .*; set TRITON_INTERPRET=1$"):
+        pos_embed_interpolate(torch.zeros(4, 8), ((1, 2, 2),))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+def test_a_captured_graph_follows_its_grid() -> None:
+    table, grid = normal(36, 24), torch.tensor([(1, 8, 6), (2, 4, 4)], device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    pos_embed_interpolate(table, grid, out_rows=100)
+    with torch.cuda.graph(graph):
+        out = pos_embed_interpolate(table, grid, out_rows=100)
+        with pytest.raises(Unsupported, match="2 images"):
+            pos_embed_interpolate(table, ((1, 8, 6), (2, 4, 4)))
+    for images in (((1, 2, 2), (0, 0, 0)), ((1, 10, 6), (4, 2, 4))):
+        grid.copy_(torch.tensor(images))
+        graph.replay()
+        assert torch.equal(out, pos_embed_interpolate(table, images, out_rows=100))
+
+
+def run(code: str, **environment: str) -> str:
+    """What `code` prints in a fresh process that has not chosen the interpreter."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about a machine without a GPU")
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        ("", "None"),
+        (
+            "import triton;",
+            "no GPU, and triton was imported without TRITON_INTERPRET=1; import polyfuse.triton_impl before it",
+        ),
+    ],
+)
+def test_the_interpreter_is_chosen_before_triton_is_imported(first: str, reason: str) -> None:
+    assert run(f"{first} from polyfuse.triton_impl import unavailable; print(unavailable())") == reason
+
+
+COMPILE = """
+import re
+import triton  # before polyfuse, which chooses the interpreter where there is no GPU
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from polyfuse.triton_impl.pos_embed_interpolate import _kernel
+
+constants = dict(
+    D=1152, SIDE=48, MERGE=2, ALIGN_CORNERS=True, WIDE=False, BLOCK_ROWS=32, BLOCK_D=64, BLOCKS=2, IMAGES=32
+)
+for grid, bicubic in ((None, False), ("*i64", False), ("*i64", True)):
+    values = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names}
+    values |= constants | {"BICUBIC": bicubic, "grid_ptr": grid}
+    typed = {n: isinstance(v, str) for n, v in values.items()}
+    source = ASTSource(
+        _kernel,
+        signature={n: v if typed[n] else "constexpr" for n, v in values.items()},
+        constexprs={(i,): v for i, v in enumerate(values.values()) if not isinstance(v, str)},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(values) if typed[n] and re.search("ptr|table_stride|base_stride", n)},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8 if bicubic else 4})
+    ptx = made.asm["ptx"]
+    loads = re.findall(r"ld\\.global\\S*v4\\.b32", ptx)
+    others = [x for x in re.findall(r"(?:ld|st)\\.global\\S*", ptx) if not re.search("v4.b32|b64", x)]
+    local = re.findall(r"\\.local", ptx)
+    print(len(loads), len(re.findall(r"st\\.global\\S*v4\\.b32", ptx)), len(others), len(local))
+"""
+
+
+def test_compiles_for_hopper_with_16_byte_accesses(tmp_path: Path) -> None:
+    """(16-byte loads, 16-byte stores, other global accesses of elements, local memory) without a GPU."""
+    assert run(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).splitlines() == [
+        "20 4 0 0",  # 2 blocks x 2 rows a thread x (4 taps + base)
+        "20 4 0 0",
+        "34 2 0 0",  # 2 blocks x 1 row a thread x (16 taps + base)
+    ]

@@ -1,0 +1,58 @@
+"""The arithmetic of a Gated DeltaNet layer around its delta rule, on fp32 tiles."""
+
+import triton
+import triton.language as tl
+
+SMALL_X = tl.constexpr(-20.0)  # below, softplus(x) is exp(x) to 1e-9
+LEVELS = tl.constexpr(20)  # log2 of the longest head
+
+
+@triton.jit
+def sum_of_squares(x):
+    """[A, B] from [A, B, a power of two]: a tree over neighbours, so that no tile or layout changes a bit."""
+    A: tl.constexpr = x.shape[0]
+    B: tl.constexpr = x.shape[1]
+    if x.shape[2] == 1:
+        return tl.reshape(x * x, [A, B])
+    else:
+        even, odd = tl.split(tl.reshape(x, [A, B, x.shape[2] // 2, 2]))
+        total = tl.fma(even, even, odd * odd)
+        for _ in tl.static_range(LEVELS):
+            if total.shape[2] > 1:
+                total = tl.sum(tl.reshape(total, [A, B, total.shape[2] // 2, 2]), 3)
+        return tl.reshape(total, [A, B])
+
+
+@triton.jit
+def l2_normalise(x, eps):
+    """x / sqrt(sum(x * x) + eps) over the last axis of [A, B, a power of two]."""
+    return x * tl.rsqrt(sum_of_squares(x) + eps)[:, :, None]
+
+
+@triton.jit
+def softplus(x):
+    """max(x, 0) + log1p(exp(-|x|)). log1p(e) is 2 * atanh(e / (2 + e)): its series keeps small values exact."""
+    e = tl.exp(-tl.abs(x))
+    s = tl.div_rn(e, 2.0 + e)  # 0 to 1/3
+    z = s * s
+    series = z * (1.0 / 15.0) + 1.0 / 13.0
+    series = tl.fma(series, z, 1.0 / 11.0)
+    series = tl.fma(series, z, 1.0 / 9.0)
+    series = tl.fma(series, z, 1.0 / 7.0)
+    series = tl.fma(series, z, 1.0 / 5.0)
+    series = tl.fma(series, z, 1.0 / 3.0)
+    return tl.maximum(x, 0.0) + tl.fma(2.0 * s * z, series, 2.0 * s)
+
+
+@triton.jit
+def log_decay(x, A_log):
+    """-exp(A_log) * softplus(x)."""
+    # A GPU flushes exp(x) to zero while exp(x) * exp(A_log) is still a normal number.
+    small = tl.exp(tl.minimum(x, SMALL_X) + A_log)
+    return -tl.where(x < SMALL_X, small, tl.exp(A_log) * softplus(x))
+
+
+@triton.jit
+def sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.div_rn(tl.where(x >= 0, 1.0, e), 1.0 + e)

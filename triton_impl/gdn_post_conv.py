@@ -1,0 +1,176 @@
+"""The Triton backend of `gdn_post_conv`: one launch for all five outputs.
+
+The first programs compute the gates; each of the others a tile of tokens x heads x width of q, k or v.
+"""
+
+from functools import lru_cache
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+
+from polyfuse.spec import FP32_TINY, Capability
+from polyfuse.triton_impl._common import on_device, round_to, widen
+from polyfuse.triton_impl._gdn import l2_normalise, log_decay, sigmoid
+
+NAME = "gdn_post_conv"
+
+CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
+
+SHORT = 256  # up to this many tokens a program takes few elements, so that there are many programs
+ELEMENTS = (1024, 4096)  # per program of a short, a long call: 128 threads load 16 bytes at a time
+COLUMNS = 1024  # per program: whole pages of a row
+STRIDED_ELEMENTS = 8192  # where the tokens are what is contiguous: 64 of one head of 128
+GATES = (128, 512)
+
+
+@triton.jit
+def _heads(
+    in_ptr,
+    out_ptr,  # [length, COUNT, WIDTH]
+    length,
+    tile,
+    first_head,
+    first_column,
+    in_row,
+    in_column,
+    eps,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+):
+    """TOKENS x HEADS heads of the q, k or v whose columns in `in_ptr` begin at `first_column`."""
+    PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
+    row = (tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
+    lane = tl.arange(0, PADDED)[None, None, :]
+    column = (first_head + tl.arange(0, HEADS))[None, :, None] * WIDTH + lane  # [1, HEADS, PADDED]
+    mask = row < length
+    if PADDED != WIDTH:
+        mask = mask & (lane < WIDTH)
+    source = in_ptr + row * in_row + (first_column + column).to(tl.int64) * in_column
+    value = tl.load(source, mask=mask, other=0.0, eviction_policy="evict_first")  # [TOKENS, HEADS, PADDED]
+    if NORMALISE:
+        value = round_to(l2_normalise(widen(value), eps), value.dtype)
+    tl.store(out_ptr + row * (COUNT * WIDTH) + column, value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _kernel(
+    conv_ptr,  # [length, 2*H*K + HV*V]
+    a_ptr,  # [length, HV]
+    b_ptr,  # [length, HV]
+    A_log_ptr,  # [HV]
+    dt_bias_ptr,  # [HV]
+    q_ptr,  # [length, H, K]
+    k_ptr,  # [length, H, K]
+    v_ptr,  # [length, HV, V]
+    g_ptr,  # [length, HV]
+    beta_ptr,  # [length, HV]
+    length,
+    eps,
+    conv_row,
+    conv_column,
+    a_row,
+    a_column,
+    b_row,
+    b_column,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HV: tl.constexpr,
+    V: tl.constexpr,
+    L2NORM: tl.constexpr,
+    G_EXP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_V: tl.constexpr,
+    GATE_TOKENS: tl.constexpr,
+):
+    QK_BLOCKS: tl.constexpr = H // HEADS
+    BLOCKS: tl.constexpr = 2 * QK_BLOCKS + HV // HEADS_V
+    GATE_HEADS: tl.constexpr = triton.next_power_of_2(HV) if HV else 1
+    program = tl.program_id(0)
+    gate_programs = tl.cdiv(length, GATE_TOKENS)
+    if program < gate_programs:
+        token = (program.to(tl.int64) * GATE_TOKENS + tl.arange(0, GATE_TOKENS))[:, None]
+        gate = tl.arange(0, GATE_HEADS).to(tl.int64)[None, :]
+        live = (token < length) & (gate < HV)  # [GATE_TOKENS, GATE_HEADS]
+        A_log = widen(tl.load(A_log_ptr + gate, mask=gate < HV, other=0.0))
+        dt_bias = widen(tl.load(dt_bias_ptr + gate, mask=gate < HV, other=0.0))
+        a = widen(tl.load(a_ptr + token * a_row + gate * a_column, mask=live, other=0.0))
+        b = widen(tl.load(b_ptr + token * b_row + gate * b_column, mask=live, other=0.0))
+        g = log_decay(a + dt_bias, A_log)
+        tl.store(g_ptr + token * HV + gate, tl.exp(g) if G_EXP else g, mask=live)
+        tl.store(beta_ptr + token * HV + gate, sigmoid(b), mask=live)
+    else:
+        tile = (program - gate_programs) // BLOCKS
+        block = (program - gate_programs) % BLOCKS
+        if block < 2 * QK_BLOCKS:
+            part = block // QK_BLOCKS  # 0: q, 1: k
+            out_ptr = q_ptr
+            if part == 1:
+                out_ptr = k_ptr
+            start = part * (H * K)
+            head = block % QK_BLOCKS * HEADS
+            _heads(
+                conv_ptr, out_ptr, length, tile, head, start, conv_row, conv_column, eps, H, K, TOKENS, HEADS, L2NORM
+            )
+        else:
+            start = 2 * H * K
+            head = (block - 2 * QK_BLOCKS) * HEADS_V
+            _heads(
+                conv_ptr, v_ptr, length, tile, head, start, conv_row, conv_column, eps, HV, V, TOKENS, HEADS_V, False
+            )
+
+
+@lru_cache(maxsize=256)
+def _tile(short: bool, strided: bool, H: int, K: int, HV: int, V: int) -> tuple[int, int, int, int, int]:
+    """Tokens, heads of q and k, heads of v and tokens of gates per program; warps."""
+    width, width_v = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    gate_tokens = max(1, GATES[not short] // triton.next_power_of_2(HV or 1))
+    if strided:
+        return max(1, min(64, STRIDED_ELEMENTS // max(width, width_v))), 1, 1, gate_tokens, 8
+    heads = gcd(H, max(1, COLUMNS // width))
+    heads_v = gcd(HV, max(1, COLUMNS // width_v))
+    tokens = max(1, ELEMENTS[not short] // max(heads * width, heads_v * width_v))
+    return tokens, heads, heads_v, gate_tokens, 4
+
+
+def gdn_post_conv(
+    conv_out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    l2norm: bool = True,
+    l2norm_eps: float = 1e-6,
+    output_g_exp: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v, g, beta, each rounded once."""
+    length, value_heads = a.shape
+    q = conv_out.new_empty((length, num_k_heads, head_k_dim))
+    k = conv_out.new_empty((length, num_k_heads, head_k_dim))
+    v = conv_out.new_empty((length, value_heads, head_v_dim))
+    g = conv_out.new_empty((length, value_heads), dtype=torch.float32)
+    beta = conv_out.new_empty((length, value_heads), dtype=torch.float32)
+    if length == 0:
+        return q, k, v, g, beta
+    strides = *conv_out.stride(), *a.stride(), *b.stride()
+    dims = num_k_heads, head_k_dim, value_heads, head_v_dim
+    *tile, warps = _tile(length <= SHORT, strides[1] != 1, *dims)
+    tokens, heads, heads_v, gate_tokens = tile
+    blocks = 2 * (num_k_heads // heads) + value_heads // heads_v
+    programs = -(-length // gate_tokens) + -(-length // tokens) * blocks
+    inputs = conv_out, a, b, A_log.contiguous(), dt_bias.contiguous()
+    eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
+    with on_device(NAME, conv_out):
+        _kernel[(programs,)](
+            *inputs, q, k, v, g, beta, length, eps, *strides, *dims, l2norm, output_g_exp, *tile, num_warps=warps
+        )
+    return q, k, v, g, beta

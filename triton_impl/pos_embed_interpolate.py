@@ -1,0 +1,276 @@
+"""The Triton backend of `pos_embed_interpolate`: one launch for all images and options.
+
+A program computes a few consecutive rows, neighbours in the image, so that the table rows they share are read
+from L1. Index arithmetic is exact, by unsigned integer division, and done once per row.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import isqrt
+
+import torch
+import triton
+import triton.language as tl
+
+from polyfuse.spec import Capability, Unsupported
+from polyfuse.triton_impl._common import INTERPRETED, on_device, round_to, widen
+
+NAME = "pos_embed_interpolate"
+
+CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
+
+# (up to this many rows, rows per program, most column blocks per program): small results need many programs.
+TILES: tuple[tuple[int, int, int], ...] = ((2048, 16, 1), (8192, 32, 2), (2**63, 32, 6))
+BLOCK_BYTES = 128  # of a table row, read at a time: one cache line, 16 bytes for each of 8 lanes
+if INTERPRETED.value:  # it pays per operation, not per element
+    TILES, BLOCK_BYTES = ((2**63, 256, 1),), 4096
+BLOCK_IMAGES = 32
+WIDE_ROWS = 2**30  # from here on row numbers are 64-bit
+
+
+@triton.jit
+def _source(index, size, SIDE: tl.constexpr, ALIGN_CORNERS: tl.constexpr):
+    """Floor and fraction of the source coordinate of positions `index` on an axis of `size`."""
+    if ALIGN_CORNERS:
+        numerator = index * (SIDE - 1)
+        denominator = tl.maximum(size - 1, 1)
+    else:  # one cell up, which keeps the numerator positive
+        numerator = (2 * index + 1) * SIDE + size
+        denominator = 2 * size
+    cell = numerator // denominator
+    fraction = tl.div_rn((numerator - cell * denominator).to(tl.float32), denominator.to(tl.float32))
+    return cell.to(tl.int32) - (0 if ALIGN_CORNERS else 1), fraction
+
+
+@triton.jit
+def _weights(f, BICUBIC: tl.constexpr):
+    g = 1.0 - f
+    if BICUBIC:
+        near_f = tl.fma(-1.25 * f, f, 1.0 + f)
+        near_g = tl.fma(-1.25 * g, g, 1.0 + g)
+        return -0.75 * f * (g * g), g * near_f, f * near_g, -0.75 * g * (f * f)
+    else:
+        return g, f
+
+
+@triton.jit
+def _locate(
+    row,
+    grid_ptr,
+    images,
+    image_stride,
+    value_stride,
+    rows,
+    SIDE: tl.constexpr,
+    MERGE: tl.constexpr,
+    IMAGES: tl.constexpr,
+):
+    """Each row's image and that image's first row; the rows of all images, `rows + 1` if one is invalid."""
+    image = row.to(tl.int32) * 0
+    start = row * 0
+    total = rows.to(tl.int64) * 0
+    broken = images * 0
+    first = images * 0
+    while first < images:
+        index = first + tl.arange(0, IMAGES)  # [IMAGES]
+        listed = index < images
+        entry = grid_ptr + index.to(tl.int64) * image_stride
+        t = tl.load(entry, mask=listed, other=0).to(tl.int64)
+        h = tl.load(entry + value_stride, mask=listed, other=0).to(tl.int64)
+        w = tl.load(entry + 2 * value_stride, mask=listed, other=0).to(tl.int64)
+        valid = (tl.minimum(t, tl.minimum(h, w)) > 0) & (h % MERGE == 0) & (w % MERGE == 0)
+        valid = valid & (tl.maximum(h, w) < (2**31 - 1) // (2 * SIDE))
+        # Estimated first: the product itself may pass 2**63.
+        valid = valid & (t.to(tl.float32) * (h * w).to(tl.float32) < 2.0 * rows.to(tl.float32) + 2.0)
+        wrong = ((t | h | w) != 0) & (valid == 0)
+        broken = tl.maximum(broken, tl.max(wrong.to(tl.int32), 0))
+        size = tl.where(valid, t * h * w, 0)
+        end = tl.minimum(total + tl.cumsum(size, 0), rows.to(tl.int64) + 1).to(row.dtype)
+        before = end[None, :] <= row[:, None]  # [BLOCK_ROWS, IMAGES]
+        image += tl.sum(before.to(tl.int32), 1)
+        start = tl.maximum(start, tl.max(tl.where(before, end[None, :], 0), 1))
+        total += tl.sum(size, 0)
+        first += IMAGES
+    return image, start, tl.where(broken == 0, total, rows.to(tl.int64) + 1)
+
+
+@triton.jit(do_not_specialize=["rows", "height", "width", "used", "images", "image_stride", "value_stride"])
+def _kernel(
+    table_ptr,  # [SIDE*SIDE, D]
+    grid_ptr,  # [images, 3], or None for one image of height x width that fills `used` rows
+    base_ptr,  # [rows, D] or None
+    out_ptr,  # [rows, D]
+    rows,
+    height,
+    width,
+    used,
+    images,
+    image_stride,
+    value_stride,
+    table_stride,
+    base_stride,
+    D: tl.constexpr,
+    SIDE: tl.constexpr,
+    MERGE: tl.constexpr,
+    BICUBIC: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    IMAGES: tl.constexpr,
+):
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.uint32
+    CELL: tl.constexpr = tl.int64 if SIDE * SIDE >= 2**31 else tl.int32
+    TAPS: tl.constexpr = 4 if BICUBIC else 2
+    FIRST_TAP: tl.constexpr = -1 if BICUBIC else 0
+    ACROSS: tl.constexpr = (D + BLOCK_D * BLOCKS - 1) // (BLOCK_D * BLOCKS)  # programs side by side
+    program = tl.program_id(0)
+    row = (program // ACROSS).to(INDEX) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(INDEX)  # [BLOCK_ROWS]
+
+    if grid_ptr is None:
+        live = row < used
+        image_row = row
+        h = height.to(tl.uint32)
+        w = width.to(tl.uint32)
+        fill = 0.0
+    else:
+        image, start, total = _locate(row, grid_ptr, images, image_stride, value_stride, rows, SIDE, MERGE, IMAGES)
+        live = row < tl.where(total > rows, 0, total)
+        image_row = row - start
+        entry = grid_ptr + image.to(tl.int64) * image_stride
+        h = tl.load(entry + value_stride, mask=live, other=0).to(tl.uint32)
+        w = tl.load(entry + 2 * value_stride, mask=live, other=0).to(tl.uint32)
+        # Rows that are not live sum nothing but this.
+        fill = tl.where(total > rows, float("nan"), 0.0)
+    h = tl.maximum(h, MERGE)  # padding rows divide by it
+    w = tl.maximum(w, MERGE)
+
+    patch = image_row % (h.to(INDEX) * w.to(INDEX))
+    band_size = w.to(INDEX) * MERGE
+    band = patch // band_size
+    band_patch = patch - band * band_size
+    block_patch = band_patch % (MERGE * MERGE)
+    y = band * MERGE + block_patch // MERGE
+    x = band_patch // (MERGE * MERGE) * MERGE + block_patch % MERGE
+    y_cell, y_fraction = _source(y.to(tl.uint32), h, SIDE, ALIGN_CORNERS)
+    x_cell, x_fraction = _source(x.to(tl.uint32), w, SIDE, ALIGN_CORNERS)
+    y_weights = _weights(y_fraction, BICUBIC)
+    x_weights = _weights(x_fraction, BICUBIC)
+
+    out_row = out_ptr + row.to(tl.int64) * D
+    first_column = program % ACROSS * (BLOCKS * BLOCK_D) + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    for block in tl.static_range(BLOCKS):
+        column = (first_column + block * BLOCK_D)[None, :]
+        inside = column < D if D % BLOCK_D != 0 else True
+        if base_ptr is None:
+            acc = tl.full([BLOCK_ROWS, BLOCK_D], 0.0, tl.float32) + fill
+        else:
+            base_row = base_ptr + row.to(tl.int64) * base_stride
+            mask = live[:, None] & inside
+            base = tl.load(base_row[:, None] + column, mask=mask, other=fill, eviction_policy="evict_first")
+            acc = widen(base)
+        for i in tl.static_range(TAPS):
+            y_tap = tl.minimum(tl.maximum(y_cell + (FIRST_TAP + i), 0), SIDE - 1).to(CELL)
+            for j in tl.static_range(TAPS):
+                x_tap = tl.minimum(tl.maximum(x_cell + (FIRST_TAP + j), 0), SIDE - 1)
+                table_row = table_ptr + (y_tap * SIDE + x_tap).to(tl.int64) * table_stride
+                weight = y_weights[i] * x_weights[j]
+                # A tap of zero weight is not read: a NaN or Inf there must not reach the sum.
+                mask = (live & (weight != 0.0))[:, None] & inside
+                value = tl.load(table_row[:, None] + column, mask=mask, other=0.0)
+                acc = tl.fma(weight[:, None], widen(value), acc)
+        result = round_to(acc, out_ptr.dtype.element_ty)
+        tl.store(out_row[:, None] + column, result, mask=(row < rows)[:, None] & inside, cache_modifier=".cs")
+
+
+@lru_cache(maxsize=64)
+def _blocks(width: int, itemsize: int, most: int) -> tuple[int, int]:
+    """Columns per block, and blocks per program so that programs side by side do equal work."""
+    block = min(BLOCK_BYTES // itemsize, triton.next_power_of_2(width))
+    across = triton.cdiv(width, block)
+    return block, max(n for n in range(1, most + 1) if across % n == 0)
+
+
+@lru_cache(maxsize=64)
+def _grid_tensor(grid: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> torch.Tensor:
+    """A host grid on the device. Kept per stream: its memory is reused in that stream's order."""
+    return torch.tensor(grid, dtype=torch.int64, device=device)
+
+
+def _to_device(grid: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise Unsupported(
+            f"{NAME}: grid_thw: a graph cannot capture the copy of {len(grid)} images to the device; "
+            "try a tensor on the device, with out_rows"
+        )
+    stream = 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
+    return _grid_tensor(tuple(map(tuple, grid)), device, stream)
+
+
+def pos_embed_interpolate(
+    table: torch.Tensor,
+    grid_thw: Sequence[Sequence[int]] | torch.Tensor,
+    *,
+    merge_size: int = 2,
+    mode: str = "bilinear",
+    align_corners: bool = True,
+    base: torch.Tensor | None = None,
+    out_dtype: str | None = None,
+    out_rows: int | None = None,
+) -> torch.Tensor:
+    """[rows, D], rounded once."""
+    used = 0 if isinstance(grid_thw, torch.Tensor) else sum(t * h * w for t, h, w in grid_thw)
+    rows = used if out_rows is None else out_rows
+    cells, columns = table.shape
+    like = table if base is None else base
+    dtype = getattr(torch, out_dtype) if out_dtype else like.dtype
+    out = torch.empty((rows, columns), dtype=dtype, device=table.device)
+    if rows == 0 or columns == 0:
+        return out
+    with on_device(NAME, table):
+        grid = grid_thw if isinstance(grid_thw, torch.Tensor) else None
+        height = width = images = image_stride = value_stride = base_stride = 0
+        if not isinstance(grid_thw, torch.Tensor):
+            if len(grid_thw) == 1:
+                _, height, width = grid_thw[0]
+            else:
+                grid = _to_device(grid_thw, table.device)
+        if grid is not None:
+            images, (image_stride, value_stride) = len(grid), grid.stride()
+        if table.stride(1) != 1:
+            table = table.contiguous()
+        if base is not None:
+            base = base if base.stride(1) == 1 else base.contiguous()
+            base_stride = base.stride(0)
+        block_rows, most_blocks = next(tile[1:] for tile in TILES if rows <= tile[0])
+        block_columns, blocks = _blocks(columns, table.element_size(), most_blocks)
+        bicubic = mode == "bicubic"
+        programs = -(-rows // block_rows) * -(-columns // (block_columns * blocks))
+        _kernel[(programs,)](
+            table,
+            grid,
+            base,
+            out,
+            rows,
+            height,
+            width,
+            used,
+            images,
+            image_stride,
+            value_stride,
+            table.stride(0),
+            base_stride,
+            D=columns,
+            SIDE=isqrt(cells),
+            MERGE=merge_size,
+            BICUBIC=bicubic,
+            ALIGN_CORNERS=align_corners,
+            WIDE=rows >= WIDE_ROWS,
+            BLOCK_ROWS=block_rows,
+            BLOCK_D=block_columns,
+            BLOCKS=blocks,
+            IMAGES=BLOCK_IMAGES,
+            num_warps=8 if bicubic else 4,  # pyright: ignore[reportCallIssue]
+        )
+    return out
