@@ -1,6 +1,7 @@
-"""What the two JAX layers share: rounding, block scales and quantisation of float32 arrays.
+"""What the two JAX layers share: rounding, scaling and block scales of float32 arrays, on XLA and on Triton.
 
-XLA may drop a cast to a narrower dtype and back, and Triton's min and max drop NaN: neither is relied on here.
+XLA may drop a cast to a narrower dtype and back, folds (x + c) - c, and on CPU takes subnormal numbers as zero;
+Triton has no rounding to an integer, and its min and max drop NaN. Nothing here relies on these.
 """
 
 from math import frexp
@@ -12,8 +13,8 @@ from jax import lax
 
 from polyfuse.spec.silu_mul_block_quant import QMAX, scale_floor
 
-_INFINITY_BITS = 0x7F800000
-_MANTISSA_BITS = 23
+_MANTISSA = 23  # bits
+_INFINITY = 0x7F800000
 _LARGEST_SCALE = 2.0**127  # no finite amax / qmax reaches it
 
 
@@ -23,7 +24,7 @@ def clamp(x: jax.Array, low: float, high: float) -> jax.Array:
 
 
 def rint(x: jax.Array) -> jax.Array:
-    """To the nearest integer below 2**22, ties to even; infinity and NaN stay."""
+    """The nearest integer, ties to even, for |x| < 2**22; infinity and NaN stay."""
     below = jnp.floor(x)
     rest = x - below
     odd = (below.astype(jnp.int32) & 1) == 1
@@ -31,19 +32,28 @@ def rint(x: jax.Array) -> jax.Array:
 
 
 def round_to(x: jax.Array, dtype: str) -> jax.Array:
-    """Float32 `x` with the nearest value of float32, bfloat16 or float16, ties to even."""
+    """The nearest values of float32, bfloat16 or float16, ties to even, as float32."""
     if dtype == "float32":
         return x
     info = jnp.finfo(dtype)
-    exponent = (_bits(x) >> _MANTISSA_BITS) & 0xFF
-    # The grid's step has a normal float32 below it and above it, so that both powers of two are exact.
+    exponent = (_bits(x) >> _MANTISSA) & 0xFF
+    # Biased exponent of the grid's step; at least 1, so that it and its reciprocal are normal.
     step = jnp.maximum(jnp.maximum(exponent, info.minexp + 127) - info.nmant, 1)
     rounded = rint(x * _power_of_two(254 - step)) * _power_of_two(step)
     return jnp.where(jnp.abs(rounded) > float(info.max), rounded * jnp.inf, rounded)
 
 
+def times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """`x * factor`, of a subnormal `x` too."""
+    product = x * factor
+    mantissa = _bits(x) & ((1 << _MANTISSA) - 1)
+    lifted = jnp.where(_bits(x) < 0, -mantissa, mantissa).astype(jnp.float32) * 2.0**-_MANTISSA  # x * 2**126
+    flushed = ((_bits(x) & _INFINITY) == 0) & (mantissa != 0) & (product == 0)
+    return jnp.where(flushed, lifted * (factor * 2.0**-126), product)
+
+
 def silu_mul(gate: jax.Array, up: jax.Array, dtype: str, limit: float | None, materialize: bool) -> jax.Array:
-    """Silu of the clamped gate, times the clamped up; all float32. `dtype` is what materialize rounds to."""
+    """silu(gate) * up of float32 arrays; `materialize` rounds silu and the product to `dtype`."""
     if limit is not None:
         gate, up = jnp.where(gate > limit, limit, gate), clamp(up, -limit, limit)
     silu = gate / (1 + jnp.exp(-gate))
@@ -53,28 +63,35 @@ def silu_mul(gate: jax.Array, up: jax.Array, dtype: str, limit: float | None, ma
 
 
 def block_scale(y: jax.Array, quant_dtype: str, power_of_two: bool, scale_ub: float | None) -> jax.Array:
-    """The scale of each group of `y` [..., groups, group_size], float32."""
+    """The scale of each group of `y` [..., groups, group_size]."""
     qmax = np.float32(QMAX[quant_dtype])
     least, most = scale_floor(quant_dtype), _LARGEST_SCALE
     if scale_ub is not None:
         most = min(max(scale_ub, least), most)
-    # As integers magnitudes keep their order, and NaN comes after infinity.
+    # Magnitudes are ordered as their bits are, and NaN comes last.
     bits = jnp.max(_bits(y) & 0x7FFFFFFF, axis=-1)
     amax = lax.bitcast_convert_type(bits, jnp.float32)
     if power_of_two:
-        # amax <= qmax * 2**e exactly where bits(amax) <= bits(qmax) + e * 2**23.
-        step = 1 << _MANTISSA_BITS
-        exponent = (bits - int(qmax.view(np.int32)) + step - 1) >> _MANTISSA_BITS
+        # amax <= qmax * 2**e where bits(amax) <= bits(qmax) + e * 2**23: no quotient that could be rounded.
+        exponent = (bits - int(qmax.view(np.int32)) + (1 << _MANTISSA) - 1) >> _MANTISSA
         scale = _power_of_two(jnp.clip(exponent, _log2_above(least), _log2_above(most)) + 127)
     else:
-        # Within one rounding more of a division; Triton's own is less exact than that.
+        # A product with the reciprocal is closer than Triton's division.
         scale = jnp.clip(amax * (1 / qmax), least, most)
-    return jnp.where(bits < _INFINITY_BITS, scale, amax)
+    return jnp.where(bits < _INFINITY, scale, amax)
+
+
+def quantised(ratio: jax.Array, dtype: str) -> jax.Array:
+    """Rounded to nearest even, saturating; NaN stays, and is 0 in int8."""
+    clamped = clamp(ratio, -QMAX[dtype], QMAX[dtype])
+    if dtype == "int8":
+        return jnp.where(jnp.isnan(ratio), 0.0, rint(clamped)).astype(dtype)
+    return clamped.astype(dtype)
 
 
 def exponent_byte(scale: jax.Array) -> jax.Array:
-    """The biased exponent of a power of two, uint8; 255 for infinity and NaN."""
-    return (_bits(scale) >> _MANTISSA_BITS).astype(jnp.uint8)
+    """The biased exponent of a power of two, 255 for infinity and NaN, as uint8."""
+    return (_bits(scale) >> _MANTISSA).astype(jnp.uint8)
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -82,10 +99,10 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def _power_of_two(biased_exponent: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(biased_exponent << _MANTISSA_BITS, jnp.float32)
+    return lax.bitcast_convert_type(biased_exponent << _MANTISSA, jnp.float32)
 
 
 def _log2_above(value: float) -> int:
-    """The least e with float32(value) <= 2**e."""
+    """The least e with 2**e >= float32(value)."""
     mantissa, exponent = frexp(np.float32(value))
     return exponent - (mantissa == 0.5)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import on_device, round_to, widen
-from polyfuse.triton_impl._gdn import l2_normalise, log_decay, sigmoid
+from polyfuse.triton_impl._gdn import l2_normalise, launch, log_decay, sigmoid
 
 NAME = "gdn_post_conv"
 
@@ -161,16 +161,15 @@ def gdn_post_conv(
     beta = conv_out.new_empty((length, value_heads), dtype=torch.float32)
     if length == 0:
         return q, k, v, g, beta
+    inputs = conv_out, a, b, A_log.contiguous(), dt_bias.contiguous()
     strides = *conv_out.stride(), *a.stride(), *b.stride()
     dims = num_k_heads, head_k_dim, value_heads, head_v_dim
     *tile, warps = _tile(length <= SHORT, strides[1] != 1, *dims)
     tokens, heads, heads_v, gate_tokens = tile
     blocks = 2 * (num_k_heads // heads) + value_heads // heads_v
     programs = -(-length // gate_tokens) + -(-length // tokens) * blocks
-    inputs = conv_out, a, b, A_log.contiguous(), dt_bias.contiguous()
     eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
+    fixed = *strides, *dims, l2norm, output_g_exp, *tile
     with on_device(NAME, conv_out):
-        _kernel[(programs,)](
-            *inputs, q, k, v, g, beta, length, eps, *strides, *dims, l2norm, output_g_exp, *tile, num_warps=warps
-        )
+        launch(_kernel, programs, inputs, (q, k, v, g, beta), (length, eps), fixed, warps)
     return q, k, v, g, beta

@@ -1,6 +1,6 @@
 """`gdn_post_conv` in jax.numpy; the formula is the docstring of `polyfuse.spec.gdn_post_conv`.
 
-May be traced, vmapped, sharded over rows, and differentiated in every array.
+Every array may be traced, vmapped, sharded over its rows, and differentiated.
 """
 
 from functools import partial
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from polyfuse.spec import Capability
+from polyfuse.reference._jnp import times
+from polyfuse.spec import FP32_TINY, Capability
 
 CAPABILITY = Capability(differentiable=True)
 
@@ -37,27 +38,23 @@ def gdn_post_conv(
     width = num_k_heads * head_k_dim
     q, k, v = jnp.split(conv_out, (width, 2 * width), axis=1)
     q, k = (part.reshape(length, num_k_heads, head_k_dim) for part in (q, k))
+    v = v.reshape(length, heads_v, head_v_dim)
     if l2norm:
-        q, k = _normalised(q, l2norm_eps), _normalised(k, l2norm_eps)
+        q, k = (_normalised(part, l2norm_eps) for part in (q, k))
     a, b, A_log, dt_bias = (part.astype(jnp.float32) for part in (a, b, A_log, dt_bias))
-    g = _decay(a + dt_bias, A_log)
-    return (
-        q,
-        k,
-        v.reshape(length, heads_v, head_v_dim),
-        jnp.exp(g) if output_g_exp else g,
-        jax.nn.sigmoid(b),
-    )
+    g = -_decay_rate(a + dt_bias, A_log)
+    return q, k, v, jnp.exp(g) if output_g_exp else g, jax.nn.sigmoid(b)
 
 
 def _normalised(x: jax.Array, eps: float) -> jax.Array:
-    """[L, H, K] over the last axis."""
+    """Over the last axis."""
     wide = x.astype(jnp.float32)
-    return (wide * lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    total = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    return times(wide, lax.rsqrt(total + max(eps, FP32_TINY))).astype(x.dtype)
 
 
-def _decay(x: jax.Array, rate: jax.Array) -> jax.Array:
-    """-exp(rate) * softplus(x)."""
-    # Below -20 softplus(x) is exp(x) in float32, which alone may underflow.
-    small = jnp.exp(rate + jnp.minimum(x, -20.0))
-    return -jnp.where(x < -20.0, small, jnp.exp(rate) * jax.nn.softplus(x))
+def _decay_rate(x: jax.Array, log_rate: jax.Array) -> jax.Array:
+    """exp(log_rate) * softplus(x)."""
+    # Below -20 softplus(x) is exp(x), which may underflow where the product does not.
+    tail = jnp.exp(jnp.minimum(x, -20.0) + log_rate)
+    return jnp.where(x < -20.0, tail, jnp.exp(log_rate) * jax.nn.softplus(x))

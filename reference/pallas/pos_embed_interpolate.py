@@ -44,8 +44,9 @@ def pos_embed_interpolate(
     dtype = out_dtype or dtype_name((table if base is None else base).dtype)
     if rows == 0 or width == 0 or len(grid_thw) == 0:
         return jnp.zeros((rows, width), dtype)
-    # Clipping first keeps an invalid int64 entry invalid in int32.
-    grid = jnp.clip(jnp.asarray(grid_thw), -1, _INT32_MAX).astype(jnp.int32)
+    # [3, images], padded to a power of two with unused images; clipping keeps an invalid int64 entry invalid in int32.
+    grid = jnp.clip(jnp.asarray(grid_thw).T, -1, _INT32_MAX).astype(jnp.int32)
+    grid = jnp.pad(grid, ((0, 0), (0, pl.next_power_of_2(grid.shape[1]) - grid.shape[1])))
     operands = (grid, table) if base is None else (grid, table, base)
     return _interpolate(
         *operands, merge_size=merge_size, mode=mode, align_corners=align_corners, dtype=dtype, rows=rows
@@ -131,9 +132,7 @@ def _find_images(
     grid_ref: Any, row: jax.Array, merge_size: int, side: int, rows: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """(h, w, first row) of the image of each row, whether it has one, and whether all images are usable."""
-    images = grid_ref.shape[0]
-    image = lax.iota(jnp.int32, pl.next_power_of_2(images))
-    t, h, w = (plgpu.load(grid_ref.at[image, axis], mask=image < images, other=0) for axis in range(3))
+    t, h, w = grid_ref[0, :], grid_ref[1, :], grid_ref[2, :]
     longest = _INT32_MAX // (2 * side) - 1  # the spec's limit, under which coordinates fit in int32
     # Divisions instead of products, which could overflow.
     fits = (w <= lax.div(rows, jnp.maximum(h, 1))) & (t <= lax.div(rows, jnp.maximum(h * w, 1)))
@@ -147,8 +146,8 @@ def _find_images(
     before = ends[None, :] <= row[:, None]  # [tile_rows, images]
     image = jnp.sum(jnp.where(before, 1, 0), axis=1)
     start = jnp.max(jnp.where(before, ends[None, :], 0), axis=1)
-    live = valid & (image < images)
-    h, w = (plgpu.load(grid_ref.at[image, axis], mask=live, other=merge_size) for axis in (1, 2))
+    live = valid & (image < grid_ref.shape[1])
+    h, w = (plgpu.load(grid_ref.at[axis, image], mask=live, other=merge_size) for axis in (1, 2))
     return h, w, start, live, valid
 
 
