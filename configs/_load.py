@@ -103,11 +103,13 @@ class Tuning(_Strict):
 class Profile(_Strict):
     """How much a conformance run does: the largest output, in elements, that each kind of execution takes on.
 
+    `sample` runs every that many of the spec's cases; the others are reported as skipped.
     `max_elements_repeated` is for cases that only repeat smaller ones, on an accelerator.
     """
 
     seed: int = 0
     models: bool = True
+    sample: int = 1
     max_elements: int
     max_elements_interpreted: int
     max_elements_repeated: int = 0
@@ -175,9 +177,7 @@ def projection_strategies(
     if name not in _names("tuning"):
         return {}
     entries = _read(ROOT / "tuning" / f"{name}.yaml", Tuning).gdn_in_proj
-    return {
-        (e.hidden, e.n1, e.n2, e.dtype): tuple((r.rows, tuple(r.ranking)) for r in e.ranges) for e in entries
-    }
+    return {(e.hidden, e.n1, e.n2, e.dtype): tuple((r.rows, tuple(r.ranking)) for r in e.ranges) for e in entries}
 
 
 def profile(name: str) -> Profile:

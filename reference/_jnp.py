@@ -1,7 +1,7 @@
-"""What the two JAX layers share: rounding, scaling and block scales of float32 arrays, on XLA and on Triton.
+"""What the two JAX layers share: float32 arithmetic that XLA and Triton compute alike.
 
-XLA may drop a cast to a narrower dtype and back, folds (x + c) - c, and on CPU takes subnormal numbers as zero;
-Triton has no rounding to an integer, and its min and max drop NaN. Nothing here relies on these.
+XLA may drop a cast to a narrower dtype and back, and folds (x + c) - c; Triton has no rounding to an integer, and
+its min and max drop NaN. Nothing here relies on these.
 """
 
 from math import frexp
@@ -41,15 +41,6 @@ def round_to(x: jax.Array, dtype: str) -> jax.Array:
     step = jnp.maximum(jnp.maximum(exponent, info.minexp + 127) - info.nmant, 1)
     rounded = rint(x * _power_of_two(254 - step)) * _power_of_two(step)
     return jnp.where(jnp.abs(rounded) > float(info.max), rounded * jnp.inf, rounded)
-
-
-def times(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """`x * factor`, of a subnormal `x` too."""
-    product = x * factor
-    mantissa = _bits(x) & ((1 << _MANTISSA) - 1)
-    lifted = jnp.where(_bits(x) < 0, -mantissa, mantissa).astype(jnp.float32) * 2.0**-_MANTISSA  # x * 2**126
-    flushed = ((_bits(x) & _INFINITY) == 0) & (mantissa != 0) & (product == 0)
-    return jnp.where(flushed, lifted * (factor * 2.0**-126), product)
 
 
 def silu_mul(gate: jax.Array, up: jax.Array, dtype: str, limit: float | None, materialize: bool) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyfuse.reference._numerics import F64, Exact, round_to, to_f64
-from polyfuse.spec import FP32_ROUNDOFF, Capability, dtype_name
+from polyfuse.spec import FP32_ROUNDOFF, FP32_TINY, Capability, dtype_name
 from polyfuse.spec.pos_embed_interpolate import SPEC
 
 CAPABILITY = Capability(devices=("cpu",))
@@ -54,7 +54,7 @@ def exact(
     images = [tuple(int(v) for v in row) for row in grid_thw]
     total = sum(t * h * w for t, h, w in images)
     rows = total if out_rows is None else out_rows
-    if any(not _usable(image, merge_size) for image in images) or total > rows:
+    if any(not _usable(image, merge_size, side) for image in images) or total > rows:
         return {"out": Exact.around(np.full((rows, width), np.nan), np.zeros((rows, width)))}
 
     value, magnitude = np.zeros((rows, width)), np.zeros((rows, width))
@@ -81,7 +81,7 @@ def exact(
         with np.errstate(invalid="ignore"):
             value[:total] += to_f64(base)[:total]
         magnitude[:total] += np.abs(to_f64(base)[:total])
-    return {"out": Exact.around(value, steps * FP32_ROUNDOFF * magnitude)}
+    return {"out": Exact.around(value, steps * FP32_ROUNDOFF * magnitude + (steps + 2) * FP32_TINY)}
 
 
 def pos_embed_interpolate(
@@ -108,9 +108,10 @@ def pos_embed_interpolate(
     return round_to(result.value, out_dtype or dtype_name((table if base is None else base).dtype))
 
 
-def _usable(image: tuple[int, ...], merge_size: int) -> bool:
-    t, h, w = image
-    return image == (0, 0, 0) or (min(image) > 0 and h % merge_size == 0 and w % merge_size == 0)
+def _usable(image: tuple[int, ...], merge_size: int, side: int) -> bool:
+    _, h, w = image
+    fits = 2 * side * (max(h, w) + 1) < 2**31
+    return image == (0, 0, 0) or (min(image) > 0 and h % merge_size == 0 and w % merge_size == 0 and fits)
 
 
 def _merge_order(h: int, w: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

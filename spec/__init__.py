@@ -30,7 +30,9 @@ from polyfuse.spec.gdn_post_conv import SPEC as _gdn_post_conv
 from polyfuse.spec.pos_embed_interpolate import SPEC as _pos_embed_interpolate
 from polyfuse.spec.silu_mul_block_quant import SPEC as _silu_mul_block_quant
 
-OPS: dict[str, OpSpec] = {spec.name: spec for spec in (_pos_embed_interpolate, _gdn_post_conv, _silu_mul_block_quant, _gdn_in_proj)}
+OPS: dict[str, OpSpec] = {
+    spec.name: spec for spec in (_pos_embed_interpolate, _gdn_post_conv, _silu_mul_block_quant, _gdn_in_proj)
+}
 
 __all__ = [
     "FLOATS",

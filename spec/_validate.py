@@ -88,7 +88,9 @@ def _attr(spec: OpSpec, attr: AttrSpec, value: Any) -> Any:
     if value is None or value is REQUIRED:
         if attr.optional:
             return None
-        fail(spec.name, attr.name, "a value" if attr.default is REQUIRED else f"a value (default {attr.default!r})", None)
+        fail(
+            spec.name, attr.name, "a value" if attr.default is REQUIRED else f"a value (default {attr.default!r})", None
+        )
     if attr.kind in ("enum", "dtype"):
         name = dtype_name(value) if attr.kind == "dtype" else value
         if name not in attr.values:
@@ -146,9 +148,7 @@ def _dtype(spec: OpSpec, tensor: TensorSpec, dtype: str, bound: dict[str, str]) 
     return dtype
 
 
-def _bind_shapes(
-    spec: OpSpec, shapes: Mapping[str, tuple[Any, ...]], attrs: Mapping[str, Any]
-) -> dict[str, Any]:
+def _bind_shapes(spec: OpSpec, shapes: Mapping[str, tuple[Any, ...]], attrs: Mapping[str, Any]) -> dict[str, Any]:
     dims: dict[str, Any] = {}
     expressions: list[tuple[TensorSpec, str, Any]] = []
     for tensor in spec.tensors:
@@ -174,7 +174,9 @@ def _bind_shapes(
         if not unknown:
             if evaluate(symbol, names) != size:
                 want = evaluate(symbol, names)
-                fail(spec.name, tensor.name, f"{symbol}={want} in {_shape_text(tensor.shape)}", list(shapes[tensor.name]))
+                fail(
+                    spec.name, tensor.name, f"{symbol}={want} in {_shape_text(tensor.shape)}", list(shapes[tensor.name])
+                )
         else:
             dims[unknown.pop()] = _solve(spec, tensor, symbol, size, names)
     return dims
@@ -200,7 +202,12 @@ def _check_derived(call: Call, shapes: Mapping[str, tuple[Any, ...]]) -> None:
         for symbol, size in zip(reversed(tensor.shape), reversed(shapes.get(tensor.name, ())), strict=False):
             want = call.dims.get(symbol)
             if want is not None and symbol != "..." and size != want:
-                fail(call.op.name, tensor.name, f"{symbol}={want} in {_shape_text(tensor.shape)}", list(shapes[tensor.name]))
+                fail(
+                    call.op.name,
+                    tensor.name,
+                    f"{symbol}={want} in {_shape_text(tensor.shape)}",
+                    list(shapes[tensor.name]),
+                )
 
 
 @lru_cache(maxsize=None)

@@ -89,8 +89,7 @@ SPEC = OpSpec(
     summary="Split, L2-normalise and gate a Gated DeltaNet layer's conv output into q, k, v, g, beta, in one pass.",
     formula=__doc__,
     source=(
-        "Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; Transformers Qwen3NextGatedDeltaNet; "
-        "Qwen3.5"
+        "Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; Transformers Qwen3NextGatedDeltaNet; Qwen3.5"
     ),
     rows="L",
     tensors=(

@@ -45,7 +45,7 @@ _BOUND_REASON = (
     "magnitude is sum of (|wy| + |wx|) * |table| over the taps, + |base|, because a 1-D weight is known to "
     "an absolute error: bilinear 4 (a division within 2 ulp) + 1 (1 - f); bicubic 12 (the same through the "
     "cubic's products). Then 1 for the product of weights and of value, half a step per accumulated tap "
-    "(|wy*wx| <= (|wy| + |wx|) / 2 there), 1 for base"
+    "(|wy*wx| <= (|wy| + |wx|) / 2 there), 1 for base. Each step may also flush a subnormal: 2^-126"
 )
 
 
@@ -128,9 +128,7 @@ def _cases() -> Iterator[Case]:
         ("indivisible", ((1, 2, 2), (1, 3, 4)), 32),
         ("negative", ((1, 2, 2), (-1, 2, 2)), 32),
     ):
-        yield Case(
-            f"device_grid-{name}", small, {"out_rows": rows}, host={"grid_thw": values}, as_tensor=("grid_thw",)
-        )
+        yield Case(f"device_grid-{name}", small, {"out_rows": rows}, host={"grid_thw": values}, as_tensor=("grid_thw",))
     for mode, fill in product(("bilinear", "bicubic"), ("nan_some", "inf_some", "huge", "subnormal", "zeros")):
         yield Case(f"fill_{fill}-{mode}", small, {"mode": mode}, host=grid, fill={"table": fill})
     for layout in ("row_strided", "column_strided"):
@@ -186,9 +184,7 @@ SPEC = OpSpec(
         AttrSpec("out_rows", "int", None, "rows of the result; those past the real total are zero", minimum=0),
     ),
     outputs=(OutputSpec("out", ("rows", "D"), "out_dtype", "the embeddings, in spatial-merge order"),),
-    errors=(
-        ErrorBound("out", lambda attrs: 10 if attrs["mode"] == "bilinear" else 24, _BOUND_REASON),
-    ),
+    errors=(ErrorBound("out", lambda attrs: 10 if attrs["mode"] == "bilinear" else 24, _BOUND_REASON),),
     edge_cases=(
         "A tap of zero weight is not read: a NaN or Inf there does not reach the result.",
         "Padding rows (out_rows) are zero, whatever base holds there.",

@@ -134,8 +134,7 @@ SPEC = OpSpec(
     summary="SiLU-and-multiply followed by block-wise FP8 or INT8 quantisation, in one pass over the activation.",
     formula=__doc__,
     source=(
-        "DeepSeek-V3, arXiv:2412.19437 (1 x 128 tiles); OCP Microscaling Formats v1.0 (MXFP8); "
-        "gpt-oss (clamped SwiGLU)"
+        "DeepSeek-V3, arXiv:2412.19437 (1 x 128 tiles); OCP Microscaling Formats v1.0 (MXFP8); gpt-oss (clamped SwiGLU)"
     ),
     rows="...",
     tensors=(
@@ -152,7 +151,10 @@ SPEC = OpSpec(
         AttrSpec("group_size", "int", 128, "columns that share a scale; divides D", minimum=1),
         AttrSpec("quant_dtype", "dtype", "float8_e4m3fn", "dtype of q", tuple(QMAX)),
         AttrSpec(
-            "scale_format", "enum", "float32", "ue8m0: powers of two, as float32 or four exponent bytes per int32",
+            "scale_format",
+            "enum",
+            "float32",
+            "ue8m0: powers of two, as float32 or four exponent bytes per int32",
             SCALE_FORMATS,
         ),
         AttrSpec("scale_layout", "enum", "row_major", "memory layout of the scales", SCALE_LAYOUTS),

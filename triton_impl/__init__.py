@@ -28,9 +28,10 @@ def unavailable() -> str | None:
             return f"the package {package} is not installed"
     if _gpu_usable():
         return None
-    from triton.language import cdiv
-    from triton.runtime.jit import JITFunction
+    if "triton" in sys.modules:
+        from triton.language import cdiv
+        from triton.runtime.jit import JITFunction
 
-    if isinstance(cdiv, JITFunction):
-        return "no GPU, and triton was imported without TRITON_INTERPRET=1; import polyfuse.triton_impl before it"
+        if isinstance(cdiv, JITFunction):
+            return "no GPU, and triton was imported without TRITON_INTERPRET=1; import polyfuse.triton_impl before it"
     return None

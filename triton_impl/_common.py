@@ -26,7 +26,7 @@ def round_to(value, dtype: tl.constexpr):
 
 @triton.jit
 def widen(value):
-    """`value` in fp32. For bf16 by shifting: one instruction an element, where a cast takes two."""
+    """`value` in fp32. For bf16 by shifting: two instructions a pair of elements, where a cast takes three."""
     if value.dtype == tl.bfloat16:
         return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return value.to(tl.float32)

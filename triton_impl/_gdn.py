@@ -8,6 +8,7 @@ import triton.language as tl
 
 SMALL_X = tl.constexpr(-20.0)  # below, softplus(x) is exp(x) to 1e-9
 LEVELS = tl.constexpr(20)  # log2 of the longest head
+KINDS = 1024  # compiled kernels that a launcher remembers
 
 
 @triton.jit
@@ -61,37 +62,41 @@ def sigmoid(x):
     return tl.div_rn(tl.where(x >= 0, 1.0, e), 1.0 + e)
 
 
-_compiled: dict[Any, Any] = {}
-_COMPILED_LIMIT = 1024
+class Launcher:
+    """Launches `kernel`; from the second call of a kind on without the work by which Triton finds what it compiled."""
 
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: dict[Any, Any] = {}
 
-def launch(
-    kernel: Any,
-    programs: int,
-    inputs: tuple[torch.Tensor, ...],
-    outputs: tuple[torch.Tensor, ...],
-    free: tuple[int | float, ...],
-    fixed: tuple[Any, ...],
-    warps: int,
-) -> None:
-    """kernel[(programs,)](*inputs, *outputs, *free, *fixed), at half of its host time from the second call on.
+    def __call__(
+        self,
+        programs: int,
+        inputs: tuple[torch.Tensor, ...],
+        outputs: tuple[torch.Tensor, ...],
+        free: tuple[int | float, ...],
+        fixed: tuple[Any, ...],
+        warps: int,
+    ) -> None:
+        """kernel[(programs,)](*inputs, *outputs, *free, *fixed).
 
-    Triton compiles for the dtypes, for pointers that are multiples of 16, as those of new outputs are, and for the
-    values `fixed`; the kernel must not be specialised for those in `free`.
-    """
-    arguments = (*inputs, *outputs, *free, *fixed)
-    pointers = 0
-    dtypes = []
-    for x in inputs:
-        pointers |= x.data_ptr()
-        dtypes.append(x.dtype)
-    key = (kernel, inputs[0].device, warps, fixed, *dtypes)
-    compiled = None if pointers % 16 else _compiled.get(key)
-    if compiled is not None:
-        compiled[programs, 1, 1](*arguments)
-        return
-    compiled = kernel[(programs,)](*arguments, num_warps=warps)
-    if compiled is not None and pointers % 16 == 0:  # the interpreter gives None
-        if len(_compiled) >= _COMPILED_LIMIT:
-            _compiled.clear()
-        _compiled[key] = compiled
+        Triton compiles for the dtypes, for pointers that are multiples of 16, as those of new outputs are, and for
+        the values in `fixed`. The kernel must not be specialised on those in `free`.
+        """
+        arguments = (*inputs, *outputs, *free, *fixed)
+        pointers = 0
+        for x in inputs:
+            pointers |= x.data_ptr()
+        if pointers % 16:
+            self.kernel[(programs,)](*arguments, num_warps=warps)
+            return
+        key = (inputs[0].device, warps, fixed, *[x.dtype for x in inputs])
+        compiled = self.compiled.get(key)
+        if compiled is not None:
+            compiled[programs, 1, 1](*arguments)
+            return
+        compiled = self.kernel[(programs,)](*arguments, num_warps=warps)
+        if compiled is not None:  # the interpreter compiles nothing
+            if len(self.compiled) >= KINDS:
+                self.compiled.clear()
+            self.compiled[key] = compiled

@@ -61,7 +61,9 @@ def exponent_byte(scale):
 def divide(value, scale, POWER_OF_TWO: tl.constexpr, BOUNDED: tl.constexpr):
     """[A, B] / [A], correctly rounded. BOUNDED: no quotient of finite numbers is near overflow.
 
-    Two corrections of a product with the reciprocal give the rounded quotient, without a division per element.
+    One division per scale: with a correctly rounded reciprocal, a product and one correction of it by its exact
+    remainder give the rounded quotient (Brisebarre, Muller, Raina, "Accelerating correctly rounded floating-point
+    division when the divisor is known in advance", 2004).
     """
     if POWER_OF_TWO:
         return value * tl.div_rn(1.0, scale)[:, None]
@@ -71,5 +73,4 @@ def divide(value, scale, POWER_OF_TWO: tl.constexpr, BOUNDED: tl.constexpr):
         reciprocal = tl.div_rn(1.0, scale)[:, None]
         minus = tl.where(scale == float("inf"), 0.0, -scale)[:, None]  # so that finite / inf is 0
         quotient = value * reciprocal
-        quotient = tl.fma(tl.fma(quotient, minus, value), reciprocal, quotient)
         return tl.fma(tl.fma(quotient, minus, value), reciprocal, quotient)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import on_device, round_to, widen
-from polyfuse.triton_impl._gdn import l2_normalise, launch, log_decay, sigmoid
+from polyfuse.triton_impl._gdn import Launcher, l2_normalise, log_decay, sigmoid
 
 NAME = "gdn_post_conv"
 
@@ -125,6 +125,9 @@ def _kernel(
             )
 
 
+_launch = Launcher(_kernel)
+
+
 @lru_cache(maxsize=256)
 def _tile(short: bool, strided: bool, H: int, K: int, HV: int, V: int) -> tuple[int, int, int, int, int]:
     """Tokens, heads of q and k, heads of v and tokens of gates per program; warps."""
@@ -154,11 +157,11 @@ def gdn_post_conv(
 ) -> tuple[torch.Tensor, ...]:
     """q, k, v, g, beta, each rounded once."""
     length, value_heads = a.shape
-    q = conv_out.new_empty((length, num_k_heads, head_k_dim))
-    k = conv_out.new_empty((length, num_k_heads, head_k_dim))
-    v = conv_out.new_empty((length, value_heads, head_v_dim))
-    g = conv_out.new_empty((length, value_heads), dtype=torch.float32)
-    beta = conv_out.new_empty((length, value_heads), dtype=torch.float32)
+    q = conv_out.new_empty(length, num_k_heads, head_k_dim)
+    k = torch.empty_like(q)
+    v = conv_out.new_empty(length, value_heads, head_v_dim)
+    g = torch.empty(length, value_heads, dtype=torch.float32, device=conv_out.device)
+    beta = torch.empty_like(g)
     if length == 0:
         return q, k, v, g, beta
     inputs = conv_out, a, b, A_log.contiguous(), dt_bias.contiguous()
@@ -171,5 +174,5 @@ def gdn_post_conv(
     eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
     fixed = *strides, *dims, l2norm, output_g_exp, *tile
     with on_device(NAME, conv_out):
-        launch(_kernel, programs, inputs, (q, k, v, g, beta), (length, eps), fixed, warps)
+        _launch(programs, inputs, (q, k, v, g, beta), (length, eps), fixed, warps)
     return q, k, v, g, beta

@@ -271,6 +271,7 @@ def pos_embed_interpolate(
             BLOCK_D=block_columns,
             BLOCKS=blocks,
             IMAGES=BLOCK_IMAGES,
+            # Two rows of 16 taps a thread would take 200 registers.
             num_warps=8 if bicubic else 4,  # pyright: ignore[reportCallIssue]
         )
     return out

@@ -5,7 +5,9 @@ tile [BLOCK, group_size]. A group never spans programs, so that no tile shape ch
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -31,22 +33,30 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _silu(gate, PRECISE: tl.constexpr):
-    """gate * sigmoid(gate). PRECISE: bitwise what PyTorch computes on the same device."""
+def _silu(gate):
+    """gate * sigmoid(gate), bitwise what PyTorch computes on the same device."""
     if INTERPRETED:
         return tl.div_rn(gate, 1.0 + tl.exp(-gate))
-    elif PRECISE:
+    else:
         return tl.div_rn(gate, 1.0 + libdevice.exp(-gate))
-    else:  # these two flush what is below the least normal number, which saves a third of the instructions
-        return libdevice.fast_dividef(gate, 1.0 + libdevice.exp2(gate * -LOG2_E))
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "scale_expert", "scale_row", "scale_group"])
+@triton.jit
+def _sigmoid(x):
+    if INTERPRETED:
+        return tl.div_rn(1.0, 1.0 + tl.exp(-x))
+    else:  # these two flush to 0 what is below the least normal number, which saves a third of the instructions
+        return libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(x * -LOG2_E))
+
+
+@triton.jit(do_not_specialize=["num_rows_ptr", "rows", "tiles", "scale_expert", "scale_row", "scale_group"])
 def _kernel(
     x_ptr,  # [experts, rows, 2*D]
     num_rows_ptr,  # [experts], or None for one expert whose rows are all valid
     q_ptr,  # [experts, rows, D]
     scale_ptr,  # [experts, rows, GROUPS]; packed: bytes of int32 [experts, rows, GROUPS / 4]
+    scale_ub,
+    limit,
     rows,
     tiles,  # per expert
     x_expert,
@@ -55,8 +65,6 @@ def _kernel(
     scale_expert,
     scale_row,
     scale_group,
-    scale_ub,
-    limit,
     D: tl.constexpr,
     GROUP: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -100,11 +108,10 @@ def _kernel(
     if limit is not None:  # comparisons with NaN are false: it stays
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    y = _silu(gate, MATERIALIZE)
     if MATERIALIZE:
-        y = widen(round_to(widen(round_to(y, dtype)) * up, dtype))
+        y = widen(round_to(widen(round_to(_silu(gate), dtype)) * up, dtype))
     else:
-        y = y * up
+        y = gate * (_sigmoid(gate) * up)
 
     # As integers the magnitudes have the same order, and NaN is above infinity.
     amax = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)  # [BLOCK]
@@ -126,3 +133,146 @@ def _kernel(
             tl.store(byte + i, tl.zeros([BLOCK], tl.uint8), mask=live & (group == GROUPS - 1))
     else:
         tl.store(scale_at + group.to(tl.int64) * scale_group, scale, mask=live)
+
+
+@dataclass
+class _Plan:
+    """What depends on a call's signature alone. `launch`: the compiled kernel, which starts in less time."""
+
+    q_shape: tuple[int, ...]
+    q_dtype: torch.dtype
+    emulated: bool
+    scale_shape: tuple[int, ...]
+    scale_strides: tuple[int, ...] | None
+    scale_dtype: torch.dtype
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    warps: int
+    launch: Callable[..., None] | None = None
+
+
+def _converts(device: torch.device, quant_dtype: str) -> bool:
+    """Whether Triton's cast to this fp8 dtype is right there: to nearest even, saturating, from fp32 at once."""
+    if INTERPRETED.value or device.type != "cuda" or torch.version.hip or quant_dtype == "float8_e4m3fnuz":
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@lru_cache(maxsize=256)
+def _tile(group: int, itemsize: int) -> tuple[int, int]:
+    """Groups and warps per program."""
+    columns = triton.next_power_of_2(group)
+    groups = max(1, TILE_BYTES // itemsize // columns)
+    return groups, min(32, max(4, groups * columns * itemsize // THREAD_BYTES // 32))
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    lead: tuple[int, ...],
+    width: int,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    masked: bool,
+    group: int,
+    quant_dtype: str,
+    scale_format: str,
+    scale_layout: str,
+    materialize: bool,
+    *compiled_for: bool,
+) -> _Plan:
+    """`strides` are those of x as [experts, rows, width] if `masked`, else as [rows, width]."""
+    if group > WIDEST_GROUP:
+        raise Unsupported(f"{NAME}: group_size={group}: a program takes whole groups of up to {WIDEST_GROUP}")
+    experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
+    groups = width // 2 // group
+    packed = scale_format == "ue8m0_packed"
+    columns = -(-groups // 4) if packed else groups
+    layout = scale_strides(lead, columns, scale_layout, masked)
+    scale_row, scale_group = (columns, 1) if layout is None else (1, layout[-1])
+    scale_expert = 0 if not masked else rows * columns if layout is None else layout[0]
+    block, warps = _tile(group, dtype.itemsize)
+    tiles = -(-rows * groups // block)
+    arguments = (
+        rows,
+        tiles,
+        *(strides if masked else (0, *strides)),
+        scale_expert,
+        scale_row,
+        scale_group,
+        width // 2,
+        group,
+        quant_dtype,
+        QMAX[quant_dtype],
+        scale_floor(quant_dtype),
+        scale_format,
+        materialize,
+        rows * groups >= WIDE_PAIRS,
+        block,
+    )
+    return _Plan(
+        q_shape=(*lead, width // 2),
+        q_dtype=getattr(torch, quant_dtype),
+        emulated=quant_dtype != "int8" and not _converts(device, quant_dtype),
+        scale_shape=(*lead, columns),
+        scale_strides=layout,
+        scale_dtype=torch.int32 if packed else torch.float32,
+        grid=(experts * tiles, 1, 1),
+        arguments=arguments,
+        warps=warps,
+    )
+
+
+def silu_mul_block_quant(
+    x: torch.Tensor,
+    *,
+    num_rows: torch.Tensor | None = None,
+    group_size: int = 128,
+    quant_dtype: str = "float8_e4m3fn",
+    scale_format: str = "float32",
+    scale_layout: str = "row_major",
+    scale_ub: float | None = None,
+    limit: float | None = None,
+    materialize: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and scale, each rounded once."""
+    lead = x.shape[:-1]
+    if num_rows is None:
+        if len(lead) > 1:
+            x = x.flatten(0, -2)
+    elif num_rows.stride(0) != 1:
+        num_rows = num_rows.contiguous()
+    plan = _plan(
+        lead,
+        x.shape[-1],
+        x.stride(),
+        x.dtype,
+        x.device,
+        num_rows is not None,
+        group_size,
+        quant_dtype,
+        scale_format,
+        scale_layout,
+        materialize,
+        scale_ub is None,
+        limit is None,
+        x.data_ptr() % 16 == 0,
+    )
+    q = torch.empty(plan.q_shape, dtype=plan.q_dtype, device=x.device)
+    if plan.scale_strides is None:
+        scale = torch.empty(plan.scale_shape, dtype=plan.scale_dtype, device=x.device)
+    else:
+        scale = torch.empty_strided(plan.scale_shape, plan.scale_strides, dtype=plan.scale_dtype, device=x.device)
+    if plan.grid[0] == 0:
+        return q, scale
+    codes = q.view(torch.uint8) if plan.emulated else q
+    with on_device(NAME, x):
+        if plan.launch is None:
+            kernel = _kernel[plan.grid](
+                x, num_rows, codes, scale, scale_ub, limit, *plan.arguments, num_warps=plan.warps
+            )
+            if kernel is not None:  # interpreted
+                plan.launch = kernel[plan.grid]
+        else:
+            plan.launch(x, num_rows, codes, scale, scale_ub, limit, *plan.arguments)
+    return q, scale

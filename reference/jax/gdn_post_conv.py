@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from polyfuse.reference._jnp import times
 from polyfuse.spec import FP32_TINY, Capability
 
 CAPABILITY = Capability(differentiable=True)
@@ -50,7 +49,7 @@ def _normalised(x: jax.Array, eps: float) -> jax.Array:
     """Over the last axis."""
     wide = x.astype(jnp.float32)
     total = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    return times(wide, lax.rsqrt(total + max(eps, FP32_TINY))).astype(x.dtype)
+    return (wide * lax.rsqrt(total + max(eps, FP32_TINY))).astype(x.dtype)
 
 
 def _decay_rate(x: jax.Array, log_rate: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ differentiated) as an array, with `out_rows`. A tuple is static, but only its to
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from math import isqrt
 
 import jax
@@ -37,10 +38,15 @@ def pos_embed_interpolate(
     dtype = out_dtype or dtype_name((table if base is None else base).dtype)
     if rows == 0 or table.shape[1] == 0 or len(grid_thw) == 0:
         return jnp.zeros((rows, table.shape[1]), dtype)
-    # Clipping first keeps an invalid int64 entry invalid in int32.
-    grid = jnp.clip(jnp.asarray(grid_thw), -1, _INT32_MAX).astype(jnp.int32)
     return _interpolate(
-        table, grid, base, merge_size=merge_size, mode=mode, align_corners=align_corners, dtype=dtype, rows=rows
+        table,
+        jnp.asarray(grid_thw),
+        base,
+        merge_size=merge_size,
+        mode=mode,
+        align_corners=align_corners,
+        dtype=dtype,
+        rows=rows,
     )
 
 
@@ -57,21 +63,23 @@ def _interpolate(
     rows: int,
 ) -> jax.Array:
     side = isqrt(table.shape[0])
+    # Clipping first keeps an invalid int64 entry invalid in int32.
+    grid = jnp.clip(grid, -1, _INT32_MAX).astype(jnp.int32)
     ends, valid = _image_ends(grid, merge_size, side, rows)
     row = jnp.arange(rows, dtype=jnp.int32)
     image = jnp.searchsorted(ends, row, side="right", method="compare_all")
     live = image < len(grid)
     image = jnp.minimum(image, len(grid) - 1)
-    t, h, w = jnp.where(live & valid, grid[image].T, jnp.array([[1], [merge_size], [merge_size]]))
+    t, h, w = jnp.where(live & valid, grid[image].T, jnp.array([[1], [merge_size], [merge_size]], jnp.int32))
     y, x = _patch(lax.rem(row - (ends[image] - t * h * w), h * w), w, merge_size)
     # The cast comes before the gather so that gradients of the table accumulate in fp32.
     source = table.astype(jnp.float32)
     total = jnp.zeros((rows, table.shape[1]), jnp.float32)
-    for cell_y, weight_y in _axis_taps(y, h, side, mode, align_corners):
-        for cell_x, weight_x in _axis_taps(x, w, side, mode, align_corners):
-            weight = (weight_y * weight_x)[:, None]
-            cells = jnp.take(source, cell_y * side + cell_x, axis=0, mode="clip")
-            total += jnp.where(weight == 0, 0.0, weight * cells)
+    taps_y, taps_x = _axis_taps(y, h, side, mode, align_corners), _axis_taps(x, w, side, mode, align_corners)
+    for (cell_y, weight_y), (cell_x, weight_x) in product(taps_y, taps_x):
+        weight = (weight_y * weight_x)[:, None]
+        cells = jnp.take(source, cell_y * side + cell_x, axis=0, mode="clip")
+        total += jnp.where(weight == 0, 0.0, weight * cells)
     if base is not None:
         total += base.astype(jnp.float32)
     total = jnp.where(live[:, None], total, 0.0)
@@ -83,9 +91,10 @@ def _image_ends(grid: jax.Array, merge_size: int, side: int, rows: int) -> tuple
     t, h, w = grid.T
     longest = _INT32_MAX // (2 * side) - 1  # the spec's limit, under which coordinates fit in int32
     # Divisions instead of products, which could overflow.
-    fits = (w <= lax.div(rows, jnp.maximum(h, 1))) & (t <= lax.div(rows, jnp.maximum(h * w, 1)))
+    room = lax.full_like(h, rows)
+    fits = (w <= lax.div(room, jnp.maximum(h, 1))) & (t <= lax.div(room, jnp.maximum(h * w, 1)))
     usable = fits & (jnp.min(grid, axis=1) > 0) & (jnp.maximum(h, w) <= longest)
-    usable &= (lax.rem(h, merge_size) == 0) & (lax.rem(w, merge_size) == 0)
+    usable &= (_divmod(h, merge_size)[1] == 0) & (_divmod(w, merge_size)[1] == 0)
     unused = jnp.all(grid == 0, axis=1)
     ends = jnp.cumsum(jnp.where(usable, t * h * w, 0), dtype=jnp.int32)
     # A sum of int32 sizes that first passes 2**31 is negative there.
@@ -95,7 +104,7 @@ def _image_ends(grid: jax.Array, merge_size: int, side: int, rows: int) -> tuple
 def _patch(row: jax.Array, w: jax.Array, merge_size: int) -> tuple[jax.Array, jax.Array]:
     """Patch coordinates of a frame's `row`-th row, in spatial-merge order (h/m, w/m, m, m)."""
     block, inner = _divmod(row, merge_size * merge_size)
-    block_y, block_x = _divmod(block, lax.div(w, merge_size))
+    block_y, block_x = _divmod(block, _divmod(w, merge_size)[0])
     inner_y, inner_x = _divmod(inner, merge_size)
     return block_y * merge_size + inner_y, block_x * merge_size + inner_x
 
@@ -127,5 +136,5 @@ def _axis_taps(
 
 def _divmod(a: jax.Array, b: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """For a >= 0 and b > 0, where truncation is the floor."""
-    quotient = lax.div(a, b)
+    quotient = lax.div(a, lax.full_like(a, b) if isinstance(b, int) else b)
     return quotient, a - quotient * b

@@ -39,7 +39,10 @@ def gdn_in_proj(
     # Zero-size operands cannot enter a kernel: one row of zeros stands for a weight without rows.
     w_ba, bias_ba = (w_ba, bias_ba) if n2 else (jnp.zeros((1, hidden), x.dtype), None)
     if rows == 0 or n1 == 0 or hidden == 0:
-        large, small = (jnp.zeros((rows, n), jnp.float32) + (0 if b is None else b) for n, b in ((n1, bias_qkvz), (len(w_ba), bias_ba)))
+        large, small = (
+            jnp.zeros((rows, n), jnp.float32) + (0 if b is None else b)
+            for n, b in ((n1, bias_qkvz), (len(w_ba), bias_ba))
+        )
         large, small = large.astype(x.dtype), small.astype(x.dtype)
     else:
         zeros = [jnp.zeros(len(w), x.dtype) if b is None else b for w, b in ((w_qkvz, bias_qkvz), (w_ba, bias_ba))]
@@ -55,11 +58,11 @@ def _project(*operands: jax.Array) -> list[jax.Array]:
     )
 
 
-def _launch(
-    x: jax.Array, *weights: jax.Array, tile: tuple[int, int, int], interpret: bool = False
-) -> list[jax.Array]:
+def _launch(x: jax.Array, *weights: jax.Array, tile: tuple[int, int, int], interpret: bool = False) -> list[jax.Array]:
     (rows, hidden), (n1, n2) = x.shape, (len(w) for w in weights[:2])
-    tile_rows, tile_n, tile_k = (min(t, max(16, pl.next_power_of_2(n))) for t, n in zip(tile, (rows, n1, hidden), strict=True))
+    tile_rows, tile_n, tile_k = (
+        min(t, max(16, pl.next_power_of_2(n))) for t, n in zip(tile, (rows, n1, hidden), strict=True)
+    )
     whole = [pl.BlockSpec(a.shape, lambda i, j, n=a.ndim: (0,) * n) for a in (x, *weights)]
     shapes = [jax.ShapeDtypeStruct((rows, n), x.dtype) for n in (n1, n2)]
     return pl.pallas_call(

@@ -1,11 +1,15 @@
 """`pos_embed_interpolate` as one Pallas kernel; the formula is the docstring of `polyfuse.spec.pos_embed_interpolate`.
 
 Each program computes a tile of the result and finds the image of each of its rows in the grid itself, so one
-launch serves all images. Indices are vectors, loads and stores are masked: that is what Triton lowers to.
+launch serves all images. Loads and stores are masked because Triton, unlike the interpreter, does not pad tiles.
+
+Works under `jax.jit` and `jax.vmap`. A `pallas_call` is opaque to the partitioner: to split D over devices,
+use `jax.shard_map(..., check_vma=False)`.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from math import isqrt
 from typing import Any
 
@@ -22,7 +26,7 @@ CAPABILITY = Capability(devices=("cpu", "cuda", "rocm"), min_arch={"cuda": (8, 0
 
 _INT32_MAX = 2**31 - 1
 _GPU_TILE = (32, 128)
-_CPU_TILE_ROWS = 8192  # the interpreter pays per program and copies the whole result each time
+_CPU_TILE_ROWS = 4096  # the interpreter pays per program, so few and large ones
 
 
 def pos_embed_interpolate(
@@ -39,30 +43,27 @@ def pos_embed_interpolate(
     """[rows, D], rounded once."""
     rows = sum(t * h * w for t, h, w in grid_thw) if out_rows is None else out_rows
     width = table.shape[1]
-    if rows > _INT32_MAX:
+    if rows > _INT32_MAX - _GPU_TILE[0]:
         raise Unsupported(f"rows={rows}: row numbers are int32")
     dtype = out_dtype or dtype_name((table if base is None else base).dtype)
     if rows == 0 or width == 0 or len(grid_thw) == 0:
         return jnp.zeros((rows, width), dtype)
-    # [3, images], padded to a power of two with unused images; clipping keeps an invalid int64 entry invalid in int32.
-    grid = jnp.clip(jnp.asarray(grid_thw).T, -1, _INT32_MAX).astype(jnp.int32)
-    grid = jnp.pad(grid, ((0, 0), (0, pl.next_power_of_2(grid.shape[1]) - grid.shape[1])))
-    operands = (grid, table) if base is None else (grid, table, base)
+    operands = (jnp.asarray(grid_thw), table) if base is None else (jnp.asarray(grid_thw), table, base)
     return _interpolate(
         *operands, merge_size=merge_size, mode=mode, align_corners=align_corners, dtype=dtype, rows=rows
     )
 
 
 @partial(jax.jit, static_argnames=("merge_size", "mode", "align_corners", "dtype", "rows"))
-def _interpolate(*operands: jax.Array, dtype: str, rows: int, **attrs: Any) -> jax.Array:
-    width = operands[1].shape[1]
-    native = partial(
-        _launch, tile=(_GPU_TILE[0], min(_GPU_TILE[1], pl.next_power_of_2(width))), dtype=dtype, rows=rows, **attrs
-    )
-    interpreted = partial(
-        _launch, tile=(min(_CPU_TILE_ROWS, rows), width), interpret=True, dtype=dtype, rows=rows, **attrs
-    )
-    return lax.platform_dependent(*operands, cpu=interpreted, cuda=native, rocm=native)
+def _interpolate(grid: jax.Array, table: jax.Array, *base: jax.Array, rows: int, **attrs: Any) -> jax.Array:
+    width = table.shape[1]
+    # Clipping first keeps an invalid int64 entry invalid in int32.
+    grid = jnp.clip(grid.T, -1, _INT32_MAX).astype(jnp.int32)
+    grid = jnp.pad(grid, ((0, 0), (0, pl.next_power_of_2(grid.shape[1]) - grid.shape[1])))
+    gpu_tile = _GPU_TILE[0], min(_GPU_TILE[1], pl.next_power_of_2(width))
+    native = partial(_launch, tile=gpu_tile, rows=rows, **attrs)
+    interpreted = partial(_launch, tile=(min(_CPU_TILE_ROWS, rows), width), interpret=True, rows=rows, **attrs)
+    return lax.platform_dependent(grid, table, *base, cpu=interpreted, cuda=native, rocm=native)
 
 
 def _launch(
@@ -108,24 +109,24 @@ def _kernel(
     tile_rows, tile_width = out_ref.shape
     row = pl.program_id(0) * tile_rows + lax.iota(jnp.int32, tile_rows)
     inner = lax.iota(jnp.int32, tile_width)[None, :]
-    column = pl.program_id(1) * tile_width + inner
+    in_width = pl.program_id(1) * tile_width + inner < width
     h, w, start, live, valid = _find_images(grid_ref, row, merge_size, side, rows)
     y, x = _patch(lax.rem(row - start, h * w), w, merge_size)
     total = jnp.zeros((tile_rows, tile_width), jnp.float32)
-    for cell_y, weight_y in _axis_taps(y, h, side, mode, align_corners):
-        for cell_x, weight_x in _axis_taps(x, w, side, mode, align_corners):
-            weight = weight_y * weight_x
-            taps = plgpu.load(
-                table_ref.at[(cell_y * side + cell_x)[:, None], inner],
-                mask=(live & (weight != 0))[:, None] & (column < width),
-                other=0,
-            )
-            total += weight[:, None] * taps.astype(jnp.float32)
+    taps_y, taps_x = _axis_taps(y, h, side, mode, align_corners), _axis_taps(x, w, side, mode, align_corners)
+    for (cell_y, weight_y), (cell_x, weight_x) in product(taps_y, taps_x):
+        weight = weight_y * weight_x
+        cells = plgpu.load(
+            table_ref.at[(cell_y * side + cell_x)[:, None], inner],
+            mask=(live & (weight != 0))[:, None] & in_width,
+            other=0,
+        )
+        total += weight[:, None] * cells.astype(jnp.float32)
     for base_ref in base_refs:
-        total += plgpu.load(base_ref, mask=live[:, None] & (column < width), other=0).astype(jnp.float32)
+        total += plgpu.load(base_ref, mask=live[:, None] & in_width, other=0).astype(jnp.float32)
     # Rows of no image have read nothing and are zero.
     total = jnp.where(valid, total, jnp.nan)
-    plgpu.store(out_ref, total.astype(out_ref.dtype), mask=(row < rows)[:, None] & (column < width))
+    plgpu.store(out_ref, total.astype(out_ref.dtype), mask=(row < rows)[:, None] & in_width)
 
 
 def _find_images(
@@ -135,16 +136,17 @@ def _find_images(
     t, h, w = grid_ref[0, :], grid_ref[1, :], grid_ref[2, :]
     longest = _INT32_MAX // (2 * side) - 1  # the spec's limit, under which coordinates fit in int32
     # Divisions instead of products, which could overflow.
-    fits = (w <= lax.div(rows, jnp.maximum(h, 1))) & (t <= lax.div(rows, jnp.maximum(h * w, 1)))
+    room = lax.full_like(h, rows)
+    fits = (w <= lax.div(room, jnp.maximum(h, 1))) & (t <= lax.div(room, jnp.maximum(h * w, 1)))
     usable = fits & (t > 0) & (h > 0) & (w > 0) & (jnp.maximum(h, w) <= longest)
-    usable &= (lax.rem(h, merge_size) == 0) & (lax.rem(w, merge_size) == 0)
+    usable &= (_divmod(h, merge_size)[1] == 0) & (_divmod(w, merge_size)[1] == 0)
     unused = (t == 0) & (h == 0) & (w == 0)
-    ends = jnp.cumsum(jnp.where(usable, t * h * w, 0))
+    ends = jnp.cumsum(jnp.where(usable, t * h * w, 0), dtype=jnp.int32)
     # A sum of int32 sizes that first passes 2**31 is negative there.
-    valid = jnp.min(jnp.where((usable | unused) & (ends >= 0) & (ends <= rows), 1, 0)) == 1
+    valid = jnp.min(((usable | unused) & (ends >= 0) & (ends <= rows)).astype(jnp.int32)) == 1
 
     before = ends[None, :] <= row[:, None]  # [tile_rows, images]
-    image = jnp.sum(jnp.where(before, 1, 0), axis=1)
+    image = jnp.sum(before, axis=1, dtype=jnp.int32)
     start = jnp.max(jnp.where(before, ends[None, :], 0), axis=1)
     live = valid & (image < grid_ref.shape[1])
     h, w = (plgpu.load(grid_ref.at[axis, image], mask=live, other=merge_size) for axis in (1, 2))
@@ -154,7 +156,7 @@ def _find_images(
 def _patch(row: jax.Array, w: jax.Array, merge_size: int) -> tuple[jax.Array, jax.Array]:
     """Patch coordinates of a frame's `row`-th row, in spatial-merge order (h/m, w/m, m, m)."""
     block, inner = _divmod(row, merge_size * merge_size)
-    block_y, block_x = _divmod(block, lax.div(w, merge_size))
+    block_y, block_x = _divmod(block, _divmod(w, merge_size)[0])
     inner_y, inner_x = _divmod(inner, merge_size)
     return block_y * merge_size + inner_y, block_x * merge_size + inner_x
 
@@ -186,5 +188,5 @@ def _axis_taps(
 
 def _divmod(a: jax.Array, b: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """For a >= 0 and b > 0, where truncation is the floor."""
-    quotient = lax.div(a, b)
+    quotient = lax.div(a, lax.full_like(a, b) if isinstance(b, int) else b)
     return quotient, a - quotient * b

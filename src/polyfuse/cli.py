@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import polyfuse
-from polyfuse.spec import OPS, BackendError, SpecError, Unsupported
+from polyfuse.spec import OPS, REQUIRED, BackendError, SpecError, Unsupported
 
 STATUS_STYLE = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
@@ -79,16 +79,24 @@ def info() -> None:
 
 
 @main.command()
-def ops() -> None:
-    """List the ops with their signatures.
+@click.argument("op", required=False)
+def ops(op: str | None) -> None:
+    """List the ops and their options, or print OP's whole definition as Markdown.
 
     \b
     Example:
-      polyfuse ops
+      polyfuse ops pos_embed_interpolate
     """
+    from polyfuse.dispatch._select import check_op
+    from polyfuse.pages import op_page
+
+    if op is not None:
+        check_op(op)
+        click.echo(op_page(OPS[op]), nl=False)
+        return
     table = Table("op", "spec", "what it does", "options")
     for spec in OPS.values():
-        options = "\n".join(f"{a.name}={a.default!r}" for a in spec.attrs)
+        options = "\n".join(a.name if a.default is REQUIRED else f"{a.name}={a.default!r}" for a in spec.attrs)
         table.add_row(spec.name, f"v{spec.version}", spec.summary, escape(options))
     console().print(table)
 
@@ -96,7 +104,9 @@ def ops() -> None:
 @main.command()
 @click.argument("op")
 @click.option("--family", default="torch", show_default=True, help="Kind of arrays: torch, jax or numpy.")
-@click.option("--device", default=None, help="Device of the arrays, such as cpu or cuda; the accelerator if there is one.")
+@click.option(
+    "--device", default=None, help="Device of the arrays, such as cpu or cuda; the accelerator if there is one."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as JSON.")
 def explain(op: str, family: str, device: str | None, as_json: bool) -> None:
     """Show which backend runs OP here, why each other one does not, and where the preference came from.
@@ -121,7 +131,9 @@ def explain(op: str, family: str, device: str | None, as_json: bool) -> None:
         return
     title = f"{op} on {decision.device}, {family} arrays: {decision.winner or 'no backend'}"
     names = ", ".join(decision.preference.names)
-    table = Table("backend", "verdict", "why", title=title, caption=f"preference: {names}  from {decision.preference.source}")
+    table = Table(
+        "backend", "verdict", "why", title=title, caption=f"preference: {names}  from {decision.preference.source}"
+    )
     for c in decision.candidates:
         style = "bold green" if c.status == "chosen" else ""
         table.add_row(c.name, c.status, escape(c.reason), style=style)

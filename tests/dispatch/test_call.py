@@ -41,7 +41,10 @@ def test_every_family_takes_every_form_of_grid(family, grid):
     assert type(out).__module__.startswith({"jax": "jaxlib"}.get(family, family))
 
 
-@pytest.mark.parametrize(("family", "backend"), [("torch", "pallas"), ("torch", "jax"), ("torch", "numpy"), ("jax", "torch"), ("numpy", "triton")])
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [("torch", "pallas"), ("torch", "jax"), ("torch", "numpy"), ("jax", "torch"), ("numpy", "triton")],
+)
 def test_a_backend_of_another_family_is_reached_by_conversion(family, backend):
     table = from_numpy(TABLE, family)
     out = polyfuse.pos_embed_interpolate(table, GRID, backend=backend)

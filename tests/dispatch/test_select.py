@@ -104,7 +104,9 @@ def picky(monkeypatch):
 
     backend = Backend("picky", "torch", "polyfuse.torch_impl", implements={OP: 1})
     implementation = Implementation(function, Capability(attrs={"mode": ("bilinear",)}, differentiable=True))
-    monkeypatch.setattr(Backend, "load", lambda self, op, load=Backend.load: implementation if self is backend else load(self, op))
+    monkeypatch.setattr(
+        Backend, "load", lambda self, op, load=Backend.load: implementation if self is backend else load(self, op)
+    )
     registry().add(backend)
 
 

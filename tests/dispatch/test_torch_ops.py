@@ -61,7 +61,9 @@ def test_compiles_into_one_full_graph(form):
         assert torch.equal(compiled(table, x), model(table, x))
     assert counter.frame_count == 1
     names = [n.target for n in counter.graphs[0].graph.nodes if n.op == "call_function"]
-    assert torch.ops.polyfuse.pos_embed_interpolate in names or torch.ops.polyfuse.pos_embed_interpolate.default in names
+    assert (
+        torch.ops.polyfuse.pos_embed_interpolate in names or torch.ops.polyfuse.pos_embed_interpolate.default in names
+    )
 
 
 def test_a_bad_call_is_refused_while_compiling():

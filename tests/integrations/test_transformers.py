@@ -118,14 +118,26 @@ def test_table_larger_than_its_square() -> None:
     assert change(before, encode(accelerate(tower))) <= BOUND[torch.float32]
 
 
-def test_precomputed_interpolation_is_left_alone(calls: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("table", "rest"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_table_of_another_dtype(table: torch.dtype, rest: torch.dtype) -> None:
+    tower = build_tower(dtype=rest)
+    tower.pos_embed.to(table)
+    before = encode(tower)
+    after = encode(accelerate(tower))
+    assert [x.dtype for x in after] == [rest] * len(before)
+    assert change(before, after) <= BOUND[rest]
+
+
+@pytest.mark.parametrize("given", [("interp_indices", "interp_weights"), ("interp_indices",), ("interp_weights",)])
+def test_precomputed_interpolation_is_left_alone(given: tuple[str, ...], calls: list[dict[str, Any]]) -> None:
     tower = build_tower()
     rows = int(GRIDS.prod(-1).sum())
     generator = torch.Generator().manual_seed(2)
-    own = {
+    interpolation = {
         "interp_indices": torch.randint(0, 81, (rows, 3), generator=generator),
         "interp_weights": torch.rand(rows, 3, generator=generator),
     }
+    own = {name: interpolation[name] for name in given}
     before = encode(tower, **own)
     accelerate(tower)
     assert same(before, encode(tower, **own))
@@ -147,6 +159,7 @@ def test_restore_undoes_everything() -> None:
     accelerate(tower)
     assert tower.pos_embed is not module
     assert tower.pos_embed.weight is weight
+    assert not tower.pos_embed.training
     assert list(tower.state_dict()) == keys
     assert dict(tower.named_parameters())["pos_embed.weight"] is weight
     assert restore(tower) is tower
@@ -197,6 +210,13 @@ def test_a_copy_is_independent(duplicate: Any) -> None:
     assert change(before, encode(twin)) <= BOUND[torch.float32]
     assert not twin._forward_pre_hooks
     assert tower._forward_pre_hooks
+
+
+def test_compiled_tower() -> None:
+    tower = accelerate(build_tower())
+    eager = encode(tower)
+    torch._dynamo.reset()
+    assert same(eager, encode(torch.compile(tower, backend="eager")))
 
 
 def test_gradients_reach_the_table() -> None:

@@ -77,11 +77,13 @@ def test_no_images_are_all_padding() -> None:
         (1, 2**31, 2),
         (2**62, 2, 2),
         (0, 2, 2),
+        (1, 4, 3),
     ],
 )
-def test_an_image_that_overflows_poisons_the_result(image: tuple[int, int, int]) -> None:
+def test_an_unusable_image_poisons_the_result(image: tuple[int, int, int]) -> None:
     grid = torch.tensor([(1, 2, 2), image])
     assert pos_embed_interpolate(normal(36, 8), grid, out_rows=16).isnan().all()
+    assert pos_embed_interpolate(normal(36, 8), grid, base=normal(16, 8), out_rows=16).isnan().all()
 
 
 def test_a_device_grid_is_never_read() -> None:

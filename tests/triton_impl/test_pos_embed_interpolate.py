@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 
 from polyfuse.conformance.compare import compare
 from polyfuse.conformance.inputs import make_inputs
@@ -140,11 +141,13 @@ def test_no_images_are_all_padding() -> None:
         (1, 2**31, 2),
         (2**62, 2, 2),
         (0, 2, 2),
+        (1, 4, 3),
     ],
 )
-def test_an_image_that_overflows_poisons_the_result(image: tuple[int, int, int]) -> None:
+def test_an_unusable_image_poisons_the_result(image: tuple[int, int, int]) -> None:
     grid = torch.tensor([(1, 2, 2), image], device=DEVICE)
     assert pos_embed_interpolate(normal(36, 8), grid, out_rows=16).isnan().all()
+    assert pos_embed_interpolate(normal(36, 8), grid, base=normal(16, 8), out_rows=16).isnan().all()
 
 
 def test_a_repeated_host_grid_is_copied_once() -> None:
@@ -164,8 +167,8 @@ def test_rounding_to_bfloat16(value: float) -> None:
 
 
 def test_a_cpu_tensor_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_common, "INTERPRETED", _common.tl.constexpr(False))
-    with pytest.raises(Unsupported, match="^pos_embed_interpolate: .* CPU tensors .*; set TRITON_INTERPRET=1$"):
+    monkeypatch.setattr(_common, "INTERPRETED", tl.constexpr(False))
+    with pytest.raises(Unsupported, match=r"^pos_embed_interpolate: .* CPU tensors .*; set TRITON_INTERPRET=1$"):
         pos_embed_interpolate(torch.zeros(4, 8), ((1, 2, 2),))
 
 
@@ -184,10 +187,11 @@ def test_a_captured_graph_follows_its_grid() -> None:
         assert torch.equal(out, pos_embed_interpolate(table, images, out_rows=100))
 
 
-def run(code: str, **environment: str) -> str:
+def run(code: str, *args: str, **environment: str) -> str:
     """What `code` prints in a fresh process that has not chosen the interpreter."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *args]
+    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -208,38 +212,39 @@ def test_the_interpreter_is_chosen_before_triton_is_imported(first: str, reason:
 
 
 COMPILE = """
-import re
+import re, subprocess, sys
 import triton  # before polyfuse, which chooses the interpreter where there is no GPU
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from polyfuse.triton_impl.pos_embed_interpolate import _kernel
 
-constants = dict(
-    D=1152, SIDE=48, MERGE=2, ALIGN_CORNERS=True, WIDE=False, BLOCK_ROWS=32, BLOCK_D=64, BLOCKS=2, IMAGES=32
-)
-for grid, bicubic in ((None, False), ("*i64", False), ("*i64", True)):
-    values = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names}
-    values |= constants | {"BICUBIC": bicubic, "grid_ptr": grid}
-    typed = {n: isinstance(v, str) for n, v in values.items()}
+aligned = [["tt.divisibility", 16]]
+for grid, bicubic in (("*i64", False), (None, True)):
+    types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names} | {"grid_ptr": grid}
+    constants = dict(D=1152, SIDE=48, MERGE=2, BICUBIC=bicubic, ALIGN_CORNERS=True, WIDE=False)
+    constants |= dict(BLOCK_ROWS=32, BLOCK_D=64, BLOCKS=2, IMAGES=32) | ({} if grid else {"grid_ptr": None})
+    position = _kernel.arg_names.index
     source = ASTSource(
         _kernel,
-        signature={n: v if typed[n] else "constexpr" for n, v in values.items()},
-        constexprs={(i,): v for i, v in enumerate(values.values()) if not isinstance(v, str)},
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(values) if typed[n] and re.search("ptr|table_stride|base_stride", n)},
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs={(position(n),): v for n, v in constants.items()},
+        attrs={(position(n),): aligned for n in ("table_ptr", "base_ptr", "out_ptr", "table_stride", "base_stride")},
     )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8 if bicubic else 4})
-    ptx = made.asm["ptx"]
-    loads = re.findall(r"ld\\.global\\S*v4\\.b32", ptx)
-    others = [x for x in re.findall(r"(?:ld|st)\\.global\\S*", ptx) if not re.search("v4.b32|b64", x)]
-    local = re.findall(r"\\.local", ptx)
-    print(len(loads), len(re.findall(r"st\\.global\\S*v4\\.b32", ptx)), len(others), len(local))
+    options = {"num_warps": 8 if bicubic else 4}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    accesses = re.findall(r"(ld|st)\\.global\\S*?\\.(v4\\.b32|b16|b32|v2\\.b32)", made.asm["ptx"])
+    with open(sys.argv[1], "wb") as file:
+        file.write(made.asm["cubin"])
+    usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", sys.argv[1]], text=True)
+    spilled = re.findall(r"(?:STACK|LOCAL):(?!0 )", usage)
+    print(*(accesses.count((kind, "v4.b32")) for kind in ("ld", "st")), len(set(accesses)), spilled)
 """
 
 
 def test_compiles_for_hopper_with_16_byte_accesses(tmp_path: Path) -> None:
-    """(16-byte loads, 16-byte stores, other global accesses of elements, local memory) without a GPU."""
-    assert run(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).splitlines() == [
-        "20 4 0 0",  # 2 blocks x 2 rows a thread x (4 taps + base)
-        "20 4 0 0",
-        "34 2 0 0",  # 2 blocks x 1 row a thread x (16 taps + base)
+    """16-byte loads and stores, kinds of access to elements, and what spills; no GPU is needed."""
+    printed = run(COMPILE, str(tmp_path / "cubin"), TRITON_CACHE_DIR=str(tmp_path))
+    assert printed.splitlines() == [
+        "20 4 2 []",  # 2 blocks x 2 rows a thread x (4 taps + base)
+        "34 2 2 []",  # 2 blocks x 1 row a thread x (16 taps + base)
     ]

@@ -20,7 +20,7 @@ from polyfuse.dispatch._select import (
     log,
     resolve,
 )
-from polyfuse.spec import OPS, Call, OpSpec, SpecError, Unsupported, bind
+from polyfuse.spec import OPS, REQUIRED, Call, OpSpec, SpecError, Unsupported, bind
 
 _CACHE_LIMIT = 4096
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -49,7 +49,9 @@ class Op:
         self.positional = len(positional)
         arrays = {t.name for t in spec.tensors}
         self.keyword_arrays = [(i, n) for i, n in enumerate(self.names) if n in arrays and n not in positional]
-        self.hosts = [(self.names.index(t.name), self.names.index(t.host_unless)) for t in spec.tensors if t.host_unless]
+        self.hosts = [
+            (self.names.index(t.name), self.names.index(t.host_unless)) for t in spec.tensors if t.host_unless
+        ]
 
 
 _OPS: dict[str, Op] = {}
@@ -205,7 +207,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     values = dict(zip(entry.names, args, strict=False)) | kwargs
     unknown = set(values) - set(entry.names)
     if unknown or len(args) > entry.positional:
-        raise SpecError(f"{op}: expected the parameters {', '.join(entry.names)}, got {', '.join(unknown) or len(args)}")
+        raise SpecError(
+            f"{op}: expected the parameters {', '.join(entry.names)}, got {', '.join(unknown) or len(args)}"
+        )
     values = {name: values[name] if name in values else entry.defaults.get(name) for name in entry.names}
     bound = read_hosts(entry, tuple(values.values()))
     call, family, device, needs_grad = examine_arguments(entry, bound)
@@ -229,7 +233,8 @@ def docstring(spec: OpSpec) -> str:
         lines.append(f"    {t.name}: [{', '.join(t.shape)}] {'/'.join(t.dtypes)}{optional}. {t.doc}.")
     for a in spec.attrs:
         kind = " | ".join(a.values) if a.kind == "enum" else a.kind
-        lines.append(f"    {a.name}: {kind}, default {a.default!r}. {a.doc}.")
+        default = "required" if a.default is REQUIRED else f"default {a.default!r}"
+        lines.append(f"    {a.name}: {kind}, {default}. {a.doc}.")
     lines.append("    backend: a backend name, or a list in order of preference; None selects one for the machine.")
     lines += ["", "Returns:"]
     lines += [f"    {o.name}: [{', '.join(o.shape)}] {o.dtype}. {o.doc}." for o in spec.outputs]

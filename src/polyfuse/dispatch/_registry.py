@@ -51,7 +51,10 @@ class Backend:
         if op not in self.implements:
             return "not_implemented", f"does not implement {op}"
         if self.implements[op] != OPS[op].version:
-            return "spec_version", f"implements version {self.implements[op]} of {op}, this is version {OPS[op].version}"
+            return (
+                "spec_version",
+                f"implements version {self.implements[op]} of {op}, this is version {OPS[op].version}",
+            )
         reason = getattr(_import(self, self.module), "unavailable", lambda: None)()
         return ("not_installed", reason) if reason else None
 
@@ -94,7 +97,7 @@ class Registry:
         self._backends = {b.name: b for b in _BUILT_IN}
         self._plugins: dict[str, EntryPoint] = {}
         self.problems: list[tuple[str, str]] = []
-        for entry in entry_points(group=GROUP):
+        for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
             twin = self._plugins.setdefault(entry.name, entry)
             if twin is not entry:
                 both = f"{twin.value} and {entry.value}"

@@ -1,0 +1,196 @@
+"""`silu_mul_block_quant` as one Pallas kernel; the formula is the docstring of `polyfuse.spec.silu_mul_block_quant`.
+
+A program takes whole groups of some rows; x is seen as [experts, rows, gate or up, groups, group_size]. JAX arrays
+have no strides: `scale` is the same [..., G] array for every `scale_layout`.
+"""
+
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from polyfuse.reference._jnp import block_scale, exponent_byte, quantised, silu_mul
+from polyfuse.spec import Capability, dtype_name
+
+# Triton casts to float8_e4m3fn from compute capability 8.9 on.
+CAPABILITY = Capability(devices=("cpu", "cuda"), min_arch={"cuda": (8, 9)}, interpreted=("cpu",))
+
+_INT32_MAX = 2**31 - 1
+_GPU_TILE = 2048  # elements of q
+_GPU_TILE_WIDTH = 512
+_CPU_TILE_ROWS = 8192  # the interpreter pays per program and copies the whole result each time
+
+
+def silu_mul_block_quant(
+    x: jax.Array,
+    *,
+    num_rows: jax.Array | None = None,
+    group_size: int = 128,
+    quant_dtype: str = "float8_e4m3fn",
+    scale_format: str = "float32",
+    scale_layout: str = "row_major",
+    scale_ub: float | None = None,
+    limit: float | None = None,
+    materialize: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """q [..., D], scale [..., G]. Rows past num_rows are zero in q and have the least scale."""
+    return _quantise(
+        x,
+        num_rows,
+        group_size=group_size,
+        quant_dtype=quant_dtype,
+        scale_format=scale_format,
+        scale_ub=scale_ub,
+        limit=limit,
+        materialize=materialize,
+    )
+
+
+@partial(
+    jax.jit,
+    static_argnames=("group_size", "quant_dtype", "scale_format", "scale_ub", "limit", "materialize"),
+)
+def _quantise(
+    x: jax.Array,
+    num_rows: jax.Array | None,
+    *,
+    group_size: int,
+    quant_dtype: str,
+    scale_format: str,
+    **attrs: Any,
+) -> tuple[jax.Array, jax.Array]:
+    *lead, width = x.shape
+    groups = width // 2 // group_size
+    packed = scale_format == "ue8m0_packed"
+    if x.size == 0:
+        columns, scale_dtype = (pl.cdiv(groups, 4), "int32") if packed else (groups, "float32")
+        return jnp.zeros((*lead, width // 2), quant_dtype), jnp.zeros((*lead, columns), scale_dtype)
+    experts, counts = (1, []) if num_rows is None else (lead[0], [num_rows])
+    blocks = x.reshape(experts, prod(lead) // experts, 2, groups, group_size)
+    attrs |= {"quant_dtype": quant_dtype, "scale_format": scale_format}
+    native = partial(_in_parts, tile=_gpu_tile(groups, group_size), **attrs)
+    interpreted = partial(
+        _in_parts, tile=(min(_CPU_TILE_ROWS, blocks.shape[1]), groups, group_size), interpret=True, **attrs
+    )
+    q, scale = lax.platform_dependent(blocks, *counts, cpu=interpreted, cuda=native)
+    if q.dtype != quant_dtype:
+        q = lax.bitcast_convert_type(q, quant_dtype)
+    if packed:
+        scale = jnp.pad(scale, [(0, 0), (0, 0), (0, -groups % 4)])
+        scale = lax.bitcast_convert_type(scale.reshape(*scale.shape[:2], -1, 4), jnp.int32)
+    return q.reshape(*lead, width // 2), scale.reshape(*lead, scale.shape[-1])
+
+
+def _gpu_tile(groups: int, size: int) -> tuple[int, int, int]:
+    """Rows, groups and elements of a group; powers of two."""
+    lanes = pl.next_power_of_2(size)
+    tile_groups = min(pl.next_power_of_2(groups), max(1, _GPU_TILE_WIDTH // lanes))
+    return max(1, _GPU_TILE // (tile_groups * lanes)), tile_groups, lanes
+
+
+def _in_parts(x: jax.Array, *num_rows: jax.Array, tile: tuple[int, int, int], **attrs: Any) -> Any:
+    """One launch, unless q is so large that the lowering's 32-bit offsets overflow."""
+    experts, rows, _, groups, size = x.shape
+    most = max(1, _INT32_MAX // (experts * groups * size * tile[0])) * tile[0]
+    parts = [
+        _launch(x, *num_rows, first=first, rows=min(most, rows - first), tile=tile, **attrs)
+        for first in range(0, rows, most)
+    ]
+    return (
+        parts[0] if len(parts) == 1 else tuple(jnp.concatenate(outputs, axis=1) for outputs in zip(*parts, strict=True))
+    )
+
+
+def _launch(
+    x: jax.Array,
+    *num_rows: jax.Array,
+    first: int,
+    rows: int,
+    tile: tuple[int, int, int],
+    quant_dtype: str,
+    scale_format: str,
+    interpret: bool = False,
+    **attrs: Any,
+) -> Any:
+    """q [experts, rows, groups, group_size] and scale [experts, rows, groups], of `rows` rows of x from `first` on."""
+    experts, _, _, groups, size = x.shape
+    tile_rows, tile_groups, lanes = tile
+    skipped = first // tile_rows
+    return pl.pallas_call(
+        partial(
+            _kernel,
+            first=first,
+            end=first + rows,
+            groups=groups,
+            size=size,
+            dtype=dtype_name(x.dtype),
+            quant_dtype=quant_dtype,
+            power_of_two=scale_format != "float32",
+            **attrs,
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct(
+                (experts, rows, groups, size), "uint8" if quant_dtype == "float8_e4m3fnuz" else quant_dtype
+            ),
+            jax.ShapeDtypeStruct((experts, rows, groups), "uint8" if scale_format == "ue8m0_packed" else "float32"),
+        ),
+        grid=(pl.cdiv(groups, tile_groups), pl.cdiv(rows, tile_rows), experts),
+        in_specs=[
+            pl.BlockSpec((None, tile_rows, None, tile_groups, lanes), lambda j, i, e: (e, skipped + i, 0, j, 0)),
+            pl.BlockSpec((None, tile_rows, None, tile_groups, lanes), lambda j, i, e: (e, skipped + i, 1, j, 0)),
+            *(pl.BlockSpec((None,), lambda j, i, e: (e,)) for _ in num_rows),
+        ],
+        out_specs=(
+            pl.BlockSpec((None, *tile), lambda j, i, e: (e, i, j, 0)),
+            pl.BlockSpec((None, tile_rows, tile_groups), lambda j, i, e: (e, i, j)),
+        ),
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=min(32, pl.cdiv(prod(tile), 512))),
+        name="silu_mul_block_quant",
+    )(x, x, *num_rows)
+
+
+def _kernel(
+    gate_ref: Any,
+    up_ref: Any,
+    *refs: Any,
+    first: int,
+    end: int,
+    groups: int,
+    size: int,
+    dtype: str,
+    quant_dtype: str,
+    power_of_two: bool,
+    scale_ub: float | None,
+    limit: float | None,
+    materialize: bool,
+) -> None:
+    *num_rows_refs, q_ref, scale_ref = refs
+    tile_rows, tile_groups, lanes = gate_ref.shape
+    row = first + pl.program_id(1) * tile_rows + lax.iota(jnp.int32, tile_rows)
+    group = pl.program_id(0) * tile_groups + lax.iota(jnp.int32, tile_groups)
+    columns = (group < groups)[:, None] & (lax.iota(jnp.int32, lanes) < size)[None, :]
+    inside = (row < end)[:, None, None] & columns[None]
+    live = inside
+    for ref in num_rows_refs:
+        live = inside & (row < ref[...])[:, None, None]
+    gate, up = (plgpu.load(ref, mask=live, other=0).astype(jnp.float32) for ref in (gate_ref, up_ref))
+    y = silu_mul(gate, up, dtype, limit, materialize)
+    scale = block_scale(y, quant_dtype, power_of_two, scale_ub)
+    ratio = y / scale[:, :, None]
+    q = _fnuz_bytes(ratio) if quant_dtype == "float8_e4m3fnuz" else quantised(ratio, quant_dtype)
+    plgpu.store(q_ref, q, mask=inside)
+    scale = exponent_byte(scale) if scale_ref.dtype == jnp.uint8 else scale
+    plgpu.store(scale_ref, scale, mask=(row < end)[:, None] & (group < groups)[None, :])
+
+
+def _fnuz_bytes(ratio: jax.Array) -> jax.Array:
+    """The bytes of float8_e4m3fnuz, to which Triton cannot cast: those of float8_e4m3fn for twice the value, except
+    that 0x80 is NaN and no zero."""
+    code = lax.bitcast_convert_type(quantised(2 * ratio, "float8_e4m3fn"), jnp.uint8)
+    return jnp.where(jnp.isnan(ratio), 0x80, jnp.where(code == 0x80, 0, code))

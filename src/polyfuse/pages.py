@@ -1,0 +1,51 @@
+"""An op's page in Markdown, from its spec: what `polyfuse ops OP` prints and `docs/ops/` holds."""
+
+from collections.abc import Iterable
+
+from polyfuse.spec import REQUIRED, OpSpec
+
+
+def op_page(spec: OpSpec) -> str:
+    """The whole definition of an op as Markdown."""
+    definition = spec.formula.strip().partition("\n")[2].strip("\n")
+    inputs = [
+        (f"`{t.name}`{' (optional)' if t.optional else ''}", _shape(t.shape), ", ".join(t.dtypes), t.doc)
+        for t in spec.tensors
+    ]
+    attrs = [
+        (
+            f"`{a.name}`",
+            "required" if a.default is REQUIRED else f"`{a.default!r}`",
+            ", ".join(a.values) or a.kind,
+            a.doc,
+        )
+        for a in spec.attrs
+    ]
+    outputs = [(f"`{o.name}`", _shape(o.shape), o.dtype, o.doc) for o in spec.outputs]
+    parts = [
+        f"# `{spec.name}`",
+        spec.summary,
+        f"Spec version {spec.version}. Source: {spec.source}.",
+        f"```text\n{definition}\n```",
+        "## Arguments",
+        _table(("array", "shape", "dtype", "meaning"), inputs),
+        _table(("keyword", "default", "values", "meaning"), attrs),
+        "## Results",
+        _table(("result", "shape", "dtype", "meaning"), outputs),
+        "## Edge cases",
+        "\n".join(f"- {e}" for e in spec.edge_cases),
+        "## Error bound",
+        "An element is right if it lies between the rounded ends of an interval around the exact value; its half-width "
+        "is a number of float32 roundings (2^-24) of the magnitude named here.",
+        "\n".join(f"- `{e.output}`: {e.reason}." for e in spec.errors),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _shape(shape: tuple[str, ...]) -> str:
+    return f"`[{', '.join(shape)}]`"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,105 @@
+"""The runner and its report: counts, reasons, crashes, exit status."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+
+import polyfuse
+from polyfuse import SpecError, Unsupported
+from polyfuse.conformance import all_cases, run
+from polyfuse.dispatch import Backend, Implementation, registry
+from polyfuse.spec import OPS, Capability
+
+OP = "pos_embed_interpolate"
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """A backend that crashes on bicubic, declines merge_size 3 at the call, refuses fp16 and is right otherwise."""
+    right = registry().get("torch").load(OP).function
+
+    def function(table, grid_thw, **attrs):
+        if attrs["mode"] == "bicubic":
+            raise ZeroDivisionError("deliberate")
+        if attrs["merge_size"] == 3:
+            raise Unsupported("merge_size=3")
+        return right(table, grid_thw, **attrs)
+
+    backend = Backend("broken", "torch", "polyfuse.torch_impl", implements={OP: 1})
+    capability = Capability(dtypes={"table": ("float32", "bfloat16")})
+    load = Backend.load
+    mine = Implementation(function, capability)
+    monkeypatch.setattr(Backend, "load", lambda self, op: mine if self.name == "broken" else load(self, op))
+    registry().add(backend)
+    yield
+    polyfuse.refresh()
+
+
+def test_each_outcome_is_counted_with_its_reason(broken, tmp_path):
+    seen = []
+    report = run([OP], ["broken"], profile="quick", on_result=lambda r, total: seen.append((r.case, total)))
+    cases = all_cases(OP, models=False)
+    by_case = {r.case: r for r in report.results}
+    assert [c for c, _ in seen] == [c.name for c in cases]
+    assert {total for _, total in seen} == {len(cases)}
+    assert by_case["upsample-bilinear-corners"].status == "passed"
+    crash = by_case["upsample-bicubic-corners"]
+    assert crash.status == "failed"
+    assert crash.detail.endswith("ZeroDivisionError: deliberate")
+    assert by_case["merge_3-corners"].status == "failed"
+    refused = by_case["dtypes-float16-out_default-base_none"]
+    assert (refused.status, refused.detail) == (
+        "skipped",
+        "unsupported: table.dtype=float16: supports float32, bfloat16",
+    )
+    assert "the profile runs up to 1000000" in by_case["over_2_31"].detail
+    assert not report.ok
+
+    counts = report.counts()
+    assert sum(counts.values()) == len(cases)
+    files = report.write(tmp_path / "report")
+    data = json.loads(files[0].read_text())
+    assert data["counts"] == dict(counts)
+    assert data["versions"]["torch"] == torch.__version__
+    suite = ET.parse(files[1]).getroot()
+    assert suite.get("failures") == str(counts["failed"])
+    assert len(suite.findall("testcase/skipped")) == counts["skipped"]
+
+
+def test_nothing_executed_is_not_a_success(monkeypatch):
+    monkeypatch.setattr(Backend, "missing", lambda self, op: ("not_installed", "no such device"))
+    report = run([OP], ["torch"], profile="quick")
+    assert set(report.counts()) == {"skipped"}
+    assert not report.ok
+
+
+def test_a_backend_that_writes_to_its_input_fails(monkeypatch):
+    right = registry().get("torch").load(OP)
+
+    def function(table, grid_thw, **attrs):
+        out = right.function(table, grid_thw, **attrs)
+        table.mul_(2)
+        return out
+
+    monkeypatch.setattr(Backend, "load", lambda self, op: Implementation(function, right.capability))
+    polyfuse.refresh()
+    report = run([OP], ["torch"], profile="quick")
+    polyfuse.refresh()
+    wrote = {r.case: r.detail for r in report.results if r.status == "failed"}
+    assert wrote["upsample-bilinear-corners"] == "table: the backend wrote to its input"
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(SpecError, match="profile: expected one of full, quick, standard, got 'slow'"):
+        run(profile="slow")
+    with pytest.raises(polyfuse.BackendError, match="expected one of numpy.*got 'tritn'"):
+        run(backends=["tritn"])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cases_cover_real_models(op):
+    names = [c.name for c in all_cases(op)]
+    assert any(n.startswith("qwen3") for n in names)
+    assert len(set(names)) == len(names)

@@ -1,0 +1,106 @@
+"""Backends of other packages, found through the entry-point group, in an interpreter of their own."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from polyfuse import BackendError
+from polyfuse.dispatch import Backend, registry
+
+GOOD = """
+    from polyfuse.dispatch import Backend
+    print("loaded", __name__)
+    BACKEND = Backend("mychip", "torch", "mychip", implements={"pos_embed_interpolate": 1, "gdn_post_conv": 99})
+"""
+KERNEL = """
+    import torch
+    from polyfuse.spec import Capability
+    CAPABILITY = Capability(attrs={"mode": ("bilinear",)})
+    def pos_embed_interpolate(table, grid_thw, *, merge_size, mode, align_corners, base, out_dtype, out_rows):
+        return torch.full((4, table.shape[1]), 7.0)
+"""
+
+
+@pytest.fixture
+def install(tmp_path):
+    """Write packages with entry points into a folder, as an installer lays them out; run code that sees them."""
+
+    def write(package, entry, files):
+        (tmp_path / package).mkdir()
+        for name, text in files.items():
+            (tmp_path / package / name).write_text(textwrap.dedent(text))
+        info = tmp_path / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[polyfuse.backends]\n{entry}\n")
+
+    def run(code):
+        prelude = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import polyfuse, torch\n"
+        done = subprocess.run(
+            [sys.executable, "-c", prelude + textwrap.dedent(code)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run.write = write
+    return run
+
+
+CALL = "polyfuse.pos_embed_interpolate(torch.ones(4, 8), [[1, 2, 2]], backend='mychip', "
+
+
+def test_a_plugin_is_metadata_until_it_is_asked_for(install):
+    install.write("mychip", "mychip = mychip:BACKEND", {"__init__.py": GOOD, "pos_embed_interpolate.py": KERNEL})
+    out = install(
+        f"""
+        polyfuse.pos_embed_interpolate(torch.ones(4, 8), [[1, 2, 2]])
+        print("before")
+        print({CALL}mode="bilinear")[0, 0].item())
+        for call in (lambda: {CALL}mode="bicubic"), lambda: polyfuse.gdn_post_conv(torch.ones(1, 3), torch.ones(1, 1),
+                     torch.ones(1, 1), torch.ones(1), torch.ones(1), num_k_heads=1, head_k_dim=1, head_v_dim=1,
+                     backend="mychip")):
+            try:
+                call()
+            except (polyfuse.Unsupported, polyfuse.BackendError) as error:
+                print(type(error).__name__, error)
+        """
+    )
+    lines = out.splitlines()
+    assert lines[:3] == ["before", "loaded mychip", "7.0"]
+    assert lines[3].startswith("Unsupported pos_embed_interpolate: no backend of [mychip] (backend= on the call)")
+    assert lines[4].endswith("mychip: implements version 99 of gdn_post_conv, this is version 1")
+
+
+def test_a_broken_plugin_breaks_only_itself(install):
+    install.write("bad", "mychip = bad:BACKEND", {"__init__.py": "raise OSError('no driver')"})
+    install.write("thief", "triton = thief:BACKEND", {"__init__.py": "from mychip2 import BACKEND"})
+    out = install(
+        f"""
+        print(polyfuse.pos_embed_interpolate(torch.ones(4, 8), [[1, 2, 2]])[0, 0].item())
+        try:
+            {CALL})
+        except polyfuse.BackendError as error:
+            print(error)
+        from polyfuse.cli import main
+        main(["info"], standalone_mode=False)
+        """
+    )
+    assert out.splitlines()[0] == "1.0"
+    assert "backend 'mychip': OSError: no driver" in out
+    assert "backend mychip cannot be used: Traceback" in out
+    assert "backend triton cannot be used: Traceback" in out
+    assert "│ triton" in out
+
+
+def test_two_plugins_of_one_name_are_both_named(install):
+    for package in ("one", "two"):
+        install.write(package, f"mychip = {package}:BACKEND", {"__init__.py": "BACKEND = None"})
+    out = install("from polyfuse.cli import main; main(['info'], standalone_mode=False)")
+    assert "two installed packages provide it: one:BACKEND and two:BACKEND" in out
+
+
+def test_a_taken_name_needs_override():
+    with pytest.raises(BackendError, match=r"backend 'torch' \(mine\) exists already \(built in\); try override=True"):
+        registry().add(Backend("torch", "torch", "mine"))

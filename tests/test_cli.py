@@ -1,0 +1,88 @@
+"""The command line as a user meets it."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import polyfuse
+from polyfuse.cli import main
+
+OP = "pos_embed_interpolate"
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    polyfuse.refresh()
+    yield
+    polyfuse.refresh()
+
+
+def invoke(*args, env=None):
+    return CliRunner().invoke(main, list(args), env=env)
+
+
+@pytest.mark.parametrize("command", ["info", "ops", "explain", "conformance", "bench", "demo"])
+def test_every_command_has_help_with_an_example(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert "Example:" in result.output
+    assert f"polyfuse {command}" in result.output.split("Example:")[1]
+
+
+def test_explain_names_winner_losers_and_source():
+    result = invoke("explain", OP, env={"POLYFUSE_BACKEND": "triton"})
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert any("triton" in x and "chosen" in x and "environment variable POLYFUSE_BACKEND" in x for x in lines)
+    assert any("torch" in x and "not named by environment variable POLYFUSE_BACKEND" in x for x in lines)
+    assert any("pallas" in x and "takes jax arrays" in x for x in lines)
+    assert "preference: triton  from environment variable POLYFUSE_BACKEND" in result.output
+
+
+def test_explain_as_json():
+    data = json.loads(invoke("explain", OP, "--json", "--family", "jax").output)
+    assert data["winner"] == "jax"
+    assert {c["name"] for c in data["candidates"]} == {"numpy", "jax", "pallas", "torch", "triton"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["explain", "nope"], f"op: expected one of {OP}"),
+        (["explain", OP, "--family", "tf"], "--family: expected one of torch, jax, numpy, got 'tf'"),
+        (["conformance", "--op", "nope"], "got 'nope'"),
+        (
+            ["conformance", "--backend", "nope"],
+            "backend: expected one of numpy, jax, pallas, torch, triton, got 'nope'",
+        ),
+        (["conformance", "--profile", "nope"], "profile: expected one of full, quick, standard, got 'nope'"),
+        (["conformance", "--plugin", "nope:X"], "expected an importable MODULE:OBJECT, got 'nope:X'"),
+        (["conformance", "--plugin", "math:pi"], "math:pi is not a polyfuse.dispatch.Backend but float"),
+        (["bench", "--model", "nope"], "--model: expected one of qwen3"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(args, message):
+    result = invoke(*args)
+    assert result.exit_code == 2
+    errors = [x for x in result.output.splitlines() if x.startswith("Error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_conformance_writes_its_report(tmp_path):
+    result = invoke(
+        "conformance", "--op", OP, "--backend", "numpy", "--profile", "quick", "--report", str(tmp_path / "r")
+    )
+    assert result.exit_code == 0, result.output
+    assert "0 failed" in result.output
+    data = json.loads((tmp_path / "r" / "conformance.json").read_text())
+    assert data["ok"] is True
+    assert data["counts"]["passed"] > 100
+
+
+def test_ops_prints_the_page_of_an_op():
+    assert "v1" in invoke("ops").output
+    page = invoke("ops", OP).output
+    assert page.startswith(f"# `{OP}`")
+    assert "(N-1)/(h-1)" in page or "source = i * (N - 1) / (n - 1)" in page

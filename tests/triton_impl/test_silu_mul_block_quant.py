@@ -1,0 +1,351 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch.nn.functional import silu
+
+from polyfuse.conformance.runner import Trial
+from polyfuse.dispatch import from_numpy, registry, to_numpy
+from polyfuse.reference._numerics import round_to, to_f64
+from polyfuse.reference.silu_mul_block_quant import power_of_two_above as oracle_power_of_two_above
+from polyfuse.spec import OPS, Case, Unsupported
+from polyfuse.spec.silu_mul_block_quant import QMAX
+from polyfuse.triton_impl import _common, _quantise
+from polyfuse.triton_impl import silu_mul_block_quant as module
+from polyfuse.triton_impl.silu_mul_block_quant import silu_mul_block_quant
+
+# The interpreter computes with NumPy, which reports what overflows or is invalid.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+NAME = "silu_mul_block_quant"
+INTERPRETED = _common.INTERPRETED.value
+DEVICE = "cpu" if INTERPRETED else "cuda"
+POISON = 0xFF  # as bytes, NaN in float32 and in two fp8 dtypes, -1 in int8
+MORE = [
+    Case("width_768", {"...": (7,), "D": 768}, {"group_size": 128}, {"x": "bfloat16"}),
+    Case("width_2048", {"...": (3,), "D": 2048}, {"group_size": 64}, {"x": "bfloat16"}),
+    Case("width_12288", {"...": (1,), "D": 12288}, {"scale_format": "ue8m0_packed"}, {"x": "bfloat16"}),
+    *(
+        Case(
+            f"{fill}-{option}",
+            {"...": (12,), "D": 96},
+            {"group_size": 32, option: value},
+            {"x": "bfloat16"},
+            fill={"x": fill},
+        )
+        for fill in ("nan_some", "inf_some", "large", "wide_line")
+        for option, value in (("limit", 0.75), ("materialize", True), ("scale_ub", 0.01))
+    ),
+]
+CASES = [*(case for case in OPS[NAME].cases() if case.repeat == 1), *MORE]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as integers, so that NaN equals NaN."""
+    return tensor.cpu().contiguous().view(torch.uint8 if tensor.element_size() == 1 else torch.int32)
+
+
+def assert_same_bits(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> None:
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(raw(one), raw(other))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How the kernel is started, as it happens: by the jit function, or compiled."""
+    seen: list[str] = []
+    kernel = module._kernel
+
+    class Starter:
+        def __init__(self, how: str) -> None:
+            self.how = how
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            def start(*args: Any, **options: Any) -> Any:
+                seen.append(self.how)
+                kernel[grid](*args, **({"num_warps": 4} | options))
+                return Starter("compiled")
+
+            return start
+
+    module._plan.cache_clear()
+    monkeypatch.setattr(module, "_kernel", Starter("jit"))
+    return seen
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is POISON, so that an element left unwritten shows."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_poisoned(*args: Any, **options: Any) -> torch.Tensor:
+            tensor = allocate(*args, **options)
+            tensor.untyped_storage().fill_(POISON)
+            return tensor
+
+        return allocate_poisoned
+
+    for name in ("empty", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture
+def fresh_plans() -> Iterator[None]:
+    """For a test that changes a constant from which plans are made."""
+    for cached in (module._plan, module._tile):
+        cached.cache_clear()
+    yield
+    for cached in (module._plan, module._tile):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_oracle_in_one_launch(case: Case, launches: list[str], poisoned_memory: None) -> None:
+    trial = Trial(NAME, case, 0)
+    values, call = trial.inputs()
+    arrays = {k: None if values[k] is None else from_numpy(values[k], "torch", DEVICE) for k in ("x", "num_rows")}
+    before = {k: to_numpy(v).tobytes() for k, v in arrays.items() if v is not None}
+    q, scale = silu_mul_block_quant(arrays["x"], num_rows=arrays["num_rows"], **call.attrs)
+    assert trial.check((q, scale), call) is None
+    assert {k: to_numpy(arrays[k]).tobytes() for k in before} == before
+    assert launches == ["jit"] * (q.numel() > 0)
+
+
+def test_the_public_function_runs_it() -> None:
+    assert Trial(NAME, MORE[0], 0).on(registry().get("triton"), DEVICE) == ("passed", "")
+
+
+@pytest.mark.parametrize("scale_layout", ["row_major", "col_major_tma"])
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0_packed"])
+def test_rows_past_num_rows_are_not_touched(scale_format: str, scale_layout: str, poisoned_memory: None) -> None:
+    x = normal(4, 6, 2 * 160)
+    options = {"group_size": 32, "scale_format": scale_format, "scale_layout": scale_layout}
+    q, scale = silu_mul_block_quant(x, num_rows=torch.tensor([2, -5, 6, 99]).int().to(DEVICE), **options)
+    for expert, count in enumerate((2, 0, 6, 6)):
+        alone = silu_mul_block_quant(x[expert], **options)
+        assert_same_bits((q[expert, :count], scale[expert, :count]), tuple(part[:count] for part in alone))
+        assert (q[expert, count:].view(torch.uint8) == POISON).all()
+        assert (raw(scale[expert, count:]) == -1).all()
+
+
+@pytest.mark.parametrize("group", [32, 7, 1])
+def test_a_row_does_not_depend_on_the_batch(group: int) -> None:
+    x = normal(9, 2 * 224, dtype=torch.float32)
+    q, scale = silu_mul_block_quant(x, group_size=group)
+    assert q.float().count_nonzero() > 0.9 * q.numel()
+    for i in range(len(x)):
+        assert_same_bits(silu_mul_block_quant(x[i : i + 1], group_size=group), (q[i : i + 1], scale[i : i + 1]))
+
+
+@pytest.mark.parametrize(("constant", "value"), [("TILE_BYTES", 64), ("TILE_BYTES", 2**16), ("WIDE_PAIRS", 0)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_tiles_and_wide_numbers_do_not_change_bits(
+    constant: str, value: int, masked: bool, fresh_plans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = normal(2, 5, 2 * 96)
+    num_rows = torch.full((2,), 5, dtype=torch.int32, device=DEVICE) if masked else None
+    options = {"num_rows": num_rows, "group_size": 48, "scale_format": "ue8m0_packed"}
+    want = silu_mul_block_quant(x, **options)
+    module._plan.cache_clear()
+    module._tile.cache_clear()
+    monkeypatch.setattr(module, constant, value)
+    assert_same_bits(silu_mul_block_quant(x, **options), want)
+
+
+def test_strides_of_leading_dimensions() -> None:
+    x = normal(3, 8, 2 * 64)
+    gaps = x[:, 1:6]
+    for y in (gaps, gaps.transpose(0, 1), gaps[:, :, None].expand(3, 5, 2, 128)):
+        assert_same_bits(silu_mul_block_quant(y, group_size=32), silu_mul_block_quant(y.contiguous(), group_size=32))
+    num_rows = torch.tensor([5, 9, 0, 9, 5], dtype=torch.int32, device=DEVICE)
+    q, scale = silu_mul_block_quant(gaps, num_rows=num_rows[::2], group_size=32)
+    want = silu_mul_block_quant(gaps.contiguous(), num_rows=num_rows[::2].contiguous(), group_size=32)
+    assert_same_bits((q[::2], scale[::2]), (want[0][::2], want[1][::2]))
+
+
+def test_a_repeated_signature_starts_the_compiled_kernel(launches: list[str]) -> None:
+    memory = normal(1 + 4 * 2 * 64)
+    aligned, unaligned = (memory[i : i + 4 * 2 * 64].view(4, 2 * 64) for i in (0, 1))
+    for x, limit in ((aligned, None), (aligned, None), (unaligned, None), (aligned, 0.5), (aligned, 0.25)):
+        got = silu_mul_block_quant(x, group_size=64, limit=limit)
+        y = x.float()
+        gate, up = y.chunk(2, -1) if limit is None else (y[:, :64].clamp(max=limit), y[:, 64:].clamp(-limit, limit))
+        assert torch.allclose(got[1], (silu(gate) * up).abs().amax(-1, keepdim=True) / 448)
+    assert launches == ["jit", "compiled", "jit", "jit", "compiled"]
+
+
+def test_a_group_wider_than_a_program_is_declined() -> None:
+    x = torch.zeros(1, 2 * 2**16, dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(Unsupported, match=r"^silu_mul_block_quant: group_size=65536: .* up to 32768$"):
+        silu_mul_block_quant(x, group_size=2**16)
+
+
+@triton.jit
+def _quantise_kernel(value_ptr, code_ptr, count, QMAX: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(value_ptr + at, mask=at < count, other=0.0)
+    tl.store(code_ptr + at, _quantise.quantise(value, QMAX, FORMAT, code_ptr.dtype.element_ty), mask=at < count)
+
+
+def hard_values(quant_dtype: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Every bfloat16, and every midpoint between neighbours of the format with the float32 beside it."""
+    every = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)
+    if quant_dtype == "int8":
+        grid = np.arange(-128, 129, dtype=np.float32)
+    else:
+        grid = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, quant_dtype)).astype(np.float32)
+        grid = np.unique(grid[np.isfinite(grid)])
+    middle = (grid[1:] + grid[:-1]) / 2
+    below, above = np.nextafter(middle, np.float32(-np.inf)), np.nextafter(middle, np.float32(np.inf))
+    return np.concatenate([every, grid, middle, below, above])
+
+
+@pytest.mark.parametrize("quant_dtype", QMAX)
+@pytest.mark.parametrize("native", [False, *([] if INTERPRETED else [True])])
+def test_rounding_onto_the_grid(quant_dtype: str, native: bool) -> None:
+    if native and not module._converts(torch.device(DEVICE, 0), quant_dtype):
+        pytest.skip(f"Triton has no cast to {quant_dtype} here")
+    values, qmax = hard_values(quant_dtype), QMAX[quant_dtype]
+    dtype = torch.int8 if quant_dtype == "int8" else getattr(torch, quant_dtype) if native else torch.uint8
+    codes = torch.empty(len(values), dtype=dtype, device=DEVICE)
+    source = torch.from_numpy(values).to(DEVICE)
+    _quantise_kernel[(triton.cdiv(len(values), 4096),)](source, codes, len(values), qmax, quant_dtype, 4096)
+    got = codes.cpu().view(torch.int8).numpy()
+    want = to_f64(round_to(np.clip(values.astype(np.float64), -qmax, qmax), quant_dtype))
+    if quant_dtype == "int8":
+        want[np.isnan(values)] = 0
+    else:
+        got = got.view(getattr(ml_dtypes, quant_dtype))
+    np.testing.assert_array_equal(to_f64(got), want)
+
+
+@triton.jit
+def _scale_kernel(scale_ptr, power_ptr, exponent_ptr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, COUNT)
+    power = _quantise.power_of_two_above(tl.load(scale_ptr + at))
+    tl.store(power_ptr + at, power)
+    tl.store(exponent_ptr + at, _quantise.exponent_byte(power))
+
+
+def test_scales_round_up_to_powers_of_two() -> None:
+    powers = np.ldexp(np.float32(1), np.arange(-126, 127)).astype(np.float32)
+    beside = [np.nextafter(powers, np.float32(end)) for end in (0, np.inf)]
+    values = np.concatenate([powers[1:], beside[0][1:], beside[1], [np.float32(np.inf), np.float32(np.nan)]])
+    values = np.pad(values, (0, 1024 - len(values)), constant_values=1)
+    power = torch.empty(1024, device=DEVICE)
+    exponent = torch.empty(1024, dtype=torch.uint8, device=DEVICE)
+    _scale_kernel[(1,)](torch.from_numpy(values).to(DEVICE), power, exponent, 1024)
+    want = oracle_power_of_two_above(values.astype(np.float64))
+    np.testing.assert_array_equal(power.cpu().numpy(), want)
+    np.testing.assert_array_equal(exponent.cpu().numpy(), np.where(np.isfinite(want), np.log2(want) + 127, 255))
+
+
+@triton.jit
+def _divide_kernel(value_ptr, scale_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    quotient = _quantise.divide(tl.load(value_ptr + at), tl.load(scale_ptr + row), False, True)
+    tl.store(out_ptr + at, quotient)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter divides instead")
+def test_divides_as_ieee_does() -> None:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    scale = torch.rand(2**16, device=DEVICE, generator=generator) + 0.5
+    scale *= torch.exp2(torch.randint(-15, 60, (2**16,), device=DEVICE, generator=generator).float())
+    value = scale[:, None] * 500 * torch.randn(2**16, 1024, device=DEVICE, generator=generator)
+    scale[-1], value[-1, ::2], value[-2] = torch.inf, torch.inf, torch.nan
+    quotient = torch.empty_like(value)
+    _divide_kernel[(2**14,)](value, scale, quotient, 4, 1024)
+    assert_same_bits((quotient.nan_to_num(nan=7.0),), ((value / scale[:, None]).nan_to_num(nan=7.0),))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's exp is NumPy's")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_materialize_changes_no_bit_of_the_unfused_ops(dtype: torch.dtype) -> None:
+    """Every 16-bit gate; every 32-bit gate with 16 zero bits."""
+    bits = torch.arange(2**16, dtype=torch.int32, device=DEVICE)
+    gate = bits.to(torch.int16).view(dtype) if dtype.itemsize == 2 else (bits << 16).view(dtype)
+    gate = gate[gate.isfinite() & (gate.abs() < 1e4)]
+    gate = gate[: len(gate) // 128 * 128].view(-1, 128)
+    up = normal(*gate.shape, dtype=dtype)
+    y = (silu(gate) * up).float()
+    scale = (y.abs().amax(-1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
+    q = (y / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert_same_bits(silu_mul_block_quant(torch.cat([gate, up], -1), materialize=True), (q, scale))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+def test_a_captured_graph_follows_its_inputs() -> None:
+    x, num_rows = normal(2, 6, 2 * 128), torch.tensor([6, 6], dtype=torch.int32, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    silu_mul_block_quant(x, num_rows=num_rows)
+    with torch.cuda.graph(graph):
+        q, scale = silu_mul_block_quant(x, num_rows=num_rows)
+    x.copy_(x.flip(1))
+    num_rows.copy_(torch.tensor([3, 6]))
+    graph.replay()
+    want = silu_mul_block_quant(x, num_rows=num_rows)
+    assert_same_bits((q[0, :3], q[1], scale[0, :3], scale[1]), (want[0][0, :3], want[0][1], want[1][0, :3], want[1][1]))
+
+
+COMPILE = """
+import re, subprocess, sys
+import triton  # before polyfuse, which chooses the interpreter where there is no GPU
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from polyfuse.triton_impl.silu_mul_block_quant import _kernel, _tile
+
+aligned = [["tt.divisibility", 16]]
+for group, scale_format in ((128, "float32"), (64, "ue8m0_packed")):
+    block, warps = _tile(group, 2)
+    types = {n: "i32" for n in _kernel.arg_names} | {"x_ptr": "*bf16", "q_ptr": "*fp8e4nv"}
+    types["scale_ptr"] = "*fp32" if scale_format == "float32" else "*i32"
+    constants = dict(num_rows_ptr=None, scale_ub=None, limit=None, x_column=1, D=2048, GROUP=group)
+    constants |= dict(FORMAT="float8_e4m3fn", QMAX=448.0, FLOOR=1 / (448 * 512), SCALE_FORMAT=scale_format)
+    constants |= dict(MATERIALIZE=False, WIDE=False, BLOCK=block)
+    position = _kernel.arg_names.index
+    source = ASTSource(
+        _kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs={(position(n),): v for n, v in constants.items()},
+        attrs={(position(n),): aligned for n in ("x_ptr", "q_ptr", "scale_ptr", "x_row")},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    accesses = re.findall(r"(ld|st)\\.global\\S*?\\.(v4\\.b32|v2\\.b32|b\\d+)", made.asm["ptx"])
+    with open(sys.argv[1], "wb") as file:
+        file.write(made.asm["cubin"])
+    usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", sys.argv[1]], text=True)
+    spilled = re.findall(r"(?:STACK|LOCAL):(?!0 )", usage)
+    conversions = made.asm["ptx"].count("cvt.rn.satfinite.e4m3x2.f32")
+    print(*(" ".join(access) for access in accesses), conversions, spilled, sep=", ")
+"""
+
+
+def test_compiles_for_hopper_with_16_byte_accesses(tmp_path: Path) -> None:
+    """A thread's loads and stores of 16 elements, its conversions of 2, and what spills; no GPU is needed."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(tmp_path / "cubin")],
+        env=inherited | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "ld v4.b32, ld v4.b32, ld v4.b32, ld v4.b32, st v4.b32, st b32, 8, []",
+        "ld v4.b32, ld v4.b32, ld v4.b32, ld v4.b32, st v4.b32, st b8, 8, []",
+    ]
