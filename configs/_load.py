@@ -57,12 +57,20 @@ class ModelCase(_Strict):
     host: dict[str, list[list[int]]] = {}
     present: list[str] = []
     fill: dict[str, str] = {}
+    as_tensor: list[str] = []
 
     def case(self, model: str) -> Case:
         host = {k: tuple(map(tuple, v)) for k, v in self.host.items()}
         dims = {k: tuple(v) if isinstance(v, list) else v for k, v in self.dims.items()}
         return Case(
-            f"{model}-{self.name}", dims, self.attrs, self.dtypes, host, present=tuple(self.present), fill=self.fill
+            f"{model}-{self.name}",
+            dims,
+            self.attrs,
+            self.dtypes,
+            host,
+            as_tensor=tuple(self.as_tensor),
+            present=tuple(self.present),
+            fill=self.fill,
         )
 
 

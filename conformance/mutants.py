@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from polyfuse.reference import gdn_in_proj, gdn_post_conv, pos_embed_interpolate, silu_mul_block_quant
+from polyfuse.reference import gdn_post_conv, pos_embed_interpolate, silu_mul_block_quant
 from polyfuse.reference._numerics import numpy_dtype, round_to, to_f64
 from polyfuse.spec import OPS, bind, dtype_name
 from polyfuse.spec.silu_mul_block_quant import QMAX

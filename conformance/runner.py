@@ -76,8 +76,8 @@ class Trial:
 
     def exact(self) -> dict[str, Exact]:
         if self._exact is None:
-            oracle = importlib.import_module(f"polyfuse.reference.{self.op}").exact
-            self._exact = oracle(**self.inputs()[0])
+            oracle = importlib.import_module(f"polyfuse.reference.{self.op}")
+            self._exact = dict(oracle.exact(**self.inputs()[0]))
         return self._exact
 
     def on(self, backend: Backend, device: str = "cpu", limits: Profile | None = None) -> tuple[str, str]:

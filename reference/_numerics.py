@@ -53,7 +53,7 @@ def round_to(value: F64, dtype: str) -> NDArray[np.generic]:
     """
     target = numpy_dtype(dtype)
     if target.kind in "iu":
-        limits = np.iinfo(target)
+        limits = ml_dtypes.iinfo(target)
         return np.clip(np.rint(value), limits.min, limits.max).astype(target)
     info = ml_dtypes.finfo(target)
     _, exponent = np.frexp(np.where(np.isfinite(value), value, 0.0))

@@ -49,7 +49,7 @@ def exact(
 ) -> dict[str, Exact]:
     """The unrounded result and its allowed error, `{"out": [rows, D]}`."""
     source = to_f64(table)
-    side, width = int(round(len(source) ** 0.5)), source.shape[1]
+    side, width = round(len(source) ** 0.5), source.shape[1]
     steps = SPEC.bound("out").steps({"mode": mode})
     images = [tuple(int(v) for v in row) for row in grid_thw]
     total = sum(t * h * w for t, h, w in images)

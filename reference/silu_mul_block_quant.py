@@ -48,7 +48,7 @@ def _scales(y: Interval, group: int, qmax: float, floor: float, ub: float | None
     for end, widen in zip(ends, slack, strict=True):
         scale = end / qmax * (1 + widen)
         if ub is not None:
-            scale = np.where(np.isfinite(amax), np.minimum(scale, to_f64(np.float32(ub))), scale)
+            scale = np.where(np.isfinite(amax), np.minimum(scale, float(np.float32(ub))), scale)
         scale = np.maximum(scale, floor)
         scales.append(power_of_two_above(scale) if power_of_two else scale)
     return scales[0], scales[1], scales[2]
@@ -69,9 +69,9 @@ def _quantised(y: Interval, scale: Interval, group: int, qmax: float, integer: b
     slack = 3 * FP32_ROUNDOFF
     low, high = (np.clip(end + sign * slack * np.abs(end), -qmax, qmax) for end, sign in ((low, -1), (high, 1)))
     undefined = np.isnan(value) | np.isnan(s)
-    if integer:
-        return Exact(*(np.where(undefined, 0.0, part) for part in (value, low, high)))
-    return Exact(*(np.where(undefined, np.nan, part) for part in (value, low, high)))
+    missing = 0.0 if integer else np.nan
+    value, low, high = (np.where(undefined, missing, part) for part in (value, low, high))
+    return Exact(value, low, high)
 
 
 def _exponent_bytes(scale: F64) -> F64:
@@ -99,11 +99,11 @@ def exact(
         y = _activation(to_f64(x), dtype_name(x.dtype), limit, materialize, steps)
         scale = _scales(y, group_size, qmax, scale_floor(quant_dtype), scale_ub, scale_format != "float32")
         q = _quantised(y, scale, group_size, qmax, quant_dtype == "int8")
-        if scale_format == "ue8m0_packed":
-            scale = tuple(map(_exponent_bytes, scale))
-        results = {"q": q, "scale": Exact(*scale, as_bytes=scale_format == "ue8m0_packed")}
+        packed = scale_format == "ue8m0_packed"
+        value, low, high = map(_exponent_bytes, scale) if packed else scale
+        results = {"q": q, "scale": Exact(value, low, high, as_bytes=packed)}
     if num_rows is not None:
-        valid = (np.arange(x.shape[1]) < num_rows[:, None])[..., None]
+        valid = (np.arange(x.shape[1]) < to_f64(num_rows)[:, None])[..., None]
         for name, result in results.items():
             low, high = np.where(valid, result.low, -np.inf), np.where(valid, result.high, np.inf)
             results[name] = Exact(np.where(valid, result.value, 0.0), low, high, as_bytes=result.as_bytes)

@@ -7,7 +7,7 @@ and JAX (tracers too) alike.
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from math import isqrt
 from types import CodeType
 from typing import Any, NoReturn
@@ -170,7 +170,7 @@ def _bind_shapes(spec: OpSpec, shapes: Mapping[str, tuple[Any, ...]], attrs: Map
                 fail(spec.name, tensor.name, f"{symbol}={dims[symbol]} in {_shape_text(tensor.shape)}", list(shape))
     for tensor, symbol, size in expressions:
         names = {**attrs, **dims}
-        unknown = {n for n in _NAME.findall(symbol)} - set(names)
+        unknown = set(_NAME.findall(symbol)) - set(names)
         if not unknown:
             if evaluate(symbol, names) != size:
                 want = evaluate(symbol, names)
@@ -210,7 +210,7 @@ def _check_derived(call: Call, shapes: Mapping[str, tuple[Any, ...]]) -> None:
                 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compile(expression: str) -> CodeType:
     return compile(expression, "<dimension>", "eval")
 

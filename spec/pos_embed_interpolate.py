@@ -157,7 +157,7 @@ SPEC = OpSpec(
     name=NAME,
     version=1,
     summary="Resample a learned square position-embedding table to every image's patch grid, in one launch.",
-    formula=__doc__,
+    formula=__doc__ or "",
     source=(
         "Qwen3-VL vision tower; Transformers `get_vision_interpolation_indices_and_weights`; "
         "R. Keys, Cubic convolution interpolation, IEEE TASSP 29(6), 1981"

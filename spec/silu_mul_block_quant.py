@@ -132,7 +132,7 @@ SPEC = OpSpec(
     name=NAME,
     version=1,
     summary="SiLU-and-multiply followed by block-wise FP8 or INT8 quantisation, in one pass over the activation.",
-    formula=__doc__,
+    formula=__doc__ or "",
     source=(
         "DeepSeek-V3, arXiv:2412.19437 (1 x 128 tiles); OCP Microscaling Formats v1.0 (MXFP8); gpt-oss (clamped SwiGLU)"
     ),

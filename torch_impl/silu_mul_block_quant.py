@@ -59,7 +59,8 @@ def _power_of_two_above(scale: torch.Tensor) -> torch.Tensor:
 def _exponent_bytes(scale: torch.Tensor) -> torch.Tensor:
     """Four biased exponents per int32, the first lowest, padded with 0."""
     exponent = (scale.view(torch.int32) >> 23) & 0xFF
-    return pad(exponent, (0, -exponent.shape[-1] % 4)).to(torch.uint8).view(torch.int32)
+    quads = pad(exponent, (0, -exponent.shape[-1] % 4)).unflatten(-1, (-1, 4))
+    return (quads << torch.arange(0, 32, 8, dtype=torch.int32, device=scale.device)).sum(-1, dtype=torch.int32)
 
 
 def _laid_out(scale: torch.Tensor, layout: str, masked: bool) -> torch.Tensor:

@@ -22,7 +22,7 @@ SHORT = 256  # up to this many tokens a program takes few elements, so that ther
 ELEMENTS = (1024, 4096)  # per program of a short, a long call: 128 threads load 16 bytes at a time
 COLUMNS = 1024  # per program: whole pages of a row
 STRIDED_ELEMENTS = 8192  # where the tokens are what is contiguous: 64 of one head of 128
-GATES = (128, 512)
+GATES = (128, 512)  # g and beta per program of a short, a long call
 
 
 @triton.jit

@@ -181,7 +181,10 @@ def _plan(
     materialize: bool,
     *compiled_for: bool,
 ) -> _Plan:
-    """`strides` are those of x as [experts, rows, width] if `masked`, else as [rows, width]."""
+    """`strides` are those of x as [experts, rows, width] if `masked`, else as [rows, width].
+
+    `compiled_for`: what else the compiled kernel depends on.
+    """
     if group > WIDEST_GROUP:
         raise Unsupported(f"{NAME}: group_size={group}: a program takes whole groups of up to {WIDEST_GROUP}")
     experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
@@ -271,7 +274,7 @@ def silu_mul_block_quant(
             kernel = _kernel[plan.grid](
                 x, num_rows, codes, scale, scale_ub, limit, *plan.arguments, num_warps=plan.warps
             )
-            if kernel is not None:  # interpreted
+            if kernel is not None:  # the interpreter has none
                 plan.launch = kernel[plan.grid]
         else:
             plan.launch(x, num_rows, codes, scale, scale_ub, limit, *plan.arguments)

@@ -5,6 +5,7 @@ Host time is wall time per call over calls that are queued without waiting for t
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -102,7 +103,7 @@ def _measure(
             continue
         arrays = {k: from_numpy(v, backend.family, device) if hasattr(v, "strides") else v for k, v in values.items()}
         place = device_of(next(a for a in arrays.values() if hasattr(a, "dtype")), backend.family)
-        verdict, implementation = examine(op, name, call, backend.family, place, False)
+        _, implementation = examine(op, name, call, backend.family, place, False)
         if implementation is None or place.kind in implementation.capability.interpreted:
             continue
         with torch.no_grad():
@@ -131,7 +132,9 @@ def _measure(
 def _time_compiled(function: Callable[..., Any], arrays: dict[str, Any], device: str) -> float:
     torch._dynamo.reset()
     compiled = torch.compile(function)
-    return _time(partial(compiled, **arrays), "torch", device)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Dynamo's advice on code that is compiled for comparison only
+        return _time(partial(compiled, **arrays), "torch", device)[0]
 
 
 def _time(function: Callable[[], Any], family: str, device: str) -> tuple[float, float]:
@@ -155,10 +158,9 @@ def _time_jax(function: Callable[[], Any]) -> tuple[float, float]:
     rounds = []
     for _ in range(7):
         started = time.perf_counter()
-        for _ in range(20):
-            result = function()
+        results = [function() for _ in range(20)]
         queued = time.perf_counter()
-        jax.block_until_ready(result)
+        jax.block_until_ready(results)
         rounds.append((time.perf_counter() - started, queued - started))
     return median(r[0] for r in rounds) * 1e6 / 20, median(r[1] for r in rounds) * 1e6 / 20
 

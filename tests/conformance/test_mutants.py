@@ -4,7 +4,6 @@ import pytest
 
 from polyfuse.conformance.mutants import MUTANTS
 from polyfuse.conformance.runner import Trial
-from polyfuse.conformance.cases import all_cases
 from polyfuse.spec import OPS
 
 SMALL = 100_000

@@ -94,7 +94,7 @@ def test_a_backend_that_writes_to_its_input_fails(monkeypatch):
 def test_unknown_names_are_refused():
     with pytest.raises(SpecError, match="profile: expected one of full, quick, standard, got 'slow'"):
         run(profile="slow")
-    with pytest.raises(polyfuse.BackendError, match="expected one of numpy.*got 'tritn'"):
+    with pytest.raises(polyfuse.BackendError, match=r"expected one of numpy.*got 'tritn'"):
         run(backends=["tritn"])
 
 

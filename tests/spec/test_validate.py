@@ -79,7 +79,9 @@ def test_without_reading_the_host_a_dependent_size_is_unknown():
 @pytest.mark.parametrize("op", OPS)
 def test_every_spec_is_complete(op):
     spec = OPS[op]
-    assert spec.formula and spec.source and spec.summary.endswith(".")
+    assert spec.formula
+    assert spec.source
+    assert spec.summary.endswith(".")
     assert {e.output for e in spec.errors} == {o.name for o in spec.outputs}
     assert all(e.reason for e in spec.errors)
     names = [c.name for c in spec.cases()]

@@ -16,8 +16,8 @@ SPEC = OPS["gdn_post_conv"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 HEADS = {"num_k_heads": 16, "head_k_dim": 128, "head_v_dim": 128}
 SMALL = {"num_k_heads": 2, "head_k_dim": 6, "head_v_dim": 4}
-BF16 = dict.fromkeys(("T", "a", "b", "A_log", "dt_bias"), "bfloat16")
-TOKENS_ADJACENT = dict.fromkeys(("conv_out", "a", "b"), "token_stride_1")
+BF16: dict[str, str] = dict.fromkeys(("T", "a", "b", "A_log", "dt_bias"), "bfloat16")
+TOKENS_ADJACENT: dict[str, str] = dict.fromkeys(("conv_out", "a", "b"), "token_stride_1")
 CASES = [
     *(case for case in SPEC.cases() if case.repeat == 1),
     Case("qwen3_5_35b", {"L": 3, "HV": 32}, HEADS, BF16),
@@ -58,11 +58,12 @@ def test_rows_do_not_depend_on_batch_or_layout(l2norm: bool) -> None:
     args = arguments(make_inputs(SPEC, case))
     tokens = ("conv_out", "a", "b")
     want = gdn_post_conv(**args)
-    columns_first = {name: args[name].t().contiguous().t() for name in tokens}
+    columns_first: dict[str, Any] = {name: args[name].t().contiguous().t() for name in tokens}
     assert columns_first["conv_out"].stride() == (1, 70)
     for rows in (slice(0, 70), slice(0, 1), slice(17, 18), slice(40, 70)):
         for source in (args, args | columns_first):
-            part = gdn_post_conv(**source | {name: source[name][rows] for name in tokens})
+            some: dict[str, Any] = {name: source[name][rows] for name in tokens}
+            part = gdn_post_conv(**source | some)
             for result, whole in zip(part, want, strict=True):
                 assert bits(result) == bits(whole[rows])
 
@@ -125,7 +126,8 @@ def test_nothing_is_read_back() -> None:
     """A fake tensor has no values: reading one back raises."""
     values = make_inputs(SPEC, Case("fake", {"L": 5, "HV": 4}, SMALL, BF16))
     with FakeTensorMode() as mode:
-        args = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments(values).items()}
+        args = arguments(values)
+        args |= {k: mode.from_tensor(v) for k, v in args.items() if isinstance(v, torch.Tensor)}
         results = gdn_post_conv(**args)
     described = [(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in results]
     assert described == [(output.shape, output.dtype) for output in bind(SPEC, values).outputs]

@@ -22,8 +22,8 @@ from polyfuse.triton_impl.gdn_post_conv import gdn_post_conv
 SPEC = OPS["gdn_post_conv"]
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
 HEADS = {"num_k_heads": 16, "head_k_dim": 128, "head_v_dim": 128}
-BF16 = dict.fromkeys(("T", "a", "b", "A_log", "dt_bias"), "bfloat16")
-TOKENS_ADJACENT = dict.fromkeys(("conv_out", "a", "b"), "token_stride_1")
+BF16: dict[str, str] = dict.fromkeys(("T", "a", "b", "A_log", "dt_bias"), "bfloat16")
+TOKENS_ADJACENT: dict[str, str] = dict.fromkeys(("conv_out", "a", "b"), "token_stride_1")
 CASES = [
     *(case for case in SPEC.cases() if case.repeat == 1),
     Case("qwen3_5_35b", {"L": 3, "HV": 32}, HEADS, BF16),
@@ -93,13 +93,14 @@ def test_rows_do_not_depend_on_batch_layout_or_tile(l2norm: bool) -> None:
     args = arguments(make_inputs(SPEC, case))
     tokens = ("conv_out", "a", "b")
     want = gdn_post_conv(**args)
-    columns_first = {name: args[name].t().contiguous().t() for name in tokens}
+    columns_first: dict[str, Any] = {name: args[name].t().contiguous().t() for name in tokens}
     assert columns_first["conv_out"].stride() == (1, 300)
     for result, name in zip(gdn_post_conv(**args | columns_first), "qkvgb", strict=True):
         assert bits(result) == bits(want["qkvgb".index(name)]), name
     for rows in (slice(0, 1), slice(17, 18), slice(250, 300)):
         for source in (args, args | columns_first):
-            part = gdn_post_conv(**source | {name: source[name][rows] for name in tokens})
+            some: dict[str, Any] = {name: source[name][rows] for name in tokens}
+            part = gdn_post_conv(**source | some)
             for result, whole in zip(part, want, strict=True):
                 assert bits(result) == bits(whole[rows])
 
@@ -108,7 +109,7 @@ def test_any_strides() -> None:
     values = make_inputs(SPEC, Case("plain", {"L": 7, "HV": 4}, {"num_k_heads": 2, "head_k_dim": 24, "head_v_dim": 8}))
     args = arguments(values)
     want = gdn_post_conv(**args)
-    spread = {}
+    spread: dict[str, Any] = {}
     for name in ("conv_out", "a", "b", "A_log", "dt_bias"):
         wide = torch.full([3 * n for n in args[name].shape], torch.nan, device=DEVICE)
         spread[name] = wide[tuple(slice(1, None, 3) for _ in args[name].shape)]
@@ -125,12 +126,11 @@ def test_offsets_past_2_31(rows: int, strides: tuple[int, int], tmp_path: Path) 
     values = make_inputs(SPEC, Case("far", {"L": rows, "HV": 1}, attrs, {"T": "bfloat16"}))
     size = (rows - 1) * strides[0] + 5 * strides[1] + 1
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
-    far = memory.as_strided((rows, 6), strides)
     args = arguments(values)
-    far.copy_(args["conv_out"])
-    far = far if DEVICE == "cpu" else memory.to(DEVICE).as_strided((rows, 6), strides)
+    memory.as_strided((rows, 6), strides).copy_(args["conv_out"])
+    far: dict[str, Any] = {"conv_out": memory.to(DEVICE).as_strided((rows, 6), strides)}
     assert size > 2**31
-    for result, expected in zip(gdn_post_conv(**args | {"conv_out": far}), gdn_post_conv(**args), strict=True):
+    for result, expected in zip(gdn_post_conv(**args | far), gdn_post_conv(**args), strict=True):
         assert bits(result) == bits(expected)
 
 
@@ -181,7 +181,8 @@ class FakeCompiled:
         return lambda *args: self.kernel.calls.append(("compiled", grid, len(args)))
 
 
-def test_launcher_compiles_each_kind_once() -> None:
+def test_launcher_compiles_each_kind_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gdn, "ON_ALIGNMENT_ONLY", True)
     kernel = FakeKernel()
     launch = _gdn.Launcher(kernel)
     x = torch.zeros(64)
@@ -201,11 +202,20 @@ def test_launcher_compiles_each_kind_once() -> None:
 
 
 def test_launcher_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gdn, "ON_ALIGNMENT_ONLY", True)
     monkeypatch.setattr(_gdn, "KINDS", 2)
     launch = _gdn.Launcher(FakeKernel())
     for i in range(5):
         launch(1, (torch.zeros(4),), (), (), (i,), 4)
     assert [key[2] for key in launch.compiled] == [(4,)]
+
+
+def test_launcher_asks_triton_where_tensors_are_specialised_on_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gdn, "ON_ALIGNMENT_ONLY", False)
+    launch = _gdn.Launcher(kernel := FakeKernel())
+    for _ in range(2):
+        launch(1, (torch.zeros(4),), (), (), (), 4)
+    assert [who for who, *_ in kernel.calls] == ["kernel", "kernel"]
 
 
 COMPILE = """

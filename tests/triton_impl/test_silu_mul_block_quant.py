@@ -9,22 +9,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
+from numpy.typing import NDArray
 from torch.nn.functional import silu
 
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import from_numpy, registry, to_numpy
 from polyfuse.reference._numerics import round_to, to_f64
-from polyfuse.reference.silu_mul_block_quant import power_of_two_above as oracle_power_of_two_above
 from polyfuse.spec import OPS, Case, Unsupported
 from polyfuse.spec.silu_mul_block_quant import QMAX
-from polyfuse.triton_impl import _common, _quantise
+from polyfuse.triton_impl import _common
 from polyfuse.triton_impl import silu_mul_block_quant as module
 from polyfuse.triton_impl.silu_mul_block_quant import silu_mul_block_quant
 
 # The interpreter computes with NumPy, which reports what overflows or is invalid.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+Floats = NDArray[np.float32]
 
 NAME = "silu_mul_block_quant"
 INTERPRETED = _common.INTERPRETED.value
@@ -55,7 +55,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
     """The elements as integers, so that NaN equals NaN."""
-    return tensor.cpu().contiguous().view(torch.uint8 if tensor.element_size() == 1 else torch.int32)
+    return tensor.cpu().view(torch.uint8 if tensor.element_size() == 1 else torch.int32)
 
 
 def assert_same_bits(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> None:
@@ -93,7 +93,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def allocate_poisoned(*args: Any, **options: Any) -> torch.Tensor:
             tensor = allocate(*args, **options)
-            tensor.untyped_storage().fill_(POISON)
+            storage: Any = tensor.untyped_storage()
+            storage.fill_(POISON)
             return tensor
 
         return allocate_poisoned
@@ -116,9 +117,9 @@ def fresh_plans() -> Iterator[None]:
 def test_equals_the_oracle_in_one_launch(case: Case, launches: list[str], poisoned_memory: None) -> None:
     trial = Trial(NAME, case, 0)
     values, call = trial.inputs()
-    arrays = {k: None if values[k] is None else from_numpy(values[k], "torch", DEVICE) for k in ("x", "num_rows")}
-    before = {k: to_numpy(v).tobytes() for k, v in arrays.items() if v is not None}
-    q, scale = silu_mul_block_quant(arrays["x"], num_rows=arrays["num_rows"], **call.attrs)
+    arrays = {k: from_numpy(v, "torch", DEVICE) for k, v in values.items() if isinstance(v, np.ndarray)}
+    before = {k: to_numpy(v).tobytes() for k, v in arrays.items()}
+    q, scale = silu_mul_block_quant(**arrays, **call.attrs)
     assert trial.check((q, scale), call) is None
     assert {k: to_numpy(arrays[k]).tobytes() for k in before} == before
     assert launches == ["jit"] * (q.numel() > 0)
@@ -132,7 +133,7 @@ def test_the_public_function_runs_it() -> None:
 @pytest.mark.parametrize("scale_format", ["float32", "ue8m0_packed"])
 def test_rows_past_num_rows_are_not_touched(scale_format: str, scale_layout: str, poisoned_memory: None) -> None:
     x = normal(4, 6, 2 * 160)
-    options = {"group_size": 32, "scale_format": scale_format, "scale_layout": scale_layout}
+    options: Any = {"group_size": 32, "scale_format": scale_format, "scale_layout": scale_layout}
     q, scale = silu_mul_block_quant(x, num_rows=torch.tensor([2, -5, 6, 99]).int().to(DEVICE), **options)
     for expert, count in enumerate((2, 0, 6, 6)):
         alone = silu_mul_block_quant(x[expert], **options)
@@ -157,7 +158,7 @@ def test_tiles_and_wide_numbers_do_not_change_bits(
 ) -> None:
     x = normal(2, 5, 2 * 96)
     num_rows = torch.full((2,), 5, dtype=torch.int32, device=DEVICE) if masked else None
-    options = {"num_rows": num_rows, "group_size": 48, "scale_format": "ue8m0_packed"}
+    options: Any = {"num_rows": num_rows, "group_size": 48, "scale_format": "ue8m0_packed"}
     want = silu_mul_block_quant(x, **options)
     module._plan.cache_clear()
     module._tile.cache_clear()
@@ -193,15 +194,14 @@ def test_a_group_wider_than_a_program_is_declined() -> None:
         silu_mul_block_quant(x, group_size=2**16)
 
 
-@triton.jit
-def _quantise_kernel(value_ptr, code_ptr, count, QMAX: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(value_ptr + at, mask=at < count, other=0.0)
-    tl.store(code_ptr + at, _quantise.quantise(value, QMAX, FORMAT, code_ptr.dtype.element_ty), mask=at < count)
+def quantised_as_they_are(values: Floats, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and scale of y = `values` [groups, group_size]: silu(64) is 64, and a product with it is exact."""
+    x = torch.from_numpy(np.concatenate([np.full_like(values, 64), values / 64], -1)).to(DEVICE)
+    return silu_mul_block_quant(x, group_size=values.shape[1], **options)
 
 
-def hard_values(quant_dtype: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Every bfloat16, and every midpoint between neighbours of the format with the float32 beside it."""
+def hard_values(quant_dtype: str) -> Floats:
+    """Every finite bfloat16, and every midpoint between neighbours of the format with the float32 on each side."""
     every = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)
     if quant_dtype == "int8":
         grid = np.arange(-128, 129, dtype=np.float32)
@@ -209,77 +209,48 @@ def hard_values(quant_dtype: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         grid = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, quant_dtype)).astype(np.float32)
         grid = np.unique(grid[np.isfinite(grid)])
     middle = (grid[1:] + grid[:-1]) / 2
-    below, above = np.nextafter(middle, np.float32(-np.inf)), np.nextafter(middle, np.float32(np.inf))
-    return np.concatenate([every, grid, middle, below, above])
+    sides = [np.nextafter(middle, np.float32(end), dtype=np.float32) for end in (-np.inf, np.inf)]
+    return np.concatenate([every[np.isfinite(every)], middle, *sides]).astype(np.float32)
 
 
 @pytest.mark.parametrize("quant_dtype", QMAX)
-@pytest.mark.parametrize("native", [False, *([] if INTERPRETED else [True])])
-def test_rounding_onto_the_grid(quant_dtype: str, native: bool) -> None:
-    if native and not module._converts(torch.device(DEVICE, 0), quant_dtype):
-        pytest.skip(f"Triton has no cast to {quant_dtype} here")
-    values, qmax = hard_values(quant_dtype), QMAX[quant_dtype]
-    dtype = torch.int8 if quant_dtype == "int8" else getattr(torch, quant_dtype) if native else torch.uint8
-    codes = torch.empty(len(values), dtype=dtype, device=DEVICE)
-    source = torch.from_numpy(values).to(DEVICE)
-    _quantise_kernel[(triton.cdiv(len(values), 4096),)](source, codes, len(values), qmax, quant_dtype, 4096)
-    got = codes.cpu().view(torch.int8).numpy()
-    want = to_f64(round_to(np.clip(values.astype(np.float64), -qmax, qmax), quant_dtype))
-    if quant_dtype == "int8":
-        want[np.isnan(values)] = 0
-    else:
-        got = got.view(getattr(ml_dtypes, quant_dtype))
-    np.testing.assert_array_equal(to_f64(got), want)
+@pytest.mark.parametrize("emulated", [True, *([] if INTERPRETED else [False])])
+def test_rounding_onto_the_grid(
+    quant_dtype: str, emulated: bool, fresh_plans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if emulated:
+        monkeypatch.setattr(module, "_converts", lambda *_: False)
+    qmax, values = QMAX[quant_dtype], hard_values(quant_dtype)
+    values = np.pad(values, (0, -len(values) % 255)).reshape(-1, 255)
+    pinned = np.pad(values, ((0, 0), (1, 0)), constant_values=qmax)  # with scale_ub=1 every scale is 1
+    q, scale = quantised_as_they_are(pinned, quant_dtype=quant_dtype, scale_ub=1.0)
+    assert (scale == 1).all()
+    want = round_to(np.clip(pinned.astype(np.float64), -qmax, qmax), quant_dtype)
+    np.testing.assert_array_equal(to_f64(to_numpy(q)), to_f64(want))
 
 
-@triton.jit
-def _scale_kernel(scale_ptr, power_ptr, exponent_ptr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.arange(0, COUNT)
-    power = _quantise.power_of_two_above(tl.load(scale_ptr + at))
-    tl.store(power_ptr + at, power)
-    tl.store(exponent_ptr + at, _quantise.exponent_byte(power))
-
-
-def test_scales_round_up_to_powers_of_two() -> None:
-    powers = np.ldexp(np.float32(1), np.arange(-126, 127)).astype(np.float32)
-    beside = [np.nextafter(powers, np.float32(end)) for end in (0, np.inf)]
-    values = np.concatenate([powers[1:], beside[0][1:], beside[1], [np.float32(np.inf), np.float32(np.nan)]])
-    values = np.pad(values, (0, 1024 - len(values)), constant_values=1)
-    power = torch.empty(1024, device=DEVICE)
-    exponent = torch.empty(1024, dtype=torch.uint8, device=DEVICE)
-    _scale_kernel[(1,)](torch.from_numpy(values).to(DEVICE), power, exponent, 1024)
-    want = oracle_power_of_two_above(values.astype(np.float64))
-    np.testing.assert_array_equal(power.cpu().numpy(), want)
-    np.testing.assert_array_equal(exponent.cpu().numpy(), np.where(np.isfinite(want), np.log2(want) + 127, 255))
-
-
-@triton.jit
-def _divide_kernel(value_ptr, scale_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    quotient = _quantise.divide(tl.load(value_ptr + at), tl.load(scale_ptr + row), False, True)
-    tl.store(out_ptr + at, quotient)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter divides instead")
-def test_divides_as_ieee_does() -> None:
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    scale = torch.rand(2**16, device=DEVICE, generator=generator) + 0.5
-    scale *= torch.exp2(torch.randint(-15, 60, (2**16,), device=DEVICE, generator=generator).float())
-    value = scale[:, None] * 500 * torch.randn(2**16, 1024, device=DEVICE, generator=generator)
-    scale[-1], value[-1, ::2], value[-2] = torch.inf, torch.inf, torch.nan
-    quotient = torch.empty_like(value)
-    _divide_kernel[(2**14,)](value, scale, quotient, 4, 1024)
-    assert_same_bits((quotient.nan_to_num(nan=7.0),), ((value / scale[:, None]).nan_to_num(nan=7.0),))
+@pytest.mark.parametrize("quant_dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_scales_round_up_to_powers_of_two(quant_dtype: str) -> None:
+    power = np.ldexp(np.float32(1), np.arange(-14, 100)).astype(np.float32)
+    largest = power * np.float32(QMAX[quant_dtype])
+    below, above = (np.nextafter(largest, np.float32(end), dtype=np.float32) for end in (0, np.inf))
+    for amax, want in ((below, power), (largest, power), (above, 2 * power)):
+        for options in ({"scale_format": "ue8m0"}, {"scale_format": "ue8m0_packed"}):
+            _, scale = quantised_as_they_are(amax[:, None], quant_dtype=quant_dtype, **options)
+            got = scale.cpu().flatten() if scale.dtype == torch.float32 else torch.exp2(scale.cpu().flatten() - 127.0)
+            np.testing.assert_array_equal(got.numpy(), want)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's exp is NumPy's")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_materialize_changes_no_bit_of_the_unfused_ops(dtype: torch.dtype) -> None:
-    """Every 16-bit gate; every 32-bit gate with 16 zero bits."""
-    bits = torch.arange(2**16, dtype=torch.int32, device=DEVICE)
-    gate = bits.to(torch.int16).view(dtype) if dtype.itemsize == 2 else (bits << 16).view(dtype)
-    gate = gate[gate.isfinite() & (gate.abs() < 1e4)]
+    """Every 16-bit gate up to 10000; as many normal 32-bit ones."""
+    gate = (
+        torch.arange(2**16, device=DEVICE)
+        .to(torch.int16)
+        .view(torch.float16 if dtype == torch.float16 else torch.bfloat16)
+    )
+    gate = gate[gate.abs() < 1e4] if dtype.itemsize == 2 else normal(2**22, dtype=dtype)
     gate = gate[: len(gate) // 128 * 128].view(-1, 128)
     up = normal(*gate.shape, dtype=dtype)
     y = (silu(gate) * up).float()

@@ -103,20 +103,23 @@ def _execute(op: Op, plan: _Plan, args: tuple[Any, ...]) -> Any:
     if plan.convert_to:
         args = tuple(convert(value, plan.convert_to) for value in args)
     arrays = {name: args[i] for i, name in op.keyword_arrays}
-    last = len(plan.usable) - 1
-    for i, (name, implementation) in enumerate(plan.usable):
-        try:
-            result = implementation.function(*args[: op.positional], **arrays, **plan.attrs)
-            break
-        except Unsupported as error:
-            if i == last:
-                raise
-            log.warning("%s: %s declined this call (%s), trying %s", op.spec.name, name, error, plan.usable[i + 1][0])
+    result = _first_willing(op, plan, args[: op.positional], {**arrays, **plan.attrs})
     if plan.convert_to:
         if isinstance(result, tuple):
             return tuple(convert(r, plan.convert_back) for r in result)
         return convert(result, plan.convert_back)
     return result
+
+
+def _first_willing(op: Op, plan: _Plan, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """The result of the first backend that does not decline at the call."""
+    *others, (_, last) = plan.usable
+    for name, implementation in others:
+        try:
+            return implementation.function(*positional, **keywords)
+        except Unsupported as error:
+            log.warning("%s: %s declined this call (%s), trying the next", op.spec.name, name, error)
+    return last.function(*positional, **keywords)
 
 
 def _plan(op: Op, args: tuple[Any, ...], backend: str | Sequence[str] | None) -> _Plan:

@@ -17,7 +17,7 @@ _SCHEMA_TYPES = {"int": "SymInt", "float": "float", "bool": "bool", "enum": "int
 
 
 def _fields(spec: OpSpec) -> dict[str, TensorSpec | AttrSpec]:
-    return {f.name: f for f in (*spec.tensors, *spec.attrs)}
+    return {**{t.name: t for t in spec.tensors}, **{a.name: a for a in spec.attrs}}
 
 
 def schema(op: Op) -> str:

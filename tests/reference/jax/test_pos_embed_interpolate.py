@@ -13,10 +13,9 @@ from polyfuse.conformance.cases import all_cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.reference import pos_embed_interpolate as oracle
 from polyfuse.reference.jax.pos_embed_interpolate import _image_ends, pos_embed_interpolate
-from polyfuse.spec import FP32_TINY, OPS, Case, Unsupported
+from polyfuse.spec import OPS, Case, Unsupported
 
-SUBNORMAL = [case for case in OPS["pos_embed_interpolate"].cases() if case.fill.get("table") == "subnormal"]
-CASES = [case for case in OPS["pos_embed_interpolate"].cases() if case.repeat == 1 and case not in SUBNORMAL]
+CASES = [case for case in OPS["pos_embed_interpolate"].cases() if case.repeat == 1]
 FAMILIES = sorted({case.name.replace("_", "-").split("-")[0] for case in CASES})
 GRID = ((1, 8, 6), (2, 4, 4), (1, 2, 20))
 ROWS = 120
@@ -26,8 +25,9 @@ INT32_MAX = 2**31 - 1
 FAST = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 
-def run_compiled(trials: list[Trial]) -> list[jax.Array]:
-    """Each case's result; all cases are one compiled function."""
+def problems(cases: list[Case]) -> dict[str, str]:
+    """What is wrong with each wrong case's result; all cases are one compiled function."""
+    trials = [Trial("pos_embed_interpolate", case, seed=0) for case in cases]
     static: list[dict[str, Any]] = []
     arrays: list[dict[str, Any]] = []
     for trial in trials:
@@ -40,13 +40,7 @@ def run_compiled(trials: list[Trial]) -> list[jax.Array]:
     def every(arrays: list[dict[str, Any]]) -> list[jax.Array]:
         return [pos_embed_interpolate(**a, **s) for a, s in zip(arrays, static, strict=True)]
 
-    return every(arrays)
-
-
-def problems(cases: list[Case]) -> dict[str, str]:
-    """What is wrong with each wrong case's result."""
-    trials = [Trial("pos_embed_interpolate", case, seed=0) for case in cases]
-    found = {t.case.name: t.check(out, t.inputs()[1]) for t, out in zip(trials, run_compiled(trials), strict=True)}
+    found = {t.case.name: t.check(out, t.inputs()[1]) for t, out in zip(trials, every(arrays), strict=True)}
     return {name: problem for name, problem in found.items() if problem}
 
 
@@ -62,14 +56,6 @@ def weights(grid: tuple[tuple[int, int, int], ...], side: int = 6, **attrs: Any)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cases(family: str) -> None:
     assert problems([case for case in CASES if case.name.replace("_", "-").split("-")[0] == family]) == {}
-
-
-@pytest.mark.parametrize("case", SUBNORMAL, ids=lambda case: case.name)
-def test_float32_subnormals_may_be_flushed(case: Case) -> None:
-    trial = Trial("pos_embed_interpolate", case, seed=0)
-    [result] = run_compiled([trial])
-    taps = 4 if case.attrs["mode"] == "bilinear" else 16
-    np.testing.assert_allclose(result, trial.exact()["out"].value, rtol=0, atol=taps * FP32_TINY)
 
 
 def test_real_shape() -> None:
@@ -89,7 +75,7 @@ def test_one_compilation_serves_all_grids_of_one_size() -> None:
 
     for grid in (GRID, ((1, 2, 2), (1, 4, 6), (0, 0, 0)), ((1, 2, 60), (0, 0, 0), (0, 0, 0))):
         static = pos_embed_interpolate(table, grid, out_rows=ROWS)
-        np.testing.assert_array_equal(interpolate(jnp.array(grid)), static)
+        np.testing.assert_allclose(interpolate(jnp.array(grid)), static, atol=1e-6)
         np.testing.assert_allclose(static[: len(weights(grid))], weights(grid) @ np.asarray(table), atol=1e-5)
     assert traces == 1
 
@@ -98,7 +84,7 @@ def test_vmap_over_table_and_base() -> None:
     tables, bases = normal(3, 36, 8), normal(3, ROWS, 8, seed=1)
     mapped = jax.vmap(lambda table, base: pos_embed_interpolate(table, GRID, base=base))(tables, bases)
     for table, base, result in zip(tables, bases, mapped, strict=True):
-        np.testing.assert_array_equal(result, pos_embed_interpolate(table, GRID, base=base))
+        np.testing.assert_allclose(result, pos_embed_interpolate(table, GRID, base=base), atol=1e-6)
 
 
 def test_vmap_over_grids() -> None:
@@ -106,7 +92,7 @@ def test_vmap_over_grids() -> None:
     grids = jnp.array([[(1, 4, 4), (0, 0, 0)], [(1, 2, 2), (1, 2, 4)], [(1, 4, 4), (1, 3, 2)]])
     mapped = jax.vmap(lambda grid: pos_embed_interpolate(table, grid, out_rows=20))(grids)
     for grid, result in zip(grids, mapped, strict=True):
-        np.testing.assert_array_equal(result, pos_embed_interpolate(table, grid, out_rows=20))
+        np.testing.assert_allclose(result, pos_embed_interpolate(table, grid, out_rows=20), atol=1e-6)
     np.testing.assert_array_equal(np.isnan(mapped).all((1, 2)), [False, False, True])
 
 
@@ -125,7 +111,7 @@ def test_gradient_of_a_bfloat16_table_accumulates_in_float32() -> None:
     grid = ((1, 64, 64),)
     gradient = jax.grad(lambda table: pos_embed_interpolate(table, grid, out_dtype="float32").sum())
     sums = np.broadcast_to(weights(grid).sum(0)[:, None], (36, 2))
-    # A bfloat16 sum of weights below 1 gets stuck near 256.
+    # A bfloat16 sum stops growing at 128 if what is added is below 0.5.
     assert sums.max() > 150
     np.testing.assert_allclose(gradient(jnp.ones((36, 2), "bfloat16")).astype("float32"), sums, rtol=2**-8)
 
