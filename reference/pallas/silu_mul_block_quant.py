@@ -78,7 +78,7 @@ def _quantise(
         _in_parts, tile=(min(_CPU_TILE_ROWS, blocks.shape[1]), groups, group_size), interpret=True, **attrs
     )
     q, scale = lax.platform_dependent(blocks, *counts, cpu=interpreted, cuda=native)
-    if q.dtype != quant_dtype:
+    if quant_dtype == "float8_e4m3fnuz":
         q = lax.bitcast_convert_type(q, quant_dtype)
     if packed:
         scale = jnp.pad(scale, [(0, 0), (0, 0), (0, -groups % 4)])
@@ -94,57 +94,48 @@ def _gpu_tile(groups: int, size: int) -> tuple[int, int, int]:
 
 
 def _in_parts(x: jax.Array, *num_rows: jax.Array, tile: tuple[int, int, int], **attrs: Any) -> Any:
-    """One launch, unless q is so large that the lowering's 32-bit offsets overflow."""
+    """One launch, or several where q passes 2**31 elements: up to 2**32 bytes the lowering has 32-bit offsets."""
     experts, rows, _, groups, size = x.shape
     most = max(1, _INT32_MAX // (experts * groups * size * tile[0])) * tile[0]
     parts = [
-        _launch(x, *num_rows, first=first, rows=min(most, rows - first), tile=tile, **attrs)
+        _launch(x, *num_rows, rows=slice(first, min(rows, first + most)), tile=tile, **attrs)
         for first in range(0, rows, most)
     ]
-    return (
-        parts[0] if len(parts) == 1 else tuple(jnp.concatenate(outputs, axis=1) for outputs in zip(*parts, strict=True))
-    )
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(jnp.concatenate(outputs, axis=1) for outputs in zip(*parts, strict=True))
 
 
 def _launch(
     x: jax.Array,
     *num_rows: jax.Array,
-    first: int,
-    rows: int,
+    rows: slice,
     tile: tuple[int, int, int],
     quant_dtype: str,
     scale_format: str,
     interpret: bool = False,
     **attrs: Any,
 ) -> Any:
-    """q [experts, rows, groups, group_size] and scale [experts, rows, groups], of `rows` rows of x from `first` on."""
+    """q [experts, rows, groups, group_size] and scale [experts, rows, groups] of some rows of x, from a whole tile on."""
     experts, _, _, groups, size = x.shape
+    count = rows.stop - rows.start
     tile_rows, tile_groups, lanes = tile
-    skipped = first // tile_rows
+
+    def half(part: int) -> pl.BlockSpec:
+        skipped = rows.start // tile_rows
+        return pl.BlockSpec((None, tile_rows, None, tile_groups, lanes), lambda j, i, e: (e, skipped + i, part, j, 0))
+
+    attrs |= {"rows": rows, "groups": groups, "size": size, "quant_dtype": quant_dtype}
+    q_dtype = "uint8" if quant_dtype == "float8_e4m3fnuz" else quant_dtype
+    scale_dtype = "uint8" if scale_format == "ue8m0_packed" else "float32"
     return pl.pallas_call(
-        partial(
-            _kernel,
-            first=first,
-            end=first + rows,
-            groups=groups,
-            size=size,
-            dtype=dtype_name(x.dtype),
-            quant_dtype=quant_dtype,
-            power_of_two=scale_format != "float32",
-            **attrs,
-        ),
+        partial(_kernel, power_of_two=scale_format != "float32", **attrs),
         out_shape=(
-            jax.ShapeDtypeStruct(
-                (experts, rows, groups, size), "uint8" if quant_dtype == "float8_e4m3fnuz" else quant_dtype
-            ),
-            jax.ShapeDtypeStruct((experts, rows, groups), "uint8" if scale_format == "ue8m0_packed" else "float32"),
+            jax.ShapeDtypeStruct((experts, count, groups, size), q_dtype),
+            jax.ShapeDtypeStruct((experts, count, groups), scale_dtype),
         ),
-        grid=(pl.cdiv(groups, tile_groups), pl.cdiv(rows, tile_rows), experts),
-        in_specs=[
-            pl.BlockSpec((None, tile_rows, None, tile_groups, lanes), lambda j, i, e: (e, skipped + i, 0, j, 0)),
-            pl.BlockSpec((None, tile_rows, None, tile_groups, lanes), lambda j, i, e: (e, skipped + i, 1, j, 0)),
-            *(pl.BlockSpec((None,), lambda j, i, e: (e,)) for _ in num_rows),
-        ],
+        grid=(pl.cdiv(groups, tile_groups), pl.cdiv(count, tile_rows), experts),
+        in_specs=[half(0), half(1), *(pl.BlockSpec((None,), lambda j, i, e: (e,)) for _ in num_rows)],
         out_specs=(
             pl.BlockSpec((None, *tile), lambda j, i, e: (e, i, j, 0)),
             pl.BlockSpec((None, tile_rows, tile_groups), lambda j, i, e: (e, i, j)),
@@ -159,11 +150,9 @@ def _kernel(
     gate_ref: Any,
     up_ref: Any,
     *refs: Any,
-    first: int,
-    end: int,
+    rows: slice,
     groups: int,
     size: int,
-    dtype: str,
     quant_dtype: str,
     power_of_two: bool,
     scale_ub: float | None,
@@ -172,21 +161,21 @@ def _kernel(
 ) -> None:
     *num_rows_refs, q_ref, scale_ref = refs
     tile_rows, tile_groups, lanes = gate_ref.shape
-    row = first + pl.program_id(1) * tile_rows + lax.iota(jnp.int32, tile_rows)
+    row = rows.start + pl.program_id(1) * tile_rows + lax.iota(jnp.int32, tile_rows)
     group = pl.program_id(0) * tile_groups + lax.iota(jnp.int32, tile_groups)
     columns = (group < groups)[:, None] & (lax.iota(jnp.int32, lanes) < size)[None, :]
-    inside = (row < end)[:, None, None] & columns[None]
+    inside = (row < rows.stop)[:, None, None] & columns[None]
     live = inside
     for ref in num_rows_refs:
         live = inside & (row < ref[...])[:, None, None]
     gate, up = (plgpu.load(ref, mask=live, other=0).astype(jnp.float32) for ref in (gate_ref, up_ref))
-    y = silu_mul(gate, up, dtype, limit, materialize)
+    y = silu_mul(gate, up, dtype_name(gate_ref.dtype), limit, materialize)
     scale = block_scale(y, quant_dtype, power_of_two, scale_ub)
     ratio = y / scale[:, :, None]
     q = _fnuz_bytes(ratio) if quant_dtype == "float8_e4m3fnuz" else quantised(ratio, quant_dtype)
     plgpu.store(q_ref, q, mask=inside)
     scale = exponent_byte(scale) if scale_ref.dtype == jnp.uint8 else scale
-    plgpu.store(scale_ref, scale, mask=(row < end)[:, None] & (group < groups)[None, :])
+    plgpu.store(scale_ref, scale, mask=(row < rows.stop)[:, None] & (group < groups)[None, :])
 
 
 def _fnuz_bytes(ratio: jax.Array) -> jax.Array:

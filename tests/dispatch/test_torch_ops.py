@@ -33,8 +33,8 @@ def test_no_string_enters_the_schema():
 
 
 def finite(op, case):
-    """opcheck takes NaN for a difference."""
-    return case.repeat == 1 and all(np.isfinite(e.value).all() for e in Trial(op, case, 0).exact().values())
+    """opcheck takes NaN, and elements that are not written, for a difference."""
+    return case.repeat == 1 and all(np.isfinite(e.low).all() for e in Trial(op, case, 0).exact().values())
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -88,14 +88,14 @@ def test_parts_of_a_large_result(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = jax.jit(in_parts)(x, num_rows)
     launched, launch = [], module._launch
 
-    def recorded(*arrays: jax.Array, first: int, rows: int, **attrs: Any) -> Any:
-        launched.append((first, rows))
-        return launch(*arrays, first=first, rows=rows, **attrs)
+    def recorded(*arrays: jax.Array, rows: slice, **attrs: Any) -> Any:
+        launched.append((rows.start, rows.stop))
+        return launch(*arrays, rows=rows, **attrs)
 
     monkeypatch.setattr(module, "_launch", recorded)
     monkeypatch.setattr(module, "_INT32_MAX", 2 * 96 * 9)  # both experts' next 9 rows, so 8
     parts = jax.jit(partial(in_parts))(x, num_rows)
-    assert launched == [(0, 8), (8, 8), (16, 7)]
+    assert launched == [(0, 8), (8, 16), (16, 23)]
     assert bits(parts) == bits(whole)
 
 
