@@ -1,7 +1,7 @@
 """`pos_embed_interpolate` in jax.numpy; the formula is the docstring of `polyfuse.spec.pos_embed_interpolate`.
 
-`table` and `base` may be traced, vmapped, sharded and differentiated; so may `grid_thw` (except
-differentiated) as an array, with `out_rows`. A tuple is static, but only its total is compiled in.
+`table` and `base` may be traced, vmapped, sharded and differentiated. `grid_thw` may be traced and vmapped if it
+is an array; of a tuple only the number of images and the total of rows are compiled in.
 """
 
 from collections.abc import Sequence

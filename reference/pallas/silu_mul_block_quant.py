@@ -116,7 +116,7 @@ def _launch(
     interpret: bool = False,
     **attrs: Any,
 ) -> Any:
-    """q [experts, rows, groups, group_size] and scale [experts, rows, groups] of some rows of x, from a whole tile on."""
+    """q [experts, rows, groups, group_size] and scale [experts, rows, groups]; `rows` starts where a tile does."""
     experts, _, _, groups, size = x.shape
     count = rows.stop - rows.start
     tile_rows, tile_groups, lanes = tile

@@ -113,6 +113,13 @@ def test_copies() -> None:
     assert np.isnan(copied[nan].astype(np.float32)).all()
 
 
+def test_decay_where_softplus_underflows() -> None:
+    conv_out, _, b, _, _ = random_arguments(3)
+    a, A_log = jnp.full((3, HEADS_V), -88.0), jnp.full(HEADS_V, 3.0)
+    _, _, _, g, _ = gdn_post_conv(conv_out, a, b, A_log, jnp.zeros(HEADS_V), **HEADS)
+    np.testing.assert_allclose(g, -np.exp(-85.0), rtol=1e-4)
+
+
 def test_vmap() -> None:
     conv_out, a, b, A_log, dt_bias = random_arguments(3, 5)
     op = partial(gdn_post_conv, **HEADS)
