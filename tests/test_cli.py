@@ -78,7 +78,7 @@ def test_conformance_writes_its_report(tmp_path):
     assert "0 failed" in result.output
     data = json.loads((tmp_path / "r" / "conformance.json").read_text())
     assert data["ok"] is True
-    assert data["counts"]["passed"] > 100
+    assert data["counts"]["passed"] > 20
 
 
 def test_ops_prints_the_page_of_an_op():

@@ -20,7 +20,7 @@ NAME = "pos_embed_interpolate"
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
 
 # (up to this many rows, rows per program, most column blocks per program): small results need many programs.
-TILES: tuple[tuple[int, int, int], ...] = ((2048, 16, 1), (8192, 32, 2), (2**63, 32, 6))
+TILES: tuple[tuple[int, int, int], ...] = ((2048, 16, 1), (2**63, 32, 6))
 BLOCK_BYTES = 128  # of a table row, read at a time: one cache line, 16 bytes for each of 8 lanes
 if INTERPRETED.value:  # it pays per operation, not per element
     TILES, BLOCK_BYTES = ((2**63, 256, 1),), 4096

@@ -24,8 +24,10 @@ NAME = "silu_mul_block_quant"
 
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
 
-TILE_BYTES = 4096  # of gate, and of up, per program, unless a group is larger
-THREAD_BYTES = 32  # of gate, and of up, per thread: two loads of 16 bytes and one store
+# (up to this many bytes of gate, bytes of gate per program, per thread), of groups from 128 columns on, and smaller.
+# A program takes at least one group. Few rows need many programs, each of which loads 16 bytes at a time.
+TILES = ((2**18, 512, 16), (2**63, 2048, 32))
+SMALL_GROUP_TILES = ((2**18, 512, 16), (2**63, 4096, 32))
 WIDEST_GROUP = 2**15
 WIDE_PAIRS = 2**31  # from here on pairs are numbered in 64 bits
 
@@ -158,12 +160,13 @@ def _converts(device: torch.device, quant_dtype: str) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-@lru_cache(maxsize=256)
-def _tile(group: int, itemsize: int) -> tuple[int, int]:
+def _tile(group: int, itemsize: int, elements: int) -> tuple[int, int]:
     """Groups and warps per program."""
     columns = triton.next_power_of_2(group)
-    groups = max(1, TILE_BYTES // itemsize // columns)
-    return groups, min(32, max(4, groups * columns * itemsize // THREAD_BYTES // 32))
+    tiles = TILES if group >= 128 else SMALL_GROUP_TILES
+    tile_bytes, thread_bytes = next(t[1:] for t in tiles if elements * itemsize <= t[0])
+    groups = max(1, tile_bytes // itemsize // columns)
+    return groups, min(32, max(4, groups * columns * itemsize // thread_bytes // 32))
 
 
 @lru_cache(maxsize=1024)
@@ -194,7 +197,7 @@ def _plan(
     layout = scale_strides(lead, columns, scale_layout, masked)
     scale_row, scale_group = (columns, 1) if layout is None else (1, layout[-1])
     scale_expert = 0 if not masked else rows * columns if layout is None else layout[0]
-    block, warps = _tile(group, dtype.itemsize)
+    block, warps = _tile(group, dtype.itemsize, experts * rows * width // 2)
     tiles = -(-rows * groups // block)
     arguments = (
         rows,

@@ -39,8 +39,8 @@ def broken(monkeypatch):
 
 def test_each_outcome_is_counted_with_its_reason(broken, tmp_path):
     seen = []
-    report = run([OP], ["broken"], profile="quick", on_result=lambda r, total: seen.append((r.case, total)))
-    cases = all_cases(OP, models=False)
+    report = run([OP], ["broken"], profile="standard", on_result=lambda r, total: seen.append((r.case, total)))
+    cases = all_cases(OP)
     by_case = {r.case: r for r in report.results}
     assert [c for c, _ in seen] == [c.name for c in cases]
     assert {total for _, total in seen} == {len(cases)}
@@ -54,7 +54,7 @@ def test_each_outcome_is_counted_with_its_reason(broken, tmp_path):
         "skipped",
         "unsupported: table.dtype=float16: supports float32, bfloat16",
     )
-    assert "the profile runs up to 1000000" in by_case["over_2_31"].detail
+    assert "the profile runs up to 8000000" in by_case["over_2_31"].detail
     assert not report.ok
 
     counts = report.counts()
@@ -85,10 +85,17 @@ def test_a_backend_that_writes_to_its_input_fails(monkeypatch):
 
     monkeypatch.setattr(Backend, "load", lambda self, op: Implementation(function, right.capability))
     polyfuse.refresh()
-    report = run([OP], ["torch"], profile="quick")
+    report = run([OP], ["torch"], profile="standard")
     polyfuse.refresh()
     wrote = {r.case: r.detail for r in report.results if r.status == "failed"}
     assert wrote["upsample-bilinear-corners"] == "table: the backend wrote to its input"
+
+
+def test_a_sampled_case_that_is_left_out_is_reported():
+    report = run([OP], ["numpy"], profile="quick")
+    skipped = [r.detail for r in report.results if r.status == "skipped"]
+    assert skipped.count("the profile quick runs every 5th case of the spec") == len(OPS[OP].cases()) * 4 // 5
+    assert report.ok
 
 
 def test_unknown_names_are_refused():

@@ -106,11 +106,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fresh_plans() -> Iterator[None]:
     """For a test that changes a constant from which plans are made."""
-    for cached in (module._plan, module._tile):
-        cached.cache_clear()
+    module._plan.cache_clear()
     yield
-    for cached in (module._plan, module._tile):
-        cached.cache_clear()
+    module._plan.cache_clear()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -151,7 +149,7 @@ def test_a_row_does_not_depend_on_the_batch(group: int) -> None:
         assert_same_bits(silu_mul_block_quant(x[i : i + 1], group_size=group), (q[i : i + 1], scale[i : i + 1]))
 
 
-@pytest.mark.parametrize(("constant", "value"), [("TILE_BYTES", 64), ("TILE_BYTES", 2**16), ("WIDE_PAIRS", 0)])
+@pytest.mark.parametrize(("constant", "value"), [("TILE", 64), ("TILE", 2**16), ("WIDE_PAIRS", 0)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_tiles_and_wide_numbers_do_not_change_bits(
     constant: str, value: int, masked: bool, fresh_plans: None, monkeypatch: pytest.MonkeyPatch
@@ -161,8 +159,11 @@ def test_tiles_and_wide_numbers_do_not_change_bits(
     options: Any = {"num_rows": num_rows, "group_size": 48, "scale_format": "ue8m0_packed"}
     want = silu_mul_block_quant(x, **options)
     module._plan.cache_clear()
-    module._tile.cache_clear()
-    monkeypatch.setattr(module, constant, value)
+    if constant == "TILE":
+        for tiles in ("TILES", "SMALL_GROUP_TILES"):
+            monkeypatch.setattr(module, tiles, ((2**63, value, 32),))
+    else:
+        monkeypatch.setattr(module, constant, value)
     assert_same_bits(silu_mul_block_quant(x, **options), want)
 
 
@@ -282,7 +283,7 @@ from polyfuse.triton_impl.silu_mul_block_quant import _kernel, _tile
 
 aligned = [["tt.divisibility", 16]]
 for group, scale_format in ((128, "float32"), (64, "ue8m0_packed")):
-    block, warps = _tile(group, 2)
+    block, warps = _tile(group, 2, 2**30)
     types = {n: "i32" for n in _kernel.arg_names} | {"x_ptr": "*bf16", "q_ptr": "*fp8e4nv"}
     types["scale_ptr"] = "*fp32" if scale_format == "float32" else "*i32"
     constants = dict(num_rows_ptr=None, scale_ub=None, limit=None, x_column=1, D=2048, GROUP=group)

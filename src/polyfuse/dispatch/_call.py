@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,7 +32,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class _Plan:
     """Everything about a call that depends only on its signature."""
 
-    usable: list[tuple[str, Implementation]]
+    usable: tuple[tuple[str, Implementation], ...]
+    function: Callable[..., Any]
     attrs: dict[str, Any]
     convert_to: str | None
     convert_back: str
@@ -48,7 +51,9 @@ class Op:
         positional = [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
         self.positional = len(positional)
         arrays = {t.name for t in spec.tensors}
+        self.arrays = [i for i, n in enumerate(self.names) if n in arrays]
         self.keyword_arrays = [(i, n) for i, n in enumerate(self.names) if n in arrays and n not in positional]
+        self.attrs = itemgetter(*(i for i, n in enumerate(self.names) if n not in arrays))
         self.hosts = [
             (self.names.index(t.name), self.names.index(t.host_unless)) for t in spec.tensors if t.host_unless
         ]
@@ -78,18 +83,15 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
         return traced(op, args)
     if op.hosts:
         args = read_hosts(op, args)
-    key: list[Any] = [tuple(backend) if isinstance(backend, list) else backend, context_names()]
-    for value in args:
-        kind = type(value)
-        key.append(kind)
-        describe = _DESCRIBE.get(kind)
-        if describe is None:
-            describe = _describer(kind, value)
-        key.append(describe(value))
+    # Types are part of the key, because True == 1 == 1.0.
+    key = [tuple(backend) if isinstance(backend, list) else backend, context_names(), op.attrs(args), *map(type, args)]
+    for i in op.arrays:
+        value = args[i]
+        key.append((_DESCRIBE.get(type(value)) or _describer(value))(value))
     try:
         signature_key = tuple(key)
         plan = op.cache.get(signature_key)
-    except TypeError:
+    except TypeError:  # an argument that cannot be hashed
         return _execute(op, _plan(op, args, backend), args)
     if plan is None:
         plan = _plan(op, args, backend)
@@ -102,8 +104,13 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
 def _execute(op: Op, plan: _Plan, args: tuple[Any, ...]) -> Any:
     if plan.convert_to:
         args = tuple(convert(value, plan.convert_to) for value in args)
-    arrays = {name: args[i] for i, name in op.keyword_arrays}
-    result = _first_willing(op, plan, args[: op.positional], {**arrays, **plan.attrs})
+    keywords = plan.attrs
+    if op.keyword_arrays:
+        keywords = {**keywords, **{name: args[i] for i, name in op.keyword_arrays}}
+    try:
+        result = plan.function(*args[: op.positional], **keywords)
+    except Unsupported as error:
+        result = _next_willing(op, plan, args[: op.positional], keywords, error)
     if plan.convert_to:
         if isinstance(result, tuple):
             return tuple(convert(r, plan.convert_back) for r in result)
@@ -111,15 +118,17 @@ def _execute(op: Op, plan: _Plan, args: tuple[Any, ...]) -> Any:
     return result
 
 
-def _first_willing(op: Op, plan: _Plan, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """The result of the first backend that does not decline at the call."""
-    *others, (_, last) = plan.usable
-    for name, implementation in others:
+def _next_willing(
+    op: Op, plan: _Plan, positional: tuple[Any, ...], keywords: dict[str, Any], error: Unsupported
+) -> Any:
+    """The result of the first backend after the preferred one that does not decline at the call."""
+    for (declined, _), (_, implementation) in pairwise(plan.usable):
+        log.warning("%s: %s declined this call (%s), trying the next", op.spec.name, declined, error)
         try:
             return implementation.function(*positional, **keywords)
-        except Unsupported as error:
-            log.warning("%s: %s declined this call (%s), trying the next", op.spec.name, name, error)
-    return last.function(*positional, **keywords)
+        except Unsupported as another:
+            error = another
+    raise error
 
 
 def _plan(op: Op, args: tuple[Any, ...], backend: str | Sequence[str] | None) -> _Plan:
@@ -129,7 +138,8 @@ def _plan(op: Op, args: tuple[Any, ...], backend: str | Sequence[str] | None) ->
     target = registry().get(usable[0][0]).family
     if any(registry().get(n).family != target for n, _ in usable):
         raise SpecError(f"{op.spec.name}: backend: expected backends of one array family, got {list(names or ())}")
-    return _Plan(usable, dict(call.attrs), None if target == family else target, family)
+    function = usable[0][1].function
+    return _Plan(tuple(usable), function, dict(call.attrs), None if target == family else target, family)
 
 
 def examine_arguments(op: Op, args: tuple[Any, ...]) -> tuple[Call, str, Device, bool]:
@@ -262,10 +272,10 @@ def _describe_jax(x: Any) -> Any:
 _DESCRIBE: dict[type, Callable[[Any], Any]] = {}
 
 
-def _describer(kind: type, value: Any) -> Callable[[Any], Any]:
+def _describer(value: Any) -> Callable[[Any], Any]:
     describers = {"torch": _describe_torch, "numpy": _describe_numpy, "jax": _describe_jax}
     family = family_of(value)
-    return _DESCRIBE.setdefault(kind, describers[family] if family else _itself)
+    return _DESCRIBE.setdefault(type(value), describers[family] if family else _itself)
 
 
 def _itself(x: Any) -> Any:
