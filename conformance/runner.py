@@ -40,7 +40,7 @@ def run(
     chosen = [registry().get(name) for name in backends] if backends else _all_backends()
     report = Report(device_name(device), profile, settings.seed)
     cases = {op: all_cases(op, models=settings.models) for op in ops or OPS}
-    left_out = f"the profile {profile} runs every {settings.sample}th case of the spec"
+    left_out = f"the profile {profile} runs one in {settings.sample} of the spec's cases"
     total = sum(len(c) for c in cases.values()) * len(chosen)
     for op, its_cases in cases.items():
         for number, case in enumerate(its_cases):

@@ -102,5 +102,6 @@ def sigmoid(x: F64) -> F64:
 def _normalised(x: F64, eps: float, steps: float) -> Exact:
     total = (x * x).sum(-1, keepdims=True) + eps
     total = np.where(total > np.finfo(np.float32).max, np.inf, total)
-    value = x * (1 / np.sqrt(total))
-    return Exact.around(value, steps * FP32_ROUNDOFF * np.abs(value) + FP32_TINY)
+    scale = 1 / np.sqrt(total)
+    value = x * scale
+    return Exact.around(value, steps * FP32_ROUNDOFF * np.abs(value) + FP32_TINY * (1 + scale))

@@ -22,6 +22,7 @@ def _activation(x: F64, dtype: str, limit: float | None, materialize: bool, step
     """y [..., D], from x [..., 2*D]."""
     gate, up = np.split(x, 2, axis=-1)
     if limit is not None:
+        limit = float(np.float32(limit))
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     silu = gate * sigmoid(gate)
     if not materialize:

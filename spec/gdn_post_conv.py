@@ -85,7 +85,8 @@ def _cases() -> Iterator[Case]:
 
 _NORM_BOUND = (
     "magnitude |out|. A sum of K positive terms is known to K roundings in any order, the root halves that; "
-    "2 for the squares and eps, 4 for a reciprocal root within 2 ulp and the product"
+    "2 for the squares and eps, 4 for a reciprocal root within 2 ulp and the product. Plus 2^-126 * (1 + the factor) "
+    "for a flushed result and a flushed input"
 )
 
 
@@ -147,7 +148,7 @@ SPEC = OpSpec(
         "L == 0: empty results, without a launch.",
         "The sum of squares is fp32: beyond |x| of about 1.8e19 it is infinite, and finite elements become 0.",
         "A NaN makes its head NaN in q or k, and only itself in v.",
-        "g and beta below the least normal float32 may be flushed to zero.",
+        "Subnormal float32 numbers, inputs and results, may count as zero; copies are exact.",
     ),
     check=_check,
     derive=lambda call: {},

@@ -25,7 +25,7 @@ def silu_mul_block_quant(
     qmax = QMAX[quant_dtype]
     y = _activation(x, limit, materialize).unflatten(-1, (-1, group_size))  # [..., G, group_size]
     amax = y.abs().amax(-1)
-    scale = amax / qmax
+    scale = amax / torch.full_like(amax, qmax)  # by a number, a GPU multiplies by its rounded reciprocal
     if scale_ub is not None:
         scale = torch.where(amax.isfinite(), scale.clamp(max=scale_ub), scale)
     scale = scale.clamp(min=scale_floor(quant_dtype))

@@ -4,12 +4,14 @@ Device time is that of a CUDA-graph replay of many calls, divided by their numbe
 Host time is wall time per call over calls that are queued without waiting for the device.
 """
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -52,8 +54,13 @@ class Bench:
     versions: dict[str, str]
     rows: list[Row]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def write(self, folder: Path) -> Path:
+        """Write the rows so far into a JSON file named after the device; returns its path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = self.device.split("(")[-1].rstrip(")").lower().replace(" ", "_")
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        return path
 
 
 def run_bench(
@@ -62,7 +69,7 @@ def run_bench(
     device: str = "cpu",
     model: str | None = None,
     compiled: bool = True,
-    on_row: Callable[[Row], None] | None = None,
+    on_row: Callable[[Bench, Row], None] | None = None,
 ) -> Bench:
     """Measure the bench cases of the model files.
 
@@ -84,7 +91,7 @@ def run_bench(
                 for row in _measure(op, name, case.case(name), backends, device, ceiling, compiled):
                     result.rows.append(row)
                     if on_row:
-                        on_row(row)
+                        on_row(result, row)
     return result
 
 

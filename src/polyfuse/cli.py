@@ -115,6 +115,7 @@ def explain(op: str, family: str, device: str | None, as_json: bool) -> None:
     Example:
       POLYFUSE_BACKEND=triton polyfuse explain pos_embed_interpolate
     """
+    place = device or default_device()
     from polyfuse.conformance import make_inputs
     from polyfuse.dispatch._arrays import FAMILIES
     from polyfuse.dispatch._select import check_op
@@ -124,7 +125,6 @@ def explain(op: str, family: str, device: str | None, as_json: bool) -> None:
         raise SpecError(f"--family: expected one of {', '.join(FAMILIES)}, got {family!r}")
     spec = OPS[op]
     values = make_inputs(spec, spec.cases()[0])
-    place = device or default_device()
     decision = polyfuse.explain(op, **{k: _place(v, family, place) for k, v in values.items()})
     if as_json:
         click.echo(json.dumps(decision.as_dict(), indent=1))
@@ -255,7 +255,7 @@ def bench(
     Example:
       polyfuse bench --op silu_mul_block_quant --backend triton --out benchmarks/results
     """
-    from polyfuse.bench import run_bench
+    from polyfuse.bench import Bench, Row, run_bench
     from polyfuse.dispatch import registry
     from polyfuse.dispatch._select import check_op
 
@@ -264,15 +264,14 @@ def bench(
     for name in backends:
         registry().get(name)
     screen = console()
+
+    def show(result: Bench, row: Row) -> None:
+        status.update(f"{row.op} {row.case} {row.backend}")
+        if out:
+            result.write(out)
+
     with screen.status("measuring") as status:
-        result = run_bench(
-            op_names,
-            backends,
-            device or default_device(),
-            model,
-            not no_compile,
-            lambda row: status.update(f"{row.op} {row.case} {row.backend}"),
-        )
+        result = run_bench(op_names, backends, device or default_device(), model, not no_compile, show)
     columns = ("op", "model", "case", "backend", "device us", "host us", "GB/s", "of ceiling", "vs eager", "vs compile")
     table = Table(*columns, title=f"{result.device}, stream ceiling {result.ceiling_gb_s:.0f} GB/s")
     for r in result.rows:
@@ -281,10 +280,7 @@ def bench(
         table.add_row(r.op, r.model, r.case, r.backend, *numbers, *ratios)
     screen.print(table)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / f"{result.device.split('(')[-1].rstrip(')').lower().replace(' ', '_')}.json"
-        path.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
-        screen.print(f"written: {path}")
+        screen.print(f"written: {result.write(out)}")
 
 
 @main.command()
@@ -303,11 +299,11 @@ def demo(fast: bool, report: Path) -> None:
     Example:
       polyfuse demo --fast
     """
+    out, device = console(), default_device()
     from polyfuse.demo import run_demo
 
-    out = console()
-    status = run_demo(fast, out, default_device())
-    ok = run_conformance(out, (), (), "quick" if fast else "standard", default_device(), report)
+    status = run_demo(fast, out, device)
+    ok = run_conformance(out, (), (), "quick", device, report)
     sys.exit(status or (0 if ok else 1))
 
 
@@ -316,6 +312,9 @@ def default_device() -> str:
     if importlib.util.find_spec("torch") is None:
         return "cpu"
     import torch
+
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("polyfuse.triton_impl")  # chooses the interpreter before anything imports triton
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator.type if accelerator else "cpu"
