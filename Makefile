@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check docs clean
 
 help:
 	@echo "make demo    install, then run the demo"
 	@echo "make test    install, then run every test"
 	@echo "make check   install, then run ruff, mypy, pyright and import-linter"
+	@echo "make docs    write docs/ops from the specs"
 	@echo "make clean   remove the virtual environment, builds and caches"
 	@echo "PYTHON=python3.12 make ...   use another interpreter (3.11 or later)"
 
@@ -26,6 +27,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	@for op in $$($(BIN)/python -c 'from polyfuse.spec import OPS; print(*OPS)'); do \
+		$(BIN)/polyfuse ops $$op > docs/ops/$$op.md; done
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: PYTHON=python3.12 make")'

@@ -12,7 +12,8 @@ function, to the accuracy of a GEMM:
                  (see `polyfuse.runtime.stack_weights`) are used as they are; others are concatenated once
                  and the copy is kept as long as the weights live
     fused        one launch over both weights, for few rows
-    auto         the fastest of them by a table measured per device; it never copies weights
+    auto         the fastest of them by a table measured per device; it never copies weights, and takes parallel
+                 only inside a graph capture, where launches cost the host nothing
 
 A GEMM library picks its kernel by size, so this op alone is not bitwise batch-invariant.
 """

@@ -73,4 +73,5 @@ def divide(value, scale, POWER_OF_TWO: tl.constexpr, BOUNDED: tl.constexpr):
         reciprocal = tl.div_rn(1.0, scale)[:, None]
         minus = tl.where(scale == float("inf"), 0.0, -scale)[:, None]  # so that finite / inf is 0
         quotient = value * reciprocal
-        return tl.fma(tl.fma(quotient, minus, value), reciprocal, quotient)
+        corrected = tl.fma(tl.fma(quotient, minus, value), reciprocal, quotient)
+        return tl.where(quotient == 0.0, quotient, corrected)  # the correction of -0 is +0

@@ -77,7 +77,8 @@ STRATEGIES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Bias, 
 def choose(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, available: tuple[str, ...]) -> str:
     """The fastest of the available strategies by the device's measured table; `sequential` for what it lacks.
 
-    `merged` counts as available only for weights that need no copy, `parallel` only with streams.
+    `merged` counts as available only for weights that need no copy, `parallel` only with streams and inside a
+    graph capture: launched one by one, its events take the host longer than the device saves.
     """
     table = _table(x.device)
     ranges = table.get((w1.shape[1], len(w1), len(w2), str(x.dtype).removeprefix("torch."))) if table else None
@@ -89,9 +90,15 @@ def choose(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, available: tuple
             for strategy in ranking:
                 if strategy == "merged" and as_one_weight(w1, w2) is None:
                     continue
-                if strategy in available and (strategy != "parallel" or streams_enabled()):
+                if strategy == "parallel" and not (streams_enabled() and _capturing(x.device)):
+                    continue
+                if strategy in available:
                     return strategy
     return "sequential"
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache(maxsize=16)

@@ -57,7 +57,7 @@ class Bench:
     def write(self, folder: Path) -> Path:
         """Write the rows so far into a JSON file named after the device; returns its path."""
         folder.mkdir(parents=True, exist_ok=True)
-        name = self.device.split("(")[-1].rstrip(")").lower().replace(" ", "_")
+        name = self.device.split("(")[-1].rstrip(")").lower().removeprefix("nvidia ").replace(" ", "_")
         path = folder / f"{name}.json"
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
         return path

@@ -4,6 +4,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,9 +12,12 @@ from torch import nn
 pytest.importorskip("transformers")
 
 import transformers
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 import polyfuse
+from polyfuse.conformance import compare
 from polyfuse.integrations.transformers import VISION_TOWERS, accelerate, restore
+from polyfuse.reference import pos_embed_interpolate as oracle
 
 TINY = {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 32}
 GRIDS = torch.tensor([[1, 4, 6], [3, 2, 8], [1, 10, 14]])
@@ -269,3 +273,26 @@ def test_restore_of_an_unpatched_model() -> None:
     assert str(error.value) == (
         "restore: model: expected a model patched by accelerate, got an unpatched Qwen3VLVisionModel"
     )
+
+
+def test_the_difference_to_transformers_is_its_rounded_coordinates() -> None:
+    """Its own formula on exact coordinates keeps the op's error bound; on its float32 ones it does not."""
+    grid = [[1, 32, 32], [1, 24, 38]]
+    table = torch.randn(48 * 48, 64, generator=torch.Generator().manual_seed(0))
+    indices, weights = [], []
+    for _, h, w in grid:
+        row, column = oracle._merge_order(h, w, 2)
+        y, y_weights = oracle.axis_taps(row, h, 48, "bilinear", True)
+        x, x_weights = oracle.axis_taps(column, w, 48, "bilinear", True)
+        indices.append((y[:, :, None] * 48 + x[:, None, :]).reshape(h * w, 4))
+        pairs = y_weights.astype("f4")[:, :, None] * x_weights.astype("f4")[:, None, :]
+        weights.append(pairs.reshape(h * w, 4))
+    taps, share = torch.from_numpy(np.concatenate(indices)), torch.from_numpy(np.concatenate(weights))
+    exact = oracle.exact(table.numpy(), grid)["out"]
+    assert compare("exact coordinates", (table[taps] * share[:, :, None]).sum(1).numpy(), exact, "float32") is None
+    assert compare("ours", polyfuse.pos_embed_interpolate(table, grid).numpy(), exact, "float32") is None
+
+    taps, share = get_vision_interpolation_indices_and_weights(
+        torch.tensor(grid), 48, align_corners=True, spatial_merge_size=2
+    )
+    assert compare("float32 coordinates", (table[taps] * share[:, :, None]).sum(1).numpy(), exact, "float32")

@@ -74,6 +74,8 @@ def test_auto_follows_the_table(operands, monkeypatch):
     ranges = ((4, ("fused", "merged", "parallel")), (None, ("merged", "parallel", "sequential")))
     monkeypatch.setattr(_projections, "_table", lambda device: {(64, 96, 8, "bfloat16"): ranges})
     every = ("sequential", "parallel", "merged", "fused")
+    assert _projections.choose(x, w1, w2, every) == "sequential"
+    monkeypatch.setattr(_projections, "_capturing", lambda device: True)
     assert _projections.choose(x[:4], w1, w2, every) == "fused"
     assert _projections.choose(x[:4], w1, w2, every[:3]) == "parallel"
     assert _projections.choose(x, *stack_weights(w1, w2), every) == "merged"
