@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from polyfuse.reference._interpolation import axis_taps, divide, patch
 from polyfuse.spec import Capability, Unsupported, dtype_name
 
 CAPABILITY = Capability(differentiable=True)
@@ -71,11 +72,11 @@ def _interpolate(
     live = image < len(grid)
     image = jnp.minimum(image, len(grid) - 1)
     t, h, w = jnp.where(live & valid, grid[image].T, jnp.array([[1], [merge_size], [merge_size]], jnp.int32))
-    y, x = _patch(lax.rem(row - (ends[image] - t * h * w), h * w), w, merge_size)
+    y, x = patch(lax.rem(row - (ends[image] - t * h * w), h * w), w, merge_size)
     # The cast comes before the gather so that gradients of the table accumulate in fp32.
     source = table.astype(jnp.float32)
     total = jnp.zeros((rows, table.shape[1]), jnp.float32)
-    taps_y, taps_x = _axis_taps(y, h, side, mode, align_corners), _axis_taps(x, w, side, mode, align_corners)
+    taps_y, taps_x = axis_taps(y, h, side, mode, align_corners), axis_taps(x, w, side, mode, align_corners)
     for (cell_y, weight_y), (cell_x, weight_x) in product(taps_y, taps_x):
         weight = (weight_y * weight_x)[:, None]
         cells = jnp.take(source, cell_y * side + cell_x, axis=0, mode="clip")
@@ -94,47 +95,8 @@ def _image_ends(grid: jax.Array, merge_size: int, side: int, rows: int) -> tuple
     room = lax.full_like(h, rows)
     fits = (w <= lax.div(room, jnp.maximum(h, 1))) & (t <= lax.div(room, jnp.maximum(h * w, 1)))
     usable = fits & (jnp.min(grid, axis=1) > 0) & (jnp.maximum(h, w) <= longest)
-    usable &= (_divmod(h, merge_size)[1] == 0) & (_divmod(w, merge_size)[1] == 0)
+    usable &= (divide(h, merge_size)[1] == 0) & (divide(w, merge_size)[1] == 0)
     unused = jnp.all(grid == 0, axis=1)
     ends = jnp.cumsum(jnp.where(usable, t * h * w, 0), dtype=jnp.int32)
     # A sum of int32 sizes that first passes 2**31 is negative there.
     return ends, jnp.all((usable | unused) & (ends >= 0) & (ends <= rows))
-
-
-def _patch(row: jax.Array, w: jax.Array, merge_size: int) -> tuple[jax.Array, jax.Array]:
-    """Patch coordinates of a frame's `row`-th row, in spatial-merge order (h/m, w/m, m, m)."""
-    block, inner = _divmod(row, merge_size * merge_size)
-    block_y, block_x = _divmod(block, _divmod(w, merge_size)[0])
-    inner_y, inner_x = _divmod(inner, merge_size)
-    return block_y * merge_size + inner_y, block_x * merge_size + inner_x
-
-
-def _axis_taps(
-    index: jax.Array, size: jax.Array, side: int, mode: str, align_corners: bool
-) -> list[tuple[jax.Array, jax.Array]]:
-    """(table cell, weight) of every tap, for positions `index` on axes of `size` patches."""
-    if align_corners:
-        numerator, denominator = index * (side - 1), jnp.maximum(size - 1, 1)
-    else:
-        numerator, denominator = (2 * index + 1) * side - size, 2 * size
-    # Division truncates; a negative numerator is above -denominator, so its floor is -1.
-    cell = jnp.where(numerator < 0, -1, lax.div(numerator, denominator))
-    f = (numerator - cell * denominator).astype(jnp.float32) / denominator.astype(jnp.float32)
-    g = 1 - f
-    if mode == "bilinear":
-        taps = [(0, g), (1, f)]
-    else:
-        a = -0.75
-        taps = [
-            (-1, a * f * g * g),
-            (0, g * (1 + f - (a + 2) * f * f)),
-            (1, f * (1 + g - (a + 2) * g * g)),
-            (2, a * g * f * f),
-        ]
-    return [(jnp.clip(cell + offset, 0, side - 1), weight) for offset, weight in taps]
-
-
-def _divmod(a: jax.Array, b: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """For a >= 0 and b > 0, where truncation is the floor."""
-    quotient = lax.div(a, lax.full_like(a, b) if isinstance(b, int) else b)
-    return quotient, a - quotient * b

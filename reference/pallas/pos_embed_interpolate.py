@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from polyfuse.reference._interpolation import axis_taps, divide, patch
 from polyfuse.spec import Capability, Unsupported, dtype_name
 
 # No TPU: Mosaic cannot gather table rows by a vector of row numbers.
@@ -111,9 +112,9 @@ def _kernel(
     inner = lax.iota(jnp.int32, tile_width)[None, :]
     in_width = pl.program_id(1) * tile_width + inner < width
     h, w, start, live, valid = _find_images(grid_ref, row, merge_size, side, rows)
-    y, x = _patch(lax.rem(row - start, h * w), w, merge_size)
+    y, x = patch(lax.rem(row - start, h * w), w, merge_size)
     total = jnp.zeros((tile_rows, tile_width), jnp.float32)
-    taps_y, taps_x = _axis_taps(y, h, side, mode, align_corners), _axis_taps(x, w, side, mode, align_corners)
+    taps_y, taps_x = axis_taps(y, h, side, mode, align_corners), axis_taps(x, w, side, mode, align_corners)
     for (cell_y, weight_y), (cell_x, weight_x) in product(taps_y, taps_x):
         weight = weight_y * weight_x
         cells = plgpu.load(
@@ -139,7 +140,7 @@ def _find_images(
     room = lax.full_like(h, rows)
     fits = (w <= lax.div(room, jnp.maximum(h, 1))) & (t <= lax.div(room, jnp.maximum(h * w, 1)))
     usable = fits & (t > 0) & (h > 0) & (w > 0) & (jnp.maximum(h, w) <= longest)
-    usable &= (_divmod(h, merge_size)[1] == 0) & (_divmod(w, merge_size)[1] == 0)
+    usable &= (divide(h, merge_size)[1] == 0) & (divide(w, merge_size)[1] == 0)
     unused = (t == 0) & (h == 0) & (w == 0)
     ends = jnp.cumsum(jnp.where(usable, t * h * w, 0), dtype=jnp.int32)
     # A sum of int32 sizes that first passes 2**31 is negative there.
@@ -151,42 +152,3 @@ def _find_images(
     live = valid & (image < grid_ref.shape[1])
     h, w = (plgpu.load(grid_ref.at[axis, image], mask=live, other=merge_size) for axis in (1, 2))
     return h, w, start, live, valid
-
-
-def _patch(row: jax.Array, w: jax.Array, merge_size: int) -> tuple[jax.Array, jax.Array]:
-    """Patch coordinates of a frame's `row`-th row, in spatial-merge order (h/m, w/m, m, m)."""
-    block, inner = _divmod(row, merge_size * merge_size)
-    block_y, block_x = _divmod(block, _divmod(w, merge_size)[0])
-    inner_y, inner_x = _divmod(inner, merge_size)
-    return block_y * merge_size + inner_y, block_x * merge_size + inner_x
-
-
-def _axis_taps(
-    index: jax.Array, size: jax.Array, side: int, mode: str, align_corners: bool
-) -> list[tuple[jax.Array, jax.Array]]:
-    """(table cell, weight) of every tap, for positions `index` on axes of `size` patches."""
-    if align_corners:
-        numerator, denominator = index * (side - 1), jnp.maximum(size - 1, 1)
-    else:
-        numerator, denominator = (2 * index + 1) * side - size, 2 * size
-    # Division truncates; a negative numerator is above -denominator, so its floor is -1.
-    cell = jnp.where(numerator < 0, -1, lax.div(numerator, denominator))
-    f = (numerator - cell * denominator).astype(jnp.float32) / denominator.astype(jnp.float32)
-    g = 1 - f
-    if mode == "bilinear":
-        taps = [(0, g), (1, f)]
-    else:
-        a = -0.75
-        taps = [
-            (-1, a * f * g * g),
-            (0, g * (1 + f - (a + 2) * f * f)),
-            (1, f * (1 + g - (a + 2) * g * g)),
-            (2, a * g * f * f),
-        ]
-    return [(jnp.clip(cell + offset, 0, side - 1), weight) for offset, weight in taps]
-
-
-def _divmod(a: jax.Array, b: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """For a >= 0 and b > 0, where truncation is the floor."""
-    quotient = lax.div(a, lax.full_like(a, b) if isinstance(b, int) else b)
-    return quotient, a - quotient * b
