@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -68,6 +69,25 @@ def test_errors_are_one_line_and_status_2(args, message):
     errors = [x for x in result.output.splitlines() if x.startswith("Error:")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "polyfuse.demo", None)
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    monkeypatch.delitem(sys.modules, "polyfuse.demo")
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    result = invoke("demo", "--fast")
+    assert result.exit_code == 2
+    assert "this command needs skimage" in result.output
+    assert "pip install 'polyfuse[all]'" in result.output
+
+
+def test_a_broken_config_file_is_one_line(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("backnd: torch\n")
+    result = invoke("explain", OP, env={"POLYFUSE_CONFIG": str(path)})
+    assert result.exit_code == 2
+    assert f"Error: {path}: backnd: Extra inputs are not permitted, got 'torch'" in result.output
 
 
 def test_conformance_writes_its_report(tmp_path):

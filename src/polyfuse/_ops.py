@@ -6,7 +6,7 @@ Their documentation is their spec. This module is imported at the first use of a
 from collections.abc import Sequence
 from typing import Any
 
-from polyfuse.dispatch import public, run
+from polyfuse.dispatch import declared, public, run
 
 
 @public
@@ -76,3 +76,6 @@ def gdn_in_proj(
     backend: str | Sequence[str] | None = None,
 ) -> Any:
     return run("gdn_in_proj", (x, w_qkvz, w_ba, bias_qkvz, bias_ba, strategy), backend)
+
+
+TABLE = declared()

@@ -26,6 +26,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (SpecError, Unsupported, BackendError) as error:
             raise click.UsageError(str(error)) from error
+        except ModuleNotFoundError as error:
+            raise click.UsageError(f"this command needs {error.name}; try: pip install 'polyfuse[all]'") from error
 
 
 def console() -> Console:

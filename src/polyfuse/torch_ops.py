@@ -10,5 +10,5 @@ __all__ = ["schemas"]
 
 
 def schemas() -> dict[str, str]:
-    """The schema of every registered op, by name."""
-    return {name: _torch_ops.schema(op) for name, op in _torch_ops.registered().items() if hasattr(_ops, name)}
+    """The schema of every registered op, by name, in torch's notation."""
+    return {name: _torch_ops.schema(op) for name, op in _ops.TABLE.items()}

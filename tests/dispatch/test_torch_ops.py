@@ -8,11 +8,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import polyfuse
 from polyfuse.conformance import make_inputs
 from polyfuse.conformance.runner import Trial
-from polyfuse.dispatch import _torch_ops, from_numpy
+from polyfuse.dispatch import _torch_ops, declared, from_numpy
 from polyfuse.spec import OPS
 from polyfuse.torch_ops import schemas
 
-_OPS = _torch_ops.registered()
+_OPS = declared()
 
 GRID = ((1, 4, 6), (2, 2, 2))
 
@@ -70,3 +70,28 @@ def test_a_bad_call_is_refused_while_compiling():
     compiled = torch.compile(lambda t: polyfuse.pos_embed_interpolate(t, ((1, 3, 4),)), fullgraph=True)
     with pytest.raises(Exception, match="divisible by merge_size=2, got"):
         compiled(torch.randn(36, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "torch"}, "a compiled graph holds no names; try polyfuse.use_backend around it"),
+        ({"mode": "cubic"}, "mode: expected one of bilinear, bicubic, got"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused(options, message):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda t: polyfuse.pos_embed_interpolate(t, GRID, **options), backend="eager", fullgraph=True
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
+        compiled(torch.randn(36, 8))
+    assert message in str(caught.value.__cause__)
+
+
+def test_a_compiled_graph_follows_use_backend():
+    compiled = torch.compile(lambda t: polyfuse.pos_embed_interpolate(t, GRID), backend="eager", fullgraph=True)
+    table = torch.randn(36, 8)
+    with polyfuse.use_backend("triton"):
+        out = compiled(table)
+        assert torch.equal(out, polyfuse.pos_embed_interpolate(table, GRID, backend="triton"))

@@ -73,6 +73,11 @@ def public(function: _Function) -> _Function:
     return function
 
 
+def declared() -> dict[str, Op]:
+    """Every op with a public function, by name."""
+    return dict(_OPS)
+
+
 def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -> Any:
     """Call an op; `args` are all its parameters in order."""
     op = _OPS[name]
@@ -80,6 +85,10 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
     if torch is not None and torch.compiler.is_compiling():
         from polyfuse.dispatch._torch_ops import traced
 
+        if backend is not None:
+            raise SpecError(
+                f"{name}: backend: a compiled graph holds no names; try polyfuse.use_backend around its call"
+            )
         return traced(op, args)
     if op.hosts:
         args = read_hosts(op, args)

@@ -10,7 +10,7 @@ import torch
 
 from polyfuse.dispatch._arrays import family_of
 from polyfuse.dispatch._call import _OPS, Op, run
-from polyfuse.spec import AttrSpec, OpSpec, TensorSpec, bind
+from polyfuse.spec import AttrSpec, OpSpec, SpecError, TensorSpec, bind
 
 _LIBRARY = torch.library.Library("polyfuse", "FRAGMENT")
 _SCHEMA_TYPES = {"int": "SymInt", "float": "float", "bool": "bool", "enum": "int", "dtype": "int"}
@@ -52,7 +52,10 @@ def flatten(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
             else:
                 flat.extend((None, [v for row in value for v in row]))
         elif field.kind in ("enum", "dtype"):
-            flat.append(-1 if value is None else field.values.index(str(value).removeprefix("torch.")))
+            named = str(value).removeprefix("torch.")
+            if value is not None and named not in field.values:
+                raise SpecError(f"{op.spec.name}: {name}: expected one of {', '.join(field.values)}, got {value!r}")
+            flat.append(-1 if value is None else field.values.index(named))
         else:
             flat.append(value)
     return tuple(flat)
@@ -113,11 +116,6 @@ def register(op: Op) -> None:
 
     _LIBRARY.impl(spec.name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"polyfuse::{spec.name}", fake, lib=_LIBRARY)
-
-
-def registered() -> dict[str, Op]:
-    """Every op with a registration, by name."""
-    return dict(_OPS)
 
 
 for _op in _OPS.values():
