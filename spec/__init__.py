@@ -7,6 +7,7 @@ if __name__ != "polyfuse.spec":
     raise ImportError(f"import polyfuse.spec, not {__name__}: a second identity registers every op twice")
 
 from polyfuse.spec._errors import BackendError, SpecError, Unsupported
+from polyfuse.spec._render import docstring, op_page
 from polyfuse.spec._types import (
     FLOATS,
     FP32_ROUNDOFF,
@@ -55,6 +56,8 @@ __all__ = [
     "TensorSpec",
     "Unsupported",
     "bind",
+    "docstring",
     "dtype_name",
     "fail",
+    "op_page",
 ]

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from polyfuse._streams import execute_in_parallel, streams_enabled
 from polyfuse.configs import projection_strategies
+from polyfuse.spec import Unsupported
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Bias = torch.Tensor | None
@@ -116,6 +117,11 @@ def _concatenated(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     key = tuple((id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in (first, second))
     found = _merged.get(key)
     if found is None:
+        if _capturing(first.device):
+            raise Unsupported(
+                "gdn_in_proj: strategy merged: a copy of the weights made inside a graph capture would be empty until "
+                "the graph runs; try polyfuse.runtime.stack_weights, or one call before the capture"
+            )
         found = _merged[key] = torch.cat([first.detach(), second.detach()])
         for tensor in (first, second):
             finalize(tensor, _merged.pop, key, None)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import polyfuse
-from polyfuse.spec import OPS, REQUIRED, BackendError, SpecError, Unsupported
+from polyfuse.spec import OPS, REQUIRED, BackendError, SpecError, Unsupported, op_page
 
 STATUS_STYLE = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
@@ -57,8 +57,8 @@ def info() -> None:
     from polyfuse.conformance.report import versions
     from polyfuse.dispatch import registry
 
-    out = console()
-    out.print(f"device: {default_device()}   " + "   ".join(f"{k} {v}" for k, v in versions().items()), soft_wrap=True)
+    out, device = console(), default_device()
+    out.print(f"device: {device}   " + "   ".join(f"{k} {v}" for k, v in versions().items()), soft_wrap=True)
     table = Table("backend", "arrays", "from", *OPS, title="Backends")
     for name in registry().names():
         try:
@@ -69,9 +69,11 @@ def info() -> None:
         for op in OPS:
             try:
                 missing = backend.missing(op)
-                if missing is None:
-                    backend.load(op)
-                verdicts.append("[green]available[/]" if missing is None else f"[yellow]{escape(missing[1])}[/]")
+                if missing is not None:
+                    verdicts.append(f"[yellow]{escape(missing[1])}[/]")
+                    continue
+                emulated = device in backend.load(op).capability.interpreted
+                verdicts.append("[green]available[/]" + (", interpreted" if emulated else ""))
             except BackendError as error:
                 verdicts.append(f"[red]{escape(str(error))}[/]")
         table.add_row(name, backend.family, escape(backend.origin), *verdicts)
@@ -90,7 +92,6 @@ def ops(op: str | None) -> None:
       polyfuse ops pos_embed_interpolate
     """
     from polyfuse.dispatch._select import check_op
-    from polyfuse.pages import op_page
 
     if op is not None:
         check_op(op)

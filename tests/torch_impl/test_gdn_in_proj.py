@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import polyfuse
-from polyfuse import SpecError, _projections
+from polyfuse import SpecError, Unsupported, _projections
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
 from polyfuse.runtime import stack_weights
@@ -62,6 +62,15 @@ def test_other_weights_are_concatenated_once_and_again_after_a_write(operands):
     del w1, w2
     gc.collect()
     assert dict(_projections._merged) == before
+
+
+def test_no_copy_is_made_inside_a_capture(operands, monkeypatch):
+    x, w1, w2 = operands
+    monkeypatch.setattr(_projections, "_capturing", lambda device: True)
+    with pytest.raises(Unsupported, match="stack_weights, or one call before the capture"):
+        polyfuse.gdn_in_proj(x, w1, w2, strategy="merged", backend="torch")
+    out = polyfuse.gdn_in_proj(x, *stack_weights(w1, w2), strategy="merged", backend="torch")
+    assert out[1].shape == (7, 8)
 
 
 def test_auto_without_a_measurement_is_sequential(operands):

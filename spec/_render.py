@@ -1,8 +1,27 @@
-"""An op's page in Markdown, from its spec: what `polyfuse ops OP` prints and `docs/ops/` holds."""
+"""An op's documentation from its spec: the docstring of its public function, and its page in Markdown."""
 
 from collections.abc import Iterable
 
-from polyfuse.spec import REQUIRED, OpSpec
+from polyfuse.spec._types import REQUIRED, OpSpec
+
+
+def docstring(spec: OpSpec) -> str:
+    """An op's documentation, from its spec."""
+    lines = [spec.summary, "", spec.formula.strip(), "", "Arguments:"]
+    for t in spec.tensors:
+        optional = ", optional" if t.optional else ""
+        lines.append(f"    {t.name}: [{', '.join(t.shape)}] {'/'.join(t.dtypes)}{optional}. {t.doc}.")
+    for a in spec.attrs:
+        kind = " | ".join(a.values) if a.kind == "enum" else a.kind
+        default = "required" if a.default is REQUIRED else f"default {a.default!r}"
+        lines.append(f"    {a.name}: {kind}, {default}. {a.doc}.")
+    lines.append("    backend: a backend name, or a list in order of preference; None selects one for the machine.")
+    lines += ["", "Returns:"]
+    lines += [f"    {o.name}: [{', '.join(o.shape)}] {o.dtype}. {o.doc}." for o in spec.outputs]
+    lines += ["", "Notes:"] + [f"    {e}" for e in spec.edge_cases]
+    lines += ["", "Raises:", "    SpecError: an argument breaks a rule above; nothing was launched."]
+    lines += ["    Unsupported, BackendError: no preferred backend can run the call.", "", f"Source: {spec.source}."]
+    return "\n".join(lines)
 
 
 def op_page(spec: OpSpec) -> str:

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from polyfuse.pages import op_page
-from polyfuse.spec import OPS
+from polyfuse.spec import OPS, op_page
 
-FOLDER = Path(__file__).parents[1] / "docs" / "ops"
+FOLDER = Path(__file__).parents[2] / "docs" / "ops"
 
 
 @pytest.mark.parametrize("op", OPS)
