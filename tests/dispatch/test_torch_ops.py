@@ -66,6 +66,23 @@ def test_compiles_into_one_full_graph(form):
     )
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_compiles_into_one_full_graph(op):
+    torch._dynamo.reset()
+    case = next(c for c in OPS[op].cases() if c.repeat == 1 and not c.fill and not c.layout)
+    values = arguments(op, case)
+    arrays = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
+    options = {k: v for k, v in values.items() if k not in arrays}
+    compiled = torch.compile(
+        lambda arrays: getattr(polyfuse, op)(**arrays, **options), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    wanted, results = getattr(polyfuse, op)(**values), compiled(arrays)
+    pairs = zip(*((r if isinstance(r, tuple) else (r,)) for r in (results, wanted)), strict=True)
+    for result, want in pairs:
+        assert (result.shape, result.dtype, result.stride()) == (want.shape, want.dtype, want.stride())
+        assert result.contiguous().view(torch.uint8).equal(want.contiguous().view(torch.uint8))
+
+
 def test_a_bad_call_is_refused_while_compiling():
     compiled = torch.compile(lambda t: polyfuse.pos_embed_interpolate(t, ((1, 3, 4),)), fullgraph=True)
     with pytest.raises(Exception, match="divisible by merge_size=2, got"):
