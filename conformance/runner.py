@@ -19,7 +19,7 @@ from polyfuse.dispatch import Backend, device_of, examine, family_of, from_numpy
 from polyfuse.reference._numerics import Exact
 from polyfuse.spec import OPS, BackendError, Call, Case, bind
 
-Progress = Callable[[Result, int], None]
+Progress = Callable[[Report, int], None]
 
 
 def run(
@@ -33,8 +33,9 @@ def run(
     """Run conformance and return its report.
 
     `ops` and `backends` default to all; a backend that cannot run here at all is one skipped result that says
-    why. `device` is `"cpu"` or an accelerator as torch names it (`"cuda"`); `on_result(result, total)` is
-    called after each case. Raises `SpecError` or `BackendError` for an unknown op, backend or profile.
+    why. `device` is `"cpu"` or an accelerator as torch names it (`"cuda"`); `on_result(report, total)` is
+    called after each case, with the report so far. Raises `SpecError` or `BackendError` for an unknown op, backend
+    or profile.
     """
     settings = load_profile(profile)
     chosen = [registry().get(name) for name in backends] if backends else _all_backends()
@@ -56,7 +57,7 @@ def run(
                 seconds = time.perf_counter() - started
                 report.results.append(Result(op, backend.name, case.name, status, round(seconds, 5), detail))
                 if on_result:
-                    on_result(report.results[-1], total)
+                    on_result(report, total)
     return report
 
 

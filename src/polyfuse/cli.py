@@ -15,6 +15,7 @@ from rich.table import Table
 import polyfuse
 from polyfuse.spec import OPS, REQUIRED, BackendError, SpecError, Unsupported, op_page
 
+SAVE_EVERY = 100  # results
 STATUS_STYLE = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
@@ -203,15 +204,18 @@ def run_conformance(
     device: str,
     folder: Path | None,
 ) -> bool:
-    """Run conformance with a live progress bar, print the matrix and every failure, write the report."""
+    """Run conformance with a live progress bar, print the matrix and every failure; write the report as it grows."""
     from polyfuse import conformance as suite
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task("conformance", total=None)
 
-        def show(result: suite.Result, total: int) -> None:
-            bar.update(task, advance=1, total=total, description=f"{result.op} {result.backend}")
+        def show(so_far: suite.Report, total: int) -> None:
+            latest = so_far.results[-1]
+            bar.update(task, advance=1, total=total, description=f"{latest.op} {latest.backend}")
+            if folder and len(so_far.results) % SAVE_EVERY == 0:  # what a killed run leaves behind
+                so_far.write(folder)
 
         report = suite.run(op_names or None, backends or None, profile=profile, device=device, on_result=show)
     names = list(dict.fromkeys(r.backend for r in report.results))

@@ -39,7 +39,9 @@ def broken(monkeypatch):
 
 def test_each_outcome_is_counted_with_its_reason(broken, tmp_path):
     seen = []
-    report = run([OP], ["broken"], profile="standard", on_result=lambda r, total: seen.append((r.case, total)))
+    report = run(
+        [OP], ["broken"], profile="standard", on_result=lambda r, total: seen.append((r.results[-1].case, total))
+    )
     cases = all_cases(OP)
     by_case = {r.case: r for r in report.results}
     assert [c for c, _ in seen] == [c.name for c in cases]
