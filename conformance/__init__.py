@@ -5,8 +5,8 @@ if __name__ != "polyfuse.conformance":
 
 from polyfuse.conformance.cases import all_cases
 from polyfuse.conformance.compare import compare
-from polyfuse.conformance.inputs import make_inputs
+from polyfuse.conformance.inputs import make_inputs, place
 from polyfuse.conformance.report import Report, Result
 from polyfuse.conformance.runner import run
 
-__all__ = ["Report", "Result", "all_cases", "compare", "make_inputs", "run"]
+__all__ = ["Report", "Result", "all_cases", "compare", "make_inputs", "place", "run"]

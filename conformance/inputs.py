@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from polyfuse.dispatch import from_numpy
 from polyfuse.reference._numerics import numpy_dtype, round_to
 from polyfuse.spec import Case, OpSpec, TensorSpec, bind
 from polyfuse.spec._validate import evaluate
@@ -32,6 +33,15 @@ def make_inputs(spec: OpSpec, case: Case, seed: int = 0) -> dict[str, Any]:
             if tensor.name in case.present:
                 values[tensor.name] = _array(tensor, case, names, seed)
     return values
+
+
+def place(values: Mapping[str, Any], family: str, device: str) -> dict[str, Any]:
+    """The same parameters with fresh arrays of a family on a device."""
+    placed = dict(values)
+    for name, value in values.items():
+        if isinstance(value, np.ndarray):
+            placed[name] = value.copy(order="K") if family == "numpy" else from_numpy(value, family, device)
+    return placed
 
 
 def _host(tensor: TensorSpec, case: Case) -> Any:

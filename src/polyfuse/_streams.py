@@ -11,8 +11,16 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 _depth: ContextVar[int] = ContextVar("polyfuse_stream_depth", default=0)
-_pool: dict[tuple[torch.device, int, int], Any] = {}
-_pool_lock = threading.Lock()
+
+
+class _Pool(threading.local):
+    """Each thread's auxiliary streams: what one thread queues must not end up in another's graph capture."""
+
+    def __init__(self) -> None:
+        self.streams: dict[tuple[torch.device, int, int], Any] = {}
+
+
+_pool = _Pool()
 
 
 @lru_cache(maxsize=1)
@@ -93,7 +101,6 @@ def _current_device() -> torch.device | None:
 
 def _stream(module: Any, device: torch.device, depth: int, index: int) -> Any:
     key = (device, depth, index)
-    with _pool_lock:
-        if key not in _pool:
-            _pool[key] = module.Stream(device)
-        return _pool[key]
+    if key not in _pool.streams:
+        _pool.streams[key] = module.Stream(device)
+    return _pool.streams[key]

@@ -19,10 +19,10 @@ import torch
 
 import polyfuse
 from polyfuse.configs import model_configs
-from polyfuse.conformance import make_inputs
+from polyfuse.conformance import make_inputs, place
 from polyfuse.conformance.report import versions
 from polyfuse.conformance.runner import device_name
-from polyfuse.dispatch import examine, from_numpy, registry
+from polyfuse.dispatch import examine, registry
 from polyfuse.dispatch._arrays import device_of
 from polyfuse.spec import OPS, Case, SpecError, bind
 
@@ -108,10 +108,10 @@ def _measure(
         backend = registry().get(name)
         if backend.family == "numpy":
             continue
-        arrays = {k: from_numpy(v, backend.family, device) if hasattr(v, "strides") else v for k, v in values.items()}
-        place = device_of(next(a for a in arrays.values() if hasattr(a, "dtype")), backend.family)
-        _, implementation = examine(op, name, call, backend.family, place, False)
-        if implementation is None or place.kind in implementation.capability.interpreted:
+        arrays = place(values, backend.family, device)
+        where = device_of(next(a for a in arrays.values() if hasattr(a, "dtype")), backend.family)
+        _, implementation = examine(op, name, call, backend.family, where, False)
+        if implementation is None or where.kind in implementation.capability.interpreted:
             continue
         with torch.no_grad():
             function = partial(getattr(polyfuse, op), **arrays, backend=name)

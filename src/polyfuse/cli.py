@@ -119,8 +119,8 @@ def explain(op: str, family: str, device: str | None, as_json: bool) -> None:
     Example:
       POLYFUSE_BACKEND=triton polyfuse explain pos_embed_interpolate
     """
-    place = device or default_device()
-    from polyfuse.conformance import make_inputs
+    device = device or default_device()
+    from polyfuse.conformance import make_inputs, place
     from polyfuse.dispatch._arrays import FAMILIES
     from polyfuse.dispatch._select import check_op
 
@@ -129,7 +129,7 @@ def explain(op: str, family: str, device: str | None, as_json: bool) -> None:
         raise SpecError(f"--family: expected one of {', '.join(FAMILIES)}, got {family!r}")
     spec = OPS[op]
     values = make_inputs(spec, spec.cases()[0])
-    decision = polyfuse.explain(op, **{k: _place(v, family, place) for k, v in values.items()})
+    decision = polyfuse.explain(op, **place(values, family, device))
     if as_json:
         click.echo(json.dumps(decision.as_dict(), indent=1))
         return
@@ -142,14 +142,6 @@ def explain(op: str, family: str, device: str | None, as_json: bool) -> None:
         style = "bold green" if c.status == "chosen" else ""
         table.add_row(c.name, c.status, escape(c.reason), style=style)
     console().print(table)
-
-
-def _place(value: object, family: str, device: str) -> object:
-    import numpy as np
-
-    from polyfuse.dispatch import from_numpy
-
-    return from_numpy(value, family, device) if isinstance(value, np.ndarray) else value
 
 
 @main.command()

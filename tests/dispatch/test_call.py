@@ -75,6 +75,12 @@ def test_unhashable_nonsense_is_a_spec_error():
         polyfuse.pos_embed_interpolate(TABLE.tolist(), GRID)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "bool"])
+def test_a_grid_tensor_of_another_dtype_is_refused(dtype):
+    with pytest.raises(SpecError, match=f"grid_thw: expected dtype int32 or int64, got {dtype}"):
+        polyfuse.pos_embed_interpolate(TABLE, np.array(GRID).astype(dtype))
+
+
 def test_a_grid_tensor_is_read_at_every_call():
     table, grid = torch.from_numpy(TABLE), torch.tensor([[1, 2, 2]])
     assert polyfuse.pos_embed_interpolate(table, grid).shape == (4, 8)

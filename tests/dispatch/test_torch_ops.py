@@ -6,9 +6,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import polyfuse
-from polyfuse.conformance import make_inputs
+from polyfuse.conformance import make_inputs, place
 from polyfuse.conformance.runner import Trial
-from polyfuse.dispatch import _torch_ops, declared, from_numpy
+from polyfuse.dispatch import _torch_ops, declared
 from polyfuse.spec import OPS
 from polyfuse.torch_ops import schemas
 
@@ -18,8 +18,7 @@ GRID = ((1, 4, 6), (2, 2, 2))
 
 
 def arguments(op, case):
-    values = make_inputs(OPS[op], case)
-    return {k: from_numpy(v, "torch") if hasattr(v, "strides") else v for k, v in values.items()}
+    return place(make_inputs(OPS[op], case), "torch", "cpu")
 
 
 def test_no_string_enters_the_schema():
@@ -112,3 +111,14 @@ def test_a_compiled_graph_follows_use_backend():
     with polyfuse.use_backend("triton"):
         out = compiled(table)
         assert torch.equal(out, polyfuse.pos_embed_interpolate(table, GRID, backend="triton"))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_gradient_through_a_graph_raises_and_is_not_lost(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: polyfuse.pos_embed_interpolate(t, GRID).sum(), backend=backend, fullgraph=True)
+    table = torch.randn(36, 8, requires_grad=True)
+    with pytest.raises(Exception, match=r"it has no backward; try torch\.no_grad\(\)"):
+        compiled(table).backward()
+    with torch.no_grad():
+        assert torch.isfinite(compiled(table))

@@ -22,7 +22,7 @@ from polyfuse.dispatch._select import (
     log,
     resolve,
 )
-from polyfuse.spec import OPS, Call, OpSpec, SpecError, Unsupported, bind, docstring
+from polyfuse.spec import OPS, Call, OpSpec, SpecError, Unsupported, bind, docstring, dtype_name
 
 _CACHE_LIMIT = 4096
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -202,8 +202,9 @@ def read_hosts(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
             name = op.names[index]
             if is_traced(value):
                 raise SpecError(f"{op.spec.name}: {name}: a traced array needs {op.names[unless]}=, got None")
-            if "int" not in str(value.dtype) or value.ndim != 2:
-                continue
+            dtypes = next(t.dtypes for t in op.spec.tensors if t.name == name)
+            if dtype_name(value.dtype) not in dtypes or value.ndim != 2:
+                continue  # the validator says what is wrong with it
             value = value.tolist()
         if isinstance(value, (list, tuple)):
             values[index] = _rows(value)

@@ -10,7 +10,7 @@ import torch
 
 from polyfuse.dispatch._arrays import family_of
 from polyfuse.dispatch._call import _OPS, Op, run
-from polyfuse.spec import AttrSpec, OpSpec, SpecError, TensorSpec, bind
+from polyfuse.spec import AttrSpec, OpSpec, SpecError, TensorSpec, Unsupported, bind
 
 _LIBRARY = torch.library.Library("polyfuse", "FRAGMENT")
 _SCHEMA_TYPES = {"int": "SymInt", "float": "float", "bool": "bool", "enum": "int", "dtype": "int"}
@@ -114,8 +114,15 @@ def register(op: Op) -> None:
                 results.append(torch.empty(sizes, dtype=dtype, device=device))
         return results[0] if len(results) == 1 else tuple(results)
 
+    def backward(*_: Any) -> Any:
+        raise Unsupported(
+            f"{spec.name}: a gradient through the registered op: it has no backward; try torch.no_grad(), or the call "
+            "outside torch.compile, where a backend that has one is chosen"
+        )
+
     _LIBRARY.impl(spec.name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"polyfuse::{spec.name}", fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"polyfuse::{spec.name}", backward, lib=_LIBRARY)
 
 
 for _op in _OPS.values():
