@@ -27,6 +27,7 @@ from polyfuse.dispatch._arrays import device_of
 from polyfuse.spec import OPS, Case, SpecError, bind
 
 CEILING_BYTES = 2**31
+PLAIN = {"gdn_in_proj": {"strategy": "sequential"}}  # attributes of what PyTorch does when nobody helps it
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Row:
     host_us: float
     gigabytes_per_s: float
     fraction: float
-    eager_ratio: float | None
+    eager_ratio: float
     compile_ratio: float | None
 
 
@@ -102,9 +103,8 @@ def _measure(
     call = bind(OPS[op], values)
     cost = OPS[op].cost(call)
     moved = cost.bytes_read + cost.bytes_written
-    eager = compile_us = None
-    names = list(dict.fromkeys(("torch", *(backends or registry().names()))))
-    for name in names:
+    eager, compile_us = _baseline(op, values, device, compiled)
+    for name in backends or registry().names():
         backend = registry().get(name)
         if backend.family == "numpy":
             continue
@@ -114,14 +114,7 @@ def _measure(
         if implementation is None or where.kind in implementation.capability.interpreted:
             continue
         with torch.no_grad():
-            function = partial(getattr(polyfuse, op), **arrays, backend=name)
-            device_us, host_us = _time(function, backend.family, device)
-            if name == "torch":
-                eager = device_us
-                if compiled:
-                    compile_us = _time_compiled(implementation.function, arrays, device)
-        if backends and name not in backends:
-            continue
+            device_us, host_us = _time(partial(getattr(polyfuse, op), **arrays, backend=name), backend.family, device)
         yield Row(
             op,
             model,
@@ -131,17 +124,23 @@ def _measure(
             round(host_us, 2),
             round(moved / device_us / 1e3, 1),
             round(moved / device_us / 1e3 / ceiling, 4),
-            round(eager / device_us, 3) if eager else None,
+            round(eager / device_us, 3),
             round(compile_us / device_us, 3) if compile_us else None,
         )
 
 
-def _time_compiled(function: Callable[..., Any], arrays: dict[str, Any], device: str) -> float:
-    torch._dynamo.reset()
-    compiled = torch.compile(function)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Dynamo's advice on code that is compiled for comparison only
-        return _time(partial(compiled, **arrays), "torch", device)[0]
+def _baseline(op: str, values: dict[str, Any], device: str, compiled: bool) -> tuple[float, float | None]:
+    """Device microseconds of PyTorch's own way, eager and (if asked for) under torch.compile."""
+    arrays = place(values, "torch", device) | PLAIN.get(op, {})
+    with torch.no_grad():
+        eager = _time(partial(getattr(polyfuse, op), **arrays, backend="torch"), "torch", device)[0]
+        if not compiled:
+            return eager, None
+        torch._dynamo.reset()
+        function = torch.compile(registry().get("torch").load(op).function)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Dynamo's advice on code that is compiled for comparison only
+            return eager, _time(partial(function, **arrays), "torch", device)[0]
 
 
 def _time(function: Callable[[], Any], family: str, device: str) -> tuple[float, float]:
