@@ -4,9 +4,11 @@ if __name__ != "polyfuse.configs":
     raise ImportError(f"import polyfuse.configs, not {__name__}")
 
 from polyfuse.configs._load import (
+    EncoderConfig,
     ModelConfig,
     Profile,
     UserConfig,
+    encoder_config,
     model_configs,
     platform_order,
     profile,
@@ -15,9 +17,11 @@ from polyfuse.configs._load import (
 )
 
 __all__ = [
+    "EncoderConfig",
     "ModelConfig",
     "Profile",
     "UserConfig",
+    "encoder_config",
     "model_configs",
     "platform_order",
     "profile",

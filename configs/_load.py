@@ -3,7 +3,7 @@
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -40,11 +40,35 @@ class PlatformConfig(_Strict):
     ops: Annotated[dict[str, dict[str, Order]], BeforeValidator(_known_ops)] = {}
 
 
+class EncoderConfig(_Strict):
+    """How a vision encoder runs in graphs.
+
+    `budgets` are output tokens, one graph each; None is a ladder of at most `max_graphs` from `smallest` to `largest`.
+    A replay holds at most `max_items` items and `max_frames` attention segments (None: as many as items); an item with
+    more frames than a given `max_frames` is refused. `memory_bytes` bounds the graphs' pool. Replays of a `policy`
+    "greedy" are filled as other managers do, for comparison. `compile_blocks` None compiles where graphs are captured.
+    `capture` "lazy" captures a budget when it is first chosen. `log_every` logs the stats after that many replays.
+    """
+
+    budgets: list[Annotated[int, Field(ge=1)]] | None = None
+    smallest: int = Field(default=64, ge=1)
+    largest: int = Field(default=4096, ge=1)
+    max_graphs: int = Field(default=40, ge=1)
+    max_items: int = Field(default=16, ge=1)
+    max_frames: int | None = Field(default=None, ge=1)
+    memory_bytes: int | None = Field(default=None, ge=1)
+    policy: Literal["optimal", "greedy"] = "optimal"
+    compile_blocks: bool | None = None
+    capture: Literal["eager", "lazy"] = "eager"
+    log_every: int = Field(default=0, ge=0)
+
+
 class UserConfig(_Strict):
-    """`polyfuse.yaml`: a backend, or a list in order of preference, for all ops and for single ones."""
+    """`polyfuse.yaml`: a backend, or a list in order of preference, for all ops and for single ones; the encoder's."""
 
     backend: Order | None = None
     ops: Annotated[dict[str, Order], BeforeValidator(_known_ops)] = {}
+    encoder: EncoderConfig = EncoderConfig()
 
 
 class ModelCase(_Strict):
@@ -126,6 +150,17 @@ class Profile(_Strict):
 _T = TypeVar("_T", bound=_Strict)
 
 
+def _validate(schema: type[_T], data: Any, where: object) -> _T:
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "file"
+        keys = ", ".join(schema.model_fields)
+        hint = f"; known keys are {keys}" if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else ""
+        raise SpecError(f"{where}: {key}: {first['msg']}, got {first['input']!r}{hint}") from error
+
+
 def _read(path: Path, schema: type[_T]) -> _T:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -139,14 +174,7 @@ def _read(path: Path, schema: type[_T]) -> _T:
         data = {}
     if not isinstance(data, dict):
         raise SpecError(f"{path}: expected a mapping, got {type(data).__name__}")
-    try:
-        return schema.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        keys = ", ".join(schema.model_fields)
-        hint = f"; known keys are {keys}" if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else ""
-        raise SpecError(f"{path}: {where}: {first['msg']}, got {first['input']!r}{hint}") from error
+    return _validate(schema, data, path)
 
 
 def _names(folder: str) -> list[str]:
@@ -169,6 +197,25 @@ def user_config() -> tuple[UserConfig, str] | None:
     if not named and not path.is_file():
         return None
     return _read(path, UserConfig), str(path)
+
+
+def encoder_config(**settings: Any) -> EncoderConfig:
+    """The settings given, over `POLYFUSE_ENCODER_<SETTING>` (YAML values), over the config file's `encoder`.
+
+    Raises `SpecError` for an unknown setting or a bad value, naming where it came from.
+    """
+    named = user_config()
+    data = named[0].encoder.model_dump(exclude_unset=True) if named else {}
+    prefix = "POLYFUSE_ENCODER_"
+    for variable in sorted(v for v in os.environ if v.startswith(prefix)):
+        key = variable.removeprefix(prefix).lower()
+        try:
+            value = yaml.safe_load(os.environ[variable])
+        except yaml.YAMLError as error:
+            raise SpecError(f"environment variable {variable}: not valid YAML, got {os.environ[variable]!r}") from error
+        _validate(EncoderConfig, {key: value}, f"environment variable {variable}")
+        data[key] = value
+    return _validate(EncoderConfig, data | settings, "encoder")
 
 
 def model_configs() -> dict[str, ModelConfig]:

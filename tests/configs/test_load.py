@@ -6,7 +6,7 @@ import pytest
 
 import polyfuse
 from polyfuse import SpecError
-from polyfuse.configs import model_configs, platform_order, profile, user_config
+from polyfuse.configs import encoder_config, model_configs, platform_order, profile, user_config
 from polyfuse.spec import OPS
 
 
@@ -15,7 +15,10 @@ from polyfuse.spec import OPS
     [
         ("backend: [triton", "polyfuse.yaml: line 2 is not valid YAML"),
         ("- triton", "polyfuse.yaml: expected a mapping, got list"),
-        ("backends: triton", "backends: Extra inputs are not permitted, got 'triton'; known keys are backend, ops"),
+        (
+            "backends: triton",
+            "backends: Extra inputs are not permitted, got 'triton'; known keys are backend, ops, encoder",
+        ),
         ("backend: 3", "polyfuse.yaml: backend: Input should be a valid list, got 3"),
         ("backend: []", "polyfuse.yaml: backend: Value should have at least 1 item"),
         ("ops: {silu: torch}", f"ops: Value error, expected one of {', '.join(OPS)}, got 'silu'"),
@@ -52,6 +55,40 @@ def test_an_unknown_name_in_the_file_is_refused_at_the_first_call(tmp_path, monk
         polyfuse.pos_embed_interpolate(np.zeros((4, 8), np.float32), [[1, 2, 2]])
     monkeypatch.chdir("/")
     polyfuse.refresh()
+
+
+def test_encoder_settings_given_win_over_the_environment_over_the_file(tmp_path, monkeypatch):
+    (tmp_path / "polyfuse.yaml").write_text("encoder: {max_items: 3, policy: greedy, largest: 512}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POLYFUSE_ENCODER_POLICY", "optimal")
+    monkeypatch.setenv("POLYFUSE_ENCODER_BUDGETS", "[64, 256]")
+    config = encoder_config(largest=128)
+    assert (config.max_items, config.policy, config.budgets, config.largest) == (3, "optimal", [64, 256], 128)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        (
+            "BUDGETS",
+            "64",
+            "environment variable POLYFUSE_ENCODER_BUDGETS: budgets: Input should be a valid list, got 64",
+        ),
+        ("BUDGET", "[64]", "environment variable POLYFUSE_ENCODER_BUDGET: budget: Extra inputs are not permitted"),
+        ("BUDGETS", "[64", "environment variable POLYFUSE_ENCODER_BUDGETS: not valid YAML"),
+    ],
+)
+def test_encoder_variables_are_checked(variable, value, message, monkeypatch):
+    monkeypatch.setenv(f"POLYFUSE_ENCODER_{variable}", value)
+    with pytest.raises(SpecError, match=re.escape(message)):
+        encoder_config()
+
+
+def test_encoder_settings_in_the_file_are_checked(tmp_path, monkeypatch):
+    (tmp_path / "polyfuse.yaml").write_text("encoder: {max_items: 0}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=re.escape("polyfuse.yaml: encoder.max_items: Input should be greater")):
+        encoder_config()
 
 
 def test_platforms():

@@ -1,0 +1,99 @@
+"""Tables of a packed batch computed on the device from its grid, and attention inside its segments.
+
+Every function is free of host reads and has static shapes, so it can be captured in a graph and replayed with another
+grid. A grid is `[items, 3]`: frames, patch rows and patch columns of each item, with unused items zero and last.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+
+def frame_boundaries(grid: torch.Tensor, frames: int) -> torch.Tensor:
+    """Cumulative patches at the start of every frame, `[frames + 1]` int32; unused frames are empty, at the end."""
+    ends = grid[:, 0].cumsum(0)
+    index = torch.arange(frames, device=grid.device, dtype=ends.dtype)
+    item = torch.searchsorted(ends, index, right=True)
+    patches = (grid[:, 1] * grid[:, 2])[item.clamp(max=len(grid) - 1)]
+    lengths = torch.where(item < len(grid), patches, 0)
+    return pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def patch_positions(grid: torch.Tensor, rows: int, merge_size: int) -> torch.Tensor:
+    """(row, column) of each patch in its frame, `[rows, 2]` int64 in spatial-merge order; unused rows are (0, 0)."""
+    counts = grid.prod(-1)
+    ends = counts.cumsum(0)
+    index = torch.arange(rows, device=grid.device, dtype=ends.dtype)
+    item = torch.searchsorted(ends, index, right=True)
+    used = item < len(grid)
+    item = item.clamp(max=len(grid) - 1)
+    height, width = grid[item, 1].clamp(min=1), grid[item, 2].clamp(min=merge_size)
+    within = (index - ends[item] + counts[item]) % (height * width)
+    block, inner = within // merge_size**2, within % merge_size**2
+    row = block // (width // merge_size) * merge_size + inner // merge_size
+    column = block % (width // merge_size) * merge_size + inner % merge_size
+    return torch.where(used[:, None], torch.stack((row, column), -1), 0)
+
+
+def segment_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of every row to the rows of its own segment.
+
+    `query`, `key` and `value` are `[rows, heads, head_dim]`, `boundaries` `[segments + 1]` int32 from 0, not falling;
+    `longest` is a limit of a segment's rows. Rows past the last boundary belong to no segment: what they hold reaches
+    no other row, and what they get is undefined. `scale` defaults to `head_dim ** -0.5`.
+
+    On CUDA in half precision this is PyTorch's variable-length FlashAttention. The CPU goes segment by segment; any
+    other device, and any other dtype, takes one masked attention over all rows.
+    """
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        out = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, scale=scale)
+        return out if isinstance(out, torch.Tensor) else out[0]
+    if query.device.type == "cpu":
+        return _attention_by_segment(query, key, value, boundaries, scale)
+    return masked_attention(query, key, value, boundaries, scale)
+
+
+@torch.library.custom_op("polyfuse::attention_by_segment", mutates_args=())
+def _attention_by_segment(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    out = torch.zeros_like(query)
+    edges = boundaries.tolist()
+    for start, end in pairwise(edges):
+        if end > start:
+            q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+            out[start:end] = scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
+    return out
+
+
+@_attention_by_segment.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    return torch.empty_like(query)
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """`segment_attention` as one attention under a block-diagonal mask of `[rows, rows]`, for any device."""
+    index = torch.arange(len(query), device=query.device, dtype=boundaries.dtype)
+    segment = torch.searchsorted(boundaries, index, right=True)
+    used = (index < boundaries[-1])[:, None, None]
+    # A masked key still meets its value: zero times NaN is NaN.
+    q, k, v = (torch.where(used, x, 0).transpose(0, 1)[None] for x in (query, key, value))
+    mask = segment[:, None] == segment[None, :]
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
