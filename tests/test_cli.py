@@ -23,9 +23,12 @@ def invoke(*args, env=None):
     return CliRunner().invoke(main, list(args), env=env)
 
 
-@pytest.mark.parametrize("command", ["info", "ops", "explain", "conformance", "bench", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    ["info", "ops", "explain", "conformance", "bench", "bench encoder", "soak", "soak encoder", "demo"],
+)
 def test_every_command_has_help_with_an_example(command):
-    result = invoke(command, "--help")
+    result = invoke(*command.split(), "--help")
     assert result.exit_code == 0
     assert "Example:" in result.output
     assert f"polyfuse {command}" in result.output.split("Example:")[1]
@@ -61,6 +64,14 @@ def test_explain_as_json():
         (["conformance", "--plugin", "nope:X"], "expected an importable MODULE:OBJECT, got 'nope:X'"),
         (["conformance", "--plugin", "math:pi"], "math:pi is not a polyfuse.dispatch.Backend but float"),
         (["bench", "--model", "nope"], "--model: expected one of qwen3"),
+        (["bench", "encoder", "--model", "nope"], "'nope' is not one of 'qwen3_vl', 'qwen3_5', 'qwen2_5_vl', 'siglip'"),
+        (["bench", "encoder", "--part", "nope"], "'nope' is not one of 'tower', 'trace'"),
+        (["bench", "encoder", "--policy", "nope"], "'nope' is not one of 'greedy', 'optimal'"),
+        (["bench", "encoder", "--trace", "nope"], "File 'nope' does not exist"),
+        (["bench", "encoder", "--trace", __file__], "load_trace: path: expected a JSON file"),
+        (["bench", "encoder", "--data-parallel"], "--data-parallel: expected a process started by torchrun, got none"),
+        (["soak", "encoder", "--batches", "0"], "0 is not in the range x>=1"),
+        (["soak", "encoder", "--model", "nope"], "'nope' is not one of 'qwen3_vl'"),
     ],
 )
 def test_errors_are_one_line_and_status_2(args, message):

@@ -57,11 +57,16 @@ class Bench:
 
     def write(self, folder: Path) -> Path:
         """Write the rows so far into a JSON file named after the device; returns its path."""
-        folder.mkdir(parents=True, exist_ok=True)
-        name = self.device.split("(")[-1].rstrip(")").lower().removeprefix("nvidia ").replace(" ", "_")
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        return path
+        return write_json(folder, "", self.device, asdict(self))
+
+
+def write_json(folder: Path, prefix: str, device: str, data: object) -> Path:
+    """Write data into a JSON file named after the device; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = device.split("(")[-1].rstrip(")").lower().removeprefix("nvidia ").replace(" ", "_")
+    path = folder / f"{prefix}{name}.json"
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def run_bench(

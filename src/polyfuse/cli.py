@@ -1,7 +1,6 @@
 """`polyfuse`: the command line. Every error of ours is one line on stderr and exit status 2."""
 
 import importlib
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,10 +8,11 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import polyfuse
+from polyfuse._terminal import console, default_device, progress
+from polyfuse.cli_encoder import bench_encoder, soak
 from polyfuse.spec import OPS, REQUIRED, BackendError, SpecError, Unsupported, op_page
 
 SAVE_EVERY = 100  # results
@@ -29,11 +29,6 @@ class _Group(click.Group):
             raise click.UsageError(str(error)) from error
         except ModuleNotFoundError as error:
             raise click.UsageError(f"this command needs {error.name}; try: pip install 'polyfuse[all]'") from error
-
-
-def console() -> Console:
-    """Stdout; wide enough for tables when it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -199,8 +194,7 @@ def run_conformance(
     """Run conformance with a live progress bar, print the matrix and every failure; write the report as it grows."""
     from polyfuse import conformance as suite
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=out, transient=True) as bar:
+    with progress(out) as bar:
         task = bar.add_task("conformance", total=None)
 
         def show(so_far: suite.Report, total: int) -> None:
@@ -233,14 +227,16 @@ def _cell(counts: dict[str, int]) -> str:
     return " ".join(f"[{style}]{counts[s]} {s}[/]" for s, style in STATUS_STYLE.items() if counts[s]) or "-"
 
 
-@main.command()
+@main.group(invoke_without_command=True)
 @click.option("--op", "op_names", multiple=True, help="An op; repeat for several. Default: all.")
 @click.option("--backend", "backends", multiple=True, help="A backend; repeat for several. Default: all.")
 @click.option("--device", default=None, help="cpu, cuda, ...; the accelerator if there is one.")
 @click.option("--model", default=None, help="Only the cases of this model file.")
 @click.option("--no-compile", is_flag=True, help="Leave out the comparison with torch.compile.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the JSON file.")
+@click.pass_context
 def bench(
+    ctx: click.Context,
     op_names: tuple[str, ...],
     backends: tuple[str, ...],
     device: str | None,
@@ -248,12 +244,14 @@ def bench(
     no_compile: bool,
     out: Path | None,
 ) -> None:
-    """Measure time per call on real-model shapes, as a fraction of the device's own stream ceiling.
+    """Measure the ops' time per call on real-model shapes, as a fraction of the device's own stream ceiling.
 
     \b
     Example:
       polyfuse bench --op silu_mul_block_quant --backend triton --out benchmarks/results
     """
+    if ctx.invoked_subcommand is not None:
+        return
     from polyfuse.bench import Bench, Row, run_bench
     from polyfuse.dispatch import registry
     from polyfuse.dispatch._select import check_op
@@ -282,6 +280,10 @@ def bench(
         screen.print(f"written: {result.write(out)}")
 
 
+bench.add_command(bench_encoder)
+main.add_command(soak)
+
+
 @main.command()
 @click.option("--fast", is_flag=True, help="Use a tiny tower instead of the real one.")
 @click.option(
@@ -304,16 +306,3 @@ def demo(fast: bool, report: Path) -> None:
     status = run_demo(fast, out, device)
     ok = run_conformance(out, (), (), "quick", device, report)
     sys.exit(status or (0 if ok else 1))
-
-
-def default_device() -> str:
-    """`cuda`, or what torch calls this machine's accelerator, else `cpu`."""
-    if importlib.util.find_spec("torch") is None:
-        return "cpu"
-    import torch
-
-    if importlib.util.find_spec("triton"):
-        importlib.import_module("polyfuse.triton_impl")  # chooses the interpreter before anything imports triton
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator.type if accelerator else "cpu"

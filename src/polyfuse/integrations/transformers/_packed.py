@@ -1,0 +1,109 @@
+"""What the adapters of packed vision towers share: patches and grids as their input, and one transformer block."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from polyfuse.runtime.protocol import BufferSpec, EncoderRequest, ItemSize, Rows
+from polyfuse.runtime.segments import segment_attention
+from polyfuse.spec import fail
+
+EXAMPLE_SIDE = 16  # tokens
+
+
+class PackedTower:
+    """The part of a `GraphableEncoder` that is alike for towers called with flattened patches and a grid."""
+
+    token_multiple = 1
+
+    def __init__(self, tower: Any) -> None:
+        self.tower = tower
+        self.name = type(tower).__name__
+
+    @property
+    def device(self) -> torch.device:
+        return self._kernel.device
+
+    @property
+    def _kernel(self) -> torch.Tensor:
+        """Of the patch embedding: [hidden, channels, frames, rows, columns]."""
+        return self.tower.patch_embed.proj.weight
+
+    @property
+    def inputs(self) -> Mapping[str, BufferSpec]:
+        pixels = BufferSpec(
+            Rows(per_token=self.tower.spatial_merge_unit), (self._kernel[0].numel(),), self._kernel.dtype
+        )
+        return {"pixels": pixels, "grid": BufferSpec(Rows(per_item=1), (3,), torch.int64, zero=True)}
+
+    def request(self, hidden_states: Any, grid_thw: Any) -> EncoderRequest:
+        """Check `hidden_states` `[patches, channels]` against `grid_thw` `[items, 3]`, which is read back once."""
+        name, merge, width = self.name, self.tower.spatial_merge_size, self._kernel[0].numel()
+        if not isinstance(hidden_states, torch.Tensor) or hidden_states.dim() != 2 or hidden_states.shape[1] != width:
+            fail(name, "pixels", f"a tensor [patches, {width}]", _described(hidden_states))
+        if hidden_states.device != self.device or not hidden_states.is_floating_point():
+            got = f"{hidden_states.dtype} on {hidden_states.device}"
+            fail(name, "pixels", f"floating point on {self.device}", got)
+        if not isinstance(grid_thw, torch.Tensor) or grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
+            fail(name, "grid_thw", "an integer tensor [items, 3]", _described(grid_thw))
+        if grid_thw.is_floating_point():
+            fail(name, "grid_thw", "an integer tensor [items, 3]", _described(grid_thw))
+        items = grid_thw.tolist()
+        if not items:
+            fail(name, "grid_thw", "at least one item", "none")
+        for t, h, w in items:
+            if min(t, h, w) < 1 or h % merge or w % merge:
+                expected = f"frames >= 1 and patch sides that are positive multiples of {merge}"
+                fail(name, "grid_thw", expected, [t, h, w])
+        patches = sum(t * h * w for t, h, w in items)
+        if patches != len(hidden_states):
+            fail(name, "pixels", f"{patches} rows, as grid_thw says", len(hidden_states))
+        sizes = tuple(ItemSize(t * h * w // merge**2, t) for t, h, w in items)
+        return EncoderRequest(sizes, {"pixels": hidden_states, "grid": grid_thw})
+
+    def example(self, tokens: int) -> EncoderRequest:
+        """Images of `EXAMPLE_SIDE` squared tokens, and one strip with the rest."""
+        merge, side = self.tower.spatial_merge_size, EXAMPLE_SIDE
+        images = [[1, side * merge, side * merge]] * (tokens // side**2)
+        if rest := tokens % side**2:
+            images.append([1, merge, rest * merge])
+        pixels = self._kernel.new_zeros(tokens * merge**2, self._kernel[0].numel())
+        sizes = tuple(ItemSize(h * w // merge**2) for _, h, w in images)
+        return EncoderRequest(sizes, {"pixels": pixels, "grid": torch.tensor(images)})
+
+    def embed_patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The patch embedding, whose kernel covers a whole patch, as one matrix product: [patches, hidden]."""
+        return torch.nn.functional.linear(pixels, self._kernel.flatten(1), self.tower.patch_embed.proj.bias)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled by Inductor, once for all sizes.
+
+    Inductor gives a reduction over more than 1024 columns a loop, which reads them twice; with multi_kernel it also
+    makes the kernel that holds the row, times both at the first call and keeps the faster.
+    """
+    return torch.compile(function, dynamic=True, options={"triton.multi_kernel": 1})
+
+
+def vision_block(
+    block: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, boundaries: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """One block of a Qwen vision tower over packed rows `[patches, hidden]`; `cos` and `sin` are fp32."""
+    attention = block.attn
+    qkv = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, attention.head_dim))
+    query, key, value = qkv.unbind(1)
+    query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+    mixed = segment_attention(query, key, value, boundaries, longest, attention.scaling)
+    hidden = hidden + attention.proj(mixed.flatten(1))
+    return hidden + block.mlp(block.norm2(hidden))
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]).to(x.dtype)
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
