@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from polyfuse.runtime.segments import frame_boundaries, masked_attention, patch_positions, segment_attention
+from polyfuse.runtime.segments import (
+    _segment_attention,
+    frame_boundaries,
+    masked_attention,
+    patch_positions,
+    segment_attention,
+)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 GRIDS = [[[1, 4, 6]], [[3, 2, 8], [1, 10, 14], [2, 6, 2]], [[1, 2, 2]] * 5]
@@ -59,6 +65,16 @@ def test_scale() -> None:
         want = torch.einsum("hqk,khd->qhd", (torch.einsum("qhd,khd->hqk", query, key) * scale).softmax(-1), value)
         torch.testing.assert_close(segment_attention(query, key, value, boundaries, 6, scale), want)
         torch.testing.assert_close(masked_attention(query, key, value, boundaries, scale), want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_is_one_operation(device: str) -> None:
+    query, key, value = torch.randn(3, 6, 2, 8, device=device)
+    boundaries = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
+    arguments = (query, key, value, boundaries, 6, 0.3)
+    torch.library.opcheck(_segment_attention, arguments, test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(segment_attention, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*arguments), segment_attention(*arguments))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -4,6 +4,7 @@ Every function is free of host reads and has static shapes, so it can be capture
 grid. A grid is `[items, 3]`: frames, patch rows and patch columns of each item, with unused items zero and last.
 """
 
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -51,10 +52,24 @@ def segment_attention(
     `longest` is a limit of a segment's rows. Rows past the last boundary belong to no segment: what they hold reaches
     no other row, and what they get is undefined. `scale` defaults to `head_dim ** -0.5`.
 
-    On CUDA in half precision this is PyTorch's variable-length FlashAttention. The CPU goes segment by segment; any
-    other device, and any other dtype, takes one masked attention over all rows.
+    On CUDA in half precision this is `triton_attention` for head dims that FlashAttention-2 pads, else PyTorch's
+    variable-length FlashAttention. The CPU goes segment by segment; any other device, and any other dtype, takes one
+    masked attention over all rows. Under torch.compile it is one opaque operation.
     """
+    return _segment_attention(
+        query, key, value, boundaries, longest, query.shape[-1] ** -0.5 if scale is None else scale
+    )
+
+
+@torch.library.custom_op("polyfuse::segment_attention", mutates_args=())
+def _segment_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        if _is_padded(query.shape[-1]) and find_spec("triton") is not None:
+            from polyfuse.runtime.triton_attention import triton_attention
+
+            return triton_attention(query, key, value, boundaries, scale)
         out = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, scale=scale)
         return out if isinstance(out, torch.Tensor) else out[0]
     if query.device.type == "cpu":
@@ -62,24 +77,27 @@ def segment_attention(
     return masked_attention(query, key, value, boundaries, scale)
 
 
-@torch.library.custom_op("polyfuse::attention_by_segment", mutates_args=())
-def _attention_by_segment(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float | None
+@_segment_attention.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, longest: int, scale: float
 ) -> torch.Tensor:
-    out = torch.zeros_like(query)
-    edges = boundaries.tolist()
-    for start, end in pairwise(edges):
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+
+def _is_padded(head_dim: int) -> bool:
+    """FlashAttention-2 computes in multiples of 32 columns; `triton_attention` takes multiples of 8 from 16 to 128."""
+    return head_dim % 32 != 0 and head_dim % 8 == 0 and 16 <= head_dim <= 128
+
+
+def _attention_by_segment(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float
+) -> torch.Tensor:
+    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    for start, end in pairwise(boundaries.tolist()):
         if end > start:
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
             out[start:end] = scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
     return out
-
-
-@_attention_by_segment.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float | None
-) -> torch.Tensor:
-    return torch.empty_like(query)
 
 
 def masked_attention(
@@ -96,4 +114,4 @@ def masked_attention(
     # A masked key still meets its value: zero times NaN is NaN.
     q, k, v = (torch.where(used, x, 0).transpose(0, 1)[None] for x in (query, key, value))
     mask = segment[:, None] == segment[None, :]
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1).contiguous()

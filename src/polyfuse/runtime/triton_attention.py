@@ -1,0 +1,205 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+"""Attention inside the segments of a packed batch in Triton, for head dims that are no power of two.
+
+It is a FlashAttention forward pass: blocks of queries against blocks of keys, with an online softmax in fp32. A tile
+has a power of two of columns, so the head dim is split in two: 72 is computed as 64 + 16, where one tile takes 128.
+"""
+
+from contextlib import nullcontext
+from math import log2
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from polyfuse.spec import fail
+
+NAME = "triton_attention"
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class Launch(NamedTuple):
+    """How the kernel runs on batches of up to `rows` rows."""
+
+    rows: int
+    block_queries: int
+    block_keys: int
+    warps: int
+    stages: int
+
+
+# A block of 64 queries makes more programs, one of 128 reads each key half as often.
+LAUNCHES: tuple[Launch, ...] = (Launch(2048, 64, 64, 4, 3), Launch(2**31, 128, 64, 4, 3))
+
+
+@triton.jit
+def _tile(ptr, stride, live, FIRST: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    """Rows of one head, their columns from FIRST on: zero where a row is not live, or past the head dim."""
+    column = FIRST + tl.arange(0, COLUMNS)
+    mask = live[:, None]
+    if FIRST + COLUMNS > D:
+        mask = mask & (column < D)[None, :]
+    value = tl.load(ptr + tl.arange(0, ROWS)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    return value.to(tl.float32) if INTERPRETED else value  # bf16 arithmetic is wrong in the interpreter
+
+
+@triton.jit(do_not_specialize=["segments"])
+def _kernel(
+    q_ptr,  # [rows, heads, D]
+    k_ptr,
+    v_ptr,
+    boundaries_ptr,  # [segments + 1]
+    out_ptr,  # [rows, heads, D]
+    segments,
+    scale,  # for exp2
+    q_row,  # strides, in units of 8 elements
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    SPLIT: tl.constexpr = D > MAIN
+    program = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+
+    # The programs of a segment start at start // BLOCK_M + segment: room for its blocks, however it lies.
+    index = tl.arange(0, SEGMENTS)
+    first = tl.load(boundaries_ptr + index, mask=index < segments, other=0) // BLOCK_M + index
+    segment = tl.sum(((index < segments) & (first <= program)).to(tl.int32), 0) - 1
+    start = tl.load(boundaries_ptr + segment)
+    length = tl.load(boundaries_ptr + segment + 1) - start
+    begin = (program - start // BLOCK_M - segment) * BLOCK_M
+    if begin >= length:
+        return
+
+    # Multiplied here, so that the compiler sees rows that start at 16 bytes.
+    q_ptr += (start + begin).to(tl.int64) * (q_row * 8) + head * (q_head * 8)
+    k_ptr += start.to(tl.int64) * (k_row * 8) + head * (k_head * 8)
+    v_ptr += start.to(tl.int64) * (v_row * 8) + head * (v_head * 8)
+    query = tl.arange(0, BLOCK_M)
+    inside = query < length - begin
+    q1 = _tile(q_ptr, q_row * 8, inside, 0, MAIN, BLOCK_M, D)
+    q2 = _tile(q_ptr, q_row * 8, inside, MAIN, REST, BLOCK_M, D) if SPLIT else q1
+    acc1 = tl.zeros([BLOCK_M, MAIN], tl.float32)
+    acc2 = tl.zeros([BLOCK_M, REST], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    # The last block too is masked in this loop: with a step of its own behind it Triton 3.6 computes acc2 wrongly.
+    for key in tl.range(0, length, BLOCK_N):
+        live = key + tl.arange(0, BLOCK_N) < length
+        score = tl.dot(q1, tl.trans(_tile(k_ptr, k_row * 8, live, 0, MAIN, BLOCK_N, D)), input_precision="ieee")
+        if SPLIT:
+            rest = tl.trans(_tile(k_ptr, k_row * 8, live, MAIN, REST, BLOCK_N, D))
+            score = tl.dot(q2, rest, score, input_precision="ieee")
+        score = tl.where(live[None, :], score, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 1) * scale)
+        weight = tl.exp2(score * scale - new_peak[:, None])  # [BLOCK_M, BLOCK_N]
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weight, 1)
+        weight = weight.to(q1.dtype)
+        value = _tile(v_ptr, v_row * 8, live, 0, MAIN, BLOCK_N, D)
+        acc1 = tl.dot(weight, value, acc1 * shrink[:, None], input_precision="ieee")
+        if SPLIT:
+            value = _tile(v_ptr, v_row * 8, live, MAIN, REST, BLOCK_N, D)
+            acc2 = tl.dot(weight, value, acc2 * shrink[:, None], input_precision="ieee")
+        peak = new_peak
+        k_ptr += BLOCK_N * (k_row * 8)
+        v_ptr += BLOCK_N * (v_row * 8)
+
+    inverse = (1.0 / total)[:, None]
+    out_row = out_ptr + ((start + begin).to(tl.int64) * HEADS + head) * D + (query * (HEADS * D))[:, None]
+    column = tl.arange(0, MAIN)[None, :]
+    tl.store(out_row + column, (acc1 * inverse).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    if SPLIT:
+        column = MAIN + tl.arange(0, REST)[None, :]
+        tl.store(out_row + column, (acc2 * inverse).to(out_ptr.dtype.element_ty), mask=inside[:, None] & (column < D))
+
+
+def _split(head_dim: int) -> tuple[int, int]:
+    """Columns of the main tile and of the tile that takes the rest."""
+    main = 1 << head_dim.bit_length() - 1
+    return main, max(16, triton.next_power_of_2(head_dim - main))
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy whose rows start at multiples of 16 bytes and whose strides are multiples of 8."""
+    whole = tensor.stride(2) == 1 and not any(n % 8 for n in tensor.stride()[:2])
+    return tensor if whole and tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def supported(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether `triton_attention` takes this head dim (multiples of 8 from 16 to 128) and dtype."""
+    return 16 <= head_dim <= 128 and head_dim % 8 == 0 and dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def triton_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of every row to the rows of its own segment, `[rows, heads, head_dim]`, contiguous.
+
+    `query`, `key` and `value` are `[rows, heads, head_dim]` with any strides; a tensor is copied first unless its last
+    stride is 1, its others are multiples of 8, and it starts at a multiple of 16 bytes. `boundaries` is
+    `[segments + 1]` int32 on the same device, from 0, not falling. `scale`, above 0, multiplies the scores. Rows past
+    the last boundary belong to no segment: what they hold reaches no other row, and what they get is undefined.
+
+    Nothing is read on the host, so a captured call can be replayed with other boundaries. Raises `SpecError` for a
+    head dim or dtype that is not `supported`, for tensors that are not alike, and for other boundaries or scales.
+    """
+    if query.ndim != 3 or not supported(query.shape[-1], query.dtype):
+        expected = "[rows, heads, 16 to 128 in steps of 8] in float16, bfloat16 or float32"
+        fail(NAME, "query", expected, f"{list(query.shape)} {query.dtype}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != query.shape or tensor.dtype != query.dtype:
+            fail(NAME, name, f"{list(query.shape)} {query.dtype}, as query", f"{list(tensor.shape)} {tensor.dtype}")
+    if boundaries.ndim != 1 or boundaries.dtype != torch.int32:
+        fail(NAME, "boundaries", "[segments + 1] int32", f"{list(boundaries.shape)} {boundaries.dtype}")
+    if not scale > 0:
+        fail(NAME, "scale", "a number above 0", scale)
+    return _attention(query, key, value, boundaries, scale)
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float
+) -> torch.Tensor:
+    rows, heads, head_dim = query.shape
+    segments = len(boundaries) - 1
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if rows == 0 or segments == 0:
+        return out
+    launch = next(launch for launch in LAUNCHES if rows <= launch.rows)
+    main, rest = _split(head_dim)
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    strides = [stride // 8 for tensor in (query, key, value) for stride in tensor.stride()[:2]]
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        _kernel[(rows // launch.block_queries + segments, heads)](
+            query,
+            key,
+            value,
+            boundaries,
+            out,
+            segments,
+            scale * log2(torch.e),
+            *strides,
+            HEADS=heads,
+            D=head_dim,
+            MAIN=main,
+            REST=rest,
+            SEGMENTS=triton.next_power_of_2(segments),
+            BLOCK_M=launch.block_queries,
+            BLOCK_N=launch.block_keys,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+        )
+    return out
