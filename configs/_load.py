@@ -44,10 +44,11 @@ class EncoderConfig(_Strict):
     """How a vision encoder runs in graphs.
 
     `budgets` are output tokens, one graph each; None is a ladder of at most `max_graphs` from `smallest` to `largest`.
-    A replay holds at most `max_items` items and `max_frames` attention segments (None: as many as items); an item with
-    more frames than a given `max_frames` is refused. `memory_bytes` bounds the graphs' pool. Replays of a `policy`
-    "greedy" are filled as other managers do, for comparison. `compile_blocks` None compiles where graphs are captured.
-    `capture` "lazy" captures a budget when it is first chosen. `log_every` logs the stats after that many replays.
+    A replay holds at most `max_items` items and `max_frames` attention segments (None: 64, and an item with more runs
+    eagerly; an item with more than a given `max_frames` is refused). `memory_bytes` bounds the graphs' pool. Replays of
+    a `policy` "greedy" are filled as other managers do, for comparison. `compile_blocks` None compiles where graphs are
+    captured. `capture` "lazy" captures a budget when it is first chosen. `log_every` logs the stats after that many
+    replays.
     """
 
     budgets: list[Annotated[int, Field(ge=1)]] | None = None

@@ -146,15 +146,13 @@ def test_replays_equal_the_same_forward_without_a_graph(tower: Any, compiled: bo
 def test_a_graph_equals_the_untouched_model_of_the_same_attention(tower: Any) -> None:
     """To the bit where nothing else differs: coordinates that are exact in float32, patch embedding by one product."""
     import transformers
-    from torch.nn.attention.varlen import varlen_attn
 
     from polyfuse.integrations.transformers import make_encoder
+    from polyfuse.runtime.segments import segment_attention
 
     def flash(module: Any, query: Any, key: Any, value: Any, scaling: float, **kwargs: Any) -> Any:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        edges, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-        out: Any = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scaling)
-        return out[None], None
+        return segment_attention(q, k, v, kwargs["cu_seq_lens_q"], kwargs["max_length_q"], scaling)[None], None
 
     transformers.AttentionInterface.register("polyfuse_test_flash", flash)
     tower.config._attn_implementation = "polyfuse_test_flash"

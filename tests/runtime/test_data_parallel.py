@@ -237,7 +237,7 @@ def test_a_timeout_is_positive_and_finite(alone, timeout):
 
 def test_assignment_of_known_costs():
     assert assign_items([3, 1, 4, 1, 5, 9, 2, 6], 3) == [[5, 6], [0, 1, 7], [2, 3, 4]]
-    assert assign_items([1.0] * 5, 2) == [[0, 2, 4], [1, 3]]
+    assert assign_items([1.0] * 5, 2) == [[0, 1, 2], [3, 4]]
     assert assign_items([7, 8], 4) == [[1], [0], [], []]
     assert assign_items([], 2) == [[], []]
     assert assign_items([0, 0, 0], 1) == [[0, 1, 2]]

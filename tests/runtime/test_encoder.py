@@ -183,9 +183,10 @@ def test_frames_limit_a_replay() -> None:
 
 
 def test_without_a_frame_limit_a_long_video_runs_eagerly() -> None:
-    made, given = manager([64], max_items=4), items(20)
-    check(made.execute(given, [5]), given)
-    assert made.stats.eager_items == 1
+    made, given = manager([80], max_items=4), items(80)
+    check(made.execute(given, [65]), given)
+    check(made.execute(given, [64]), given)
+    assert (made.stats.eager_items, made.stats.replays) == (1, Counter({80: 1}))
 
 
 def test_several_threads() -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from heapq import heapreplace
+from itertools import groupby
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -52,9 +53,10 @@ def item_cost(size: ItemSize) -> float:
 def assign_items(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """The indices of the items of each rank, ascending: the costliest item first, each to the least loaded rank.
 
-    Two ranks' loads differ by no more than the largest cost. Equal costs go by index and equal loads by rank, so
-    equal arguments give equal assignments; a rank may get nothing. Raises `SpecError` for a cost that is negative
-    or not finite, and for less than one rank.
+    Two ranks' loads differ by no more than the largest cost. Equal loads go by rank, and items of equal cost are dealt
+    by index, the first of them to the first rank, so that neighbours stay together. Equal arguments give equal
+    assignments; a rank may get nothing. Raises `SpecError` for a cost that is negative or not finite, and for less
+    than one rank.
     """
     if ranks < 1:
         fail("assign_items", "ranks", "an integer >= 1", ranks)
@@ -62,12 +64,16 @@ def assign_items(costs: Sequence[float], ranks: int) -> list[list[int]]:
         if not 0 <= cost < math.inf:
             fail("assign_items", f"costs[{i}]", "a finite number >= 0", cost)
     loads = [(0.0, rank) for rank in range(ranks)]
-    assigned: list[list[int]] = [[] for _ in range(ranks)]
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+    takers: dict[float, list[int]] = {}  # of the items of each cost
+    for cost in sorted(costs, reverse=True):
         load, rank = loads[0]
-        assigned[rank].append(i)
-        heapreplace(loads, (load + costs[i], rank))
-    return [sorted(items) for items in assigned]
+        takers.setdefault(cost, []).append(rank)
+        heapreplace(loads, (load + cost, rank))
+    dealt = {cost: iter(sorted(of_cost)) for cost, of_cost in takers.items()}
+    assigned: list[list[int]] = [[] for _ in range(ranks)]
+    for i, cost in enumerate(costs):
+        assigned[next(dealt[cost])].append(i)
+    return assigned
 
 
 class DataParallelEncoder:
@@ -146,13 +152,17 @@ class DataParallelEncoder:
             header[0] = len(text)
         self._wait(_all_gather(gathered.view(-1), row, group=self._group, async_op=True))
         _raise_failures(gathered, self._rank, error)
+        owners = {i: rank for rank, items in enumerate(assigned) for i in items}
+        neighbours = [(rank, list(run)) for rank, run in groupby(range(len(owners)), owners.__getitem__)]
         merged = {}
         for name, spec in encoder.outputs.items():
-            pieces: dict[int, torch.Tensor] = {}
-            for rank, items in enumerate(assigned):
-                packed = _rows(gathered[rank, _HEADER:], spans[rank][name], spec)
-                pieces |= zip(items, packed.split([_count(spec, [request.sizes[i]]) for i in items]), strict=True)
-            merged[name] = torch.cat([pieces[i] for i in range(len(pieces))])
+            packed = [_rows(gathered[rank, _HEADER:], spans[rank][name], spec) for rank in range(self._ranks)]
+            used, pieces = [0] * self._ranks, []
+            for rank, run in neighbours:
+                start = used[rank]
+                used[rank] += _count(spec, [request.sizes[i] for i in run])
+                pieces.append(packed[rank][start : used[rank]])
+            merged[name] = torch.cat(pieces)
         return merged
 
     def _wait(self, work: dist.Work) -> None:

@@ -23,6 +23,7 @@ from polyfuse.runtime.protocol import Capacity, EncoderRequest, GraphableEncoder
 from polyfuse.spec import fail
 
 EAGER_POINTS = 6  # sizes at which eager calls are measured
+FRAMES = 64  # attention segments of a replay, if not configured
 
 log = logging.getLogger("polyfuse")
 
@@ -90,7 +91,8 @@ class EncoderGraphManager:
         capacities = {}
         for tokens in sorted(set(budgets), reverse=True):
             items = min(config.max_items, tokens // step)
-            capacities[tokens] = Capacity(tokens, items, min(tokens, config.max_frames or items))
+            frames = config.max_frames or max(FRAMES, items)
+            capacities[tokens] = Capacity(tokens, items, min(tokens, frames))
         return capacities
 
     @property

@@ -81,9 +81,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function compiled by Inductor, once for all sizes.
 
     Inductor gives a reduction over more than 1024 columns a loop, which reads them twice; with multi_kernel it also
-    makes the kernel that holds the row, times both at the first call and keeps the faster.
+    makes the kernel that holds the row, times both at the first call and keeps the faster. Without its cache on disk:
+    PyTorch 2.11 cannot load such kernels from there.
     """
-    return torch.compile(function, dynamic=True, options={"triton.multi_kernel": 1})
+    return torch.compile(function, dynamic=True, options={"triton.multi_kernel": 1, "fx_graph_cache": False})
 
 
 def vision_block(
