@@ -130,6 +130,23 @@ def test_a_copy_has_a_manager_of_its_own(duplicate: Any) -> None:
     assert encoder_manager(twin).encoder.tower is twin
 
 
+def test_other_weights_get_other_graphs() -> None:
+    tower = accelerate(build_tower(), SETTINGS)
+    encode(tower)
+    first = encoder_manager(tower)
+    tower.to(torch.bfloat16)
+    after = encode(tower)
+    assert {x.dtype for x in after} == {torch.bfloat16}
+    assert encoder_manager(tower) is not first
+    assert first.stats.buffer_bytes == 0
+    tower.load_state_dict({name: 2 * value for name, value in tower.state_dict().items()}, assign=True)
+    restored = encode(tower)
+    assert change(encode(restore(tower)), restored) <= BOUND[torch.bfloat16]
+    accelerate(tower, SETTINGS)
+    tower.merger.linear_fc2.weight.data.mul_(2)  # in place: the graphs read it
+    assert change(encode(restore(tower)), encode(accelerate(tower, SETTINGS))) <= BOUND[torch.bfloat16]
+
+
 def test_restore_drops_the_graphs() -> None:
     tower = accelerate(build_tower(), SETTINGS)
     encode(tower)

@@ -1,5 +1,6 @@
 """A vision model's `forward` in graphs: what `accelerate` puts in its place, and which adapter fits which model."""
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ ENCODERS: Mapping[str, Callable[[Any, bool], GraphableEncoder]] = {
     "CLIPVisionModel": FixedResolutionEncoder,
 }
 
+_making = threading.Lock()
+
 INPUTS = ("hidden_states", "grid_thw", "pixel_values")
 
 
@@ -48,6 +51,7 @@ class AcceleratedForward:
     def __init__(self, model: nn.Module, settings: Mapping[str, Any] | bool | None) -> None:
         self.model, self.settings = model, settings
         self.existing: EncoderGraphManager | None = None  # once used
+        self._weights: tuple[Any, ...] = ()  # where they were then
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and self._is_plain(kwargs) and (manager := self.manager()):
@@ -67,17 +71,29 @@ class AcceleratedForward:
         return all(value is None or value is False for value in extra)
 
     def manager(self) -> EncoderGraphManager | None:
-        """The manager of the model where it is now, made at the first use; None if it is not to use graphs."""
-        device = next(self.model.parameters()).device
-        if self.existing is None or self.existing.encoder.device != device:
-            runtime = graph_runtime(device)
-            if self.settings is False or (self.settings is None and not runtime.captures):
-                return None
-            settings = self.settings if isinstance(self.settings, Mapping) else {}
-            compiled = encoder_config(**settings).compile_blocks
-            encoder = make_encoder(self.model, runtime.captures if compiled is None else compiled)
-            self.existing = EncoderGraphManager(encoder, runtime=runtime, **settings)
-        return self.existing
+        """The manager of the model as it is now, made at the first use; None if it is not to use graphs.
+
+        A graph reads the weights where they were when it was captured: a model that was moved, or loaded into other
+        tensors, gets a new one. Its first parameter tells; who exchanges a single other one calls `clear()`.
+        """
+        weight = next(self.model.parameters())
+        found = weight.data_ptr(), weight.dtype, weight.device
+        with _making:
+            if found != self._weights:
+                self._weights = found
+                if self.existing:
+                    self.existing.clear()
+                self.existing = self._make(weight.device)
+            return self.existing
+
+    def _make(self, device: torch.device) -> EncoderGraphManager | None:
+        runtime = graph_runtime(device)
+        if self.settings is False or (self.settings is None and not runtime.captures):
+            return None
+        settings = self.settings if isinstance(self.settings, Mapping) else {}
+        compiled = encoder_config(**settings).compile_blocks
+        encoder = make_encoder(self.model, runtime.captures if compiled is None else compiled)
+        return EncoderGraphManager(encoder, runtime=runtime, **settings)
 
     def __reduce__(self) -> Any:
         return type(self), (self.model, self.settings)
