@@ -65,9 +65,12 @@ class EncoderConfig(_Strict):
 
 
 class UserConfig(_Strict):
-    """`polyfuse.yaml`: a backend, or a list in order of preference, for all ops and for single ones; the encoder's."""
+    """`polyfuse.yaml`: a backend, or a list in order of preference, for all ops and for single ones; `strict` allows
+    the first of them only; the encoder's settings.
+    """
 
     backend: Order | None = None
+    strict: bool = False
     ops: Annotated[dict[str, Order], BeforeValidator(_known_ops)] = {}
     encoder: EncoderConfig = EncoderConfig()
 

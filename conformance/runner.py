@@ -17,7 +17,7 @@ from polyfuse.conformance.inputs import make_inputs, place
 from polyfuse.conformance.report import Report, Result
 from polyfuse.dispatch import Backend, device_of, examine, family_of, registry, to_numpy
 from polyfuse.reference._numerics import Exact
-from polyfuse.spec import OPS, BackendError, Call, Case, bind
+from polyfuse.spec import OPS, BackendError, Call, Case, Unsupported, bind
 
 Progress = Callable[[Report, int], None]
 
@@ -40,18 +40,16 @@ def run(
     settings = load_profile(profile)
     chosen = [registry().get(name) for name in backends] if backends else _all_backends()
     report = Report(device_name(device), profile, settings.seed)
-    cases = {op: all_cases(op, models=settings.models) for op in ops or OPS}
-    left_out = f"the profile {profile} runs one in {settings.sample} of the spec's cases"
+    cases = {op: selected(op, profile, settings) for op in ops or OPS}
     total = sum(len(c) for c in cases.values()) * len(chosen)
     for op, its_cases in cases.items():
-        for number, case in enumerate(its_cases):
+        for case, left_out in its_cases:
             trial = Trial(op, case, settings.seed)
-            sampled = number % settings.sample == 0 or number >= len(OPS[op].cases())
             for backend in chosen:
                 place = "cpu" if backend.family == "numpy" else device
                 started = time.perf_counter()
                 try:
-                    status, detail = trial.on(backend, place, settings) if sampled else ("skipped", left_out)
+                    status, detail = ("skipped", left_out) if left_out else trial.on(backend, place, settings)
                 except Exception:
                     status, detail = "failed", traceback.format_exc(limit=-3).strip()
                 seconds = time.perf_counter() - started
@@ -59,6 +57,16 @@ def run(
                 if on_result:
                     on_result(report, total)
     return report
+
+
+def selected(op: str, profile: str, settings: Profile) -> list[tuple[Case, str]]:
+    """Every case of an op, with why the profile does not run it or an empty text."""
+    left_out = f"the profile {profile} runs one in {settings.sample} of the spec's cases"
+    own = len(OPS[op].cases())
+    return [
+        (case, left_out if number < own and number % settings.sample else "")
+        for number, case in enumerate(all_cases(op, models=settings.models))
+    ]
 
 
 class Trial:
@@ -95,6 +103,8 @@ class Trial:
         arrays = place(values, backend.family, device)
         first = next(v for v in arrays.values() if family_of(v))
         verdict, _ = examine(self.op, backend.name, call, backend.family, device_of(first, backend.family), False)
+        if verdict.status == "unsupported":
+            return self._refused(arrays, backend, verdict.reason)
         if verdict.status != "usable":
             return "skipped", f"{verdict.status}: {verdict.reason}"
         with np.errstate(all="ignore"):  # Triton's interpreter computes with NumPy
@@ -103,6 +113,14 @@ class Trial:
         if problem is None and self.case.repeat > 1:
             problem = self._check_repeated(result, arrays, backend)
         return ("failed", problem) if problem else self._inputs_intact(values, arrays)
+
+    def _refused(self, arrays: Mapping[str, Any], backend: Backend, reason: str) -> tuple[str, str]:
+        """What a backend does not claim must be refused."""
+        try:
+            getattr(polyfuse, self.op)(**arrays, backend=backend.name)
+        except Unsupported:
+            return "skipped", f"unsupported: {reason}"
+        return "failed", f"ran, though it does not claim to: {reason}"
 
     def _too_large(self, device: str, interpreted: bool, limits: Profile) -> str | None:
         _, call = self.inputs()

@@ -6,7 +6,7 @@ from polyfuse.spec import BackendError, SpecError, Unsupported
 
 if TYPE_CHECKING:
     from polyfuse._ops import gdn_in_proj, gdn_post_conv, pos_embed_interpolate, silu_mul_block_quant
-    from polyfuse.dispatch import explain, refresh, use_backend
+    from polyfuse.dispatch import call_counts, explain, refresh, use_backend
 
 __version__ = "0.1.0.dev0"
 
@@ -14,6 +14,7 @@ __all__ = [
     "BackendError",
     "SpecError",
     "Unsupported",
+    "call_counts",
     "explain",
     "gdn_in_proj",
     "gdn_post_conv",

@@ -17,7 +17,7 @@ from polyfuse.spec import OPS
         ("- triton", "polyfuse.yaml: expected a mapping, got list"),
         (
             "backends: triton",
-            "backends: Extra inputs are not permitted, got 'triton'; known keys are backend, ops, encoder",
+            "backends: Extra inputs are not permitted, got 'triton'; known keys are backend, strict, ops, encoder",
         ),
         ("backend: 3", "polyfuse.yaml: backend: Input should be a valid list, got 3"),
         ("backend: []", "polyfuse.yaml: backend: Value should have at least 1 item"),

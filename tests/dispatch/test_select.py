@@ -10,7 +10,8 @@ import torch
 
 import polyfuse
 from polyfuse import BackendError, SpecError, Unsupported
-from polyfuse.dispatch import Backend, Implementation, registry
+from polyfuse.dispatch import Backend, Device, Implementation, registry
+from polyfuse.dispatch._select import clear_settings, preference
 from polyfuse.spec import Capability
 
 TABLE = torch.randn(36, 8)
@@ -125,6 +126,63 @@ def test_a_backend_may_decline_at_the_call(picky, caplog):
         out = polyfuse.pos_embed_interpolate(TABLE, GRID, merge_size=1, backend=["picky", "torch"])
     assert torch.equal(out, polyfuse.pos_embed_interpolate(TABLE, GRID, merge_size=1))
     assert "picky declined this call (merge_size=1), trying the next" in caplog.text
+
+
+def test_one_warning_for_each_op_and_reason(picky, caplog):
+    with caplog.at_level(logging.WARNING, "polyfuse"):
+        for rows in (2, 4, 6):  # another signature each time
+            polyfuse.pos_embed_interpolate(TABLE, [[1, rows, 4]], merge_size=1, backend=["picky", "torch"])
+    assert caplog.text.count("picky declined this call (merge_size=1), trying the next") == 1
+
+
+@pytest.mark.parametrize("use", ["context", "environment", "config"])
+def test_strict_mode_allows_the_first_name_only(picky, monkeypatch, tmp_path, use):
+    names = ["picky", "torch"]
+    if use == "environment":
+        monkeypatch.setenv("POLYFUSE_STRICT", "1")
+        clear_settings()
+    if use == "config":
+        (tmp_path / "polyfuse.yaml").write_text("strict: true\n")
+        clear_settings()
+    with polyfuse.use_backend(names, strict=True if use == "context" else None):
+        assert polyfuse.pos_embed_interpolate(TABLE, GRID)[0, 0] == 7
+        text = r"no backend of \[picky\] \(strict, polyfuse.use_backend\) can run this call: .*mode='bicubic'"
+        with pytest.raises(Unsupported, match=text):
+            polyfuse.pos_embed_interpolate(TABLE, GRID, mode="bicubic")
+        with pytest.raises(Unsupported, match="merge_size=1"):
+            polyfuse.pos_embed_interpolate(TABLE, GRID, merge_size=1)
+        decision = winner(mode="bicubic")
+        assert (decision.strict, decision.winner) == (True, None)
+        assert "strict mode allows picky only" in str(decision)
+        with polyfuse.use_backend(strict=False):
+            assert winner(mode="bicubic").winner == "torch"
+
+
+def test_a_strict_setting_is_checked(monkeypatch):
+    monkeypatch.setenv("POLYFUSE_STRICT", "yes")
+    with pytest.raises(SpecError, match="environment variable POLYFUSE_STRICT: expected 0 or 1, got 'yes'"):
+        winner()
+
+
+def test_what_ran_is_counted(picky):
+    polyfuse.refresh()
+    registry().add(Backend("picky", "torch", "polyfuse.torch_impl", implements={OP: 1}))
+    for _ in range(3):
+        polyfuse.pos_embed_interpolate(TABLE, GRID)
+    polyfuse.pos_embed_interpolate(TABLE, GRID, backend="triton")
+    with pytest.raises(SpecError):
+        polyfuse.pos_embed_interpolate(TABLE, [[1, 3, 3]])
+    assert polyfuse.call_counts() == {(OP, "torch"): 3, (OP, "triton"): 1}
+    polyfuse.refresh()
+    assert polyfuse.call_counts() == {}
+
+
+def test_a_device_of_its_own_brings_its_backend_first(monkeypatch):
+    registry().add(Backend("ours", "torch", "polyfuse.torch_impl", implements={OP: 1}, devices=("npu",)))
+    wanted = preference(OP, "torch", Device("npu"), None)
+    assert wanted.names == ("ours", "torch")
+    assert wanted.source == "backends of other packages for npu, then configs/platforms/default.yaml"
+    assert preference(OP, "torch", Device("cuda"), None).names == ("triton", "torch")
 
 
 def test_any_other_exception_is_a_bug_and_propagates(monkeypatch):

@@ -17,10 +17,10 @@ from polyfuse.dispatch._select import (
     as_names,
     check_op,
     clear_settings,
-    context_names,
+    context,
     explain_call,
-    log,
     resolve,
+    warn_once,
 )
 from polyfuse.spec import OPS, Call, OpSpec, SpecError, Unsupported, bind, docstring, dtype_name
 
@@ -37,6 +37,7 @@ class _Plan:
     attrs: dict[str, Any]
     convert_to: str | None
     convert_back: str
+    calls: list[int]
 
 
 class Op:
@@ -60,6 +61,7 @@ class Op:
 
 
 _OPS: dict[str, Op] = {}
+_calls: dict[tuple[str, str], list[int]] = {}
 
 
 def public(function: _Function) -> _Function:
@@ -93,7 +95,7 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
     if op.hosts:
         args = read_hosts(op, args)
     # Types are part of the key, because True == 1 == 1.0.
-    key = [tuple(backend) if isinstance(backend, list) else backend, context_names(), op.attrs(args), *map(type, args)]
+    key = [tuple(backend) if isinstance(backend, list) else backend, context(), op.attrs(args), *map(type, args)]
     for i in op.arrays:
         value = args[i]
         key.append((_DESCRIBE.get(type(value)) or _describer(value))(value))
@@ -118,6 +120,7 @@ def _execute(op: Op, plan: _Plan, args: tuple[Any, ...]) -> Any:
         keywords = {**keywords, **{name: args[i] for i, name in op.keyword_arrays}}
     try:
         result = plan.function(*args[: op.positional], **keywords)
+        plan.calls[0] += 1
     except Unsupported as error:
         result = _next_willing(op, plan, args[: op.positional], keywords, error)
     if plan.convert_to:
@@ -131,10 +134,12 @@ def _next_willing(
     op: Op, plan: _Plan, positional: tuple[Any, ...], keywords: dict[str, Any], error: Unsupported
 ) -> Any:
     """The result of the first backend after the preferred one that does not decline at the call."""
-    for (declined, _), (_, implementation) in pairwise(plan.usable):
-        log.warning("%s: %s declined this call (%s), trying the next", op.spec.name, declined, error)
+    for (declined, _), (name, implementation) in pairwise(plan.usable):
+        warn_once(op.spec.name, declined, f"declined this call ({error})")
         try:
-            return implementation.function(*positional, **keywords)
+            result = implementation.function(*positional, **keywords)
+            _counter(op.spec.name, name)[0] += 1
+            return result
         except Unsupported as another:
             error = another
     raise error
@@ -148,7 +153,20 @@ def _plan(op: Op, args: tuple[Any, ...], backend: str | Sequence[str] | None) ->
     if any(registry().get(n).family != target for n, _ in usable):
         raise SpecError(f"{op.spec.name}: backend: expected backends of one array family, got {list(names or ())}")
     function = usable[0][1].function
-    return _Plan(tuple(usable), function, dict(call.attrs), None if target == family else target, family)
+    calls = _counter(op.spec.name, usable[0][0])
+    return _Plan(tuple(usable), function, dict(call.attrs), None if target == family else target, family, calls)
+
+
+def _counter(op: str, backend: str) -> list[int]:
+    return _calls.setdefault((op, backend), [0])
+
+
+def call_counts() -> dict[tuple[str, str], int]:
+    """How many calls of each (op, backend) have returned in this process since the start or the last `refresh`.
+
+    The calls of a compiled graph count when it runs; a replay of a captured one counts nothing.
+    """
+    return {key: calls for key, (calls,) in sorted(_calls.items()) if calls}
 
 
 def examine_arguments(op: Op, args: tuple[Any, ...]) -> tuple[Call, str, Device, bool]:
@@ -246,6 +264,7 @@ def refresh() -> None:
     registry.cache_clear()
     for op in _OPS.values():
         op.cache.clear()
+    _calls.clear()
 
 
 def _describe_torch(x: Any) -> Any:

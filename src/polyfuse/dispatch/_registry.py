@@ -32,7 +32,8 @@ class Backend:
 
     `family` is the kind of array it takes (`"torch"`, `"jax"` or `"numpy"`); `requires` are modules that must
     be installed; `implements` maps each op to the version of the spec that the implementation follows;
-    `override` allows it to take the name of an existing backend.
+    `override` allows it to take the name of an existing backend; `devices` are the device kinds, unknown to polyfuse,
+    on which it comes first without being named.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Backend:
     requires: tuple[str, ...] = ()
     implements: Mapping[str, int] = field(default_factory=dict)
     override: bool = False
+    devices: tuple[str, ...] = ()
     origin: str = "registered"
 
     def missing(self, op: str) -> tuple[str, str] | None:

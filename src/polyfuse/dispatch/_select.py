@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from polyfuse.configs import platform_order, user_config
 from polyfuse.dispatch._arrays import Device
@@ -16,17 +16,29 @@ from polyfuse.spec import OPS, BackendError, Call, SpecError, Unsupported
 
 log = logging.getLogger("polyfuse")
 
-_context: ContextVar[tuple[str, ...] | None] = ContextVar("polyfuse_backend", default=None)
-context_names = _context.get
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class Wanted(NamedTuple):
+    """What `use_backend` asks for; None leaves it to what is below."""
+
+    names: tuple[str, ...] | None = None
+    strict: bool | None = None
+
+
+_NOTHING = Wanted()
+_context: ContextVar[Wanted] = ContextVar("polyfuse_backend", default=_NOTHING)
+context = _context.get
+_warned: set[tuple[str, str, str]] = set()
 
 
 @dataclass(frozen=True)
 class Preference:
-    """An order of backends and where it comes from. `strict`: the user asked, so running out of names raises."""
+    """An order of backends and where it comes from. `asked`: by the user, not by a platform's default."""
 
     names: tuple[str, ...]
     source: str
-    strict: bool
+    asked: bool
 
 
 @dataclass(frozen=True)
@@ -44,12 +56,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Every candidate for a call, the winner (None if there is none) and where the preference came from."""
+    """Every candidate for a call, the winner (None if there is none) and where the preference came from.
+
+    `strict`: only the first name of the preference may run.
+    """
 
     op: str
     family: str
     device: str
     preference: Preference
+    strict: bool
     winner: str | None
     candidates: tuple[Candidate, ...]
 
@@ -75,12 +91,17 @@ def as_names(backend: str | Sequence[str]) -> tuple[str, ...]:
 
 
 @contextmanager
-def use_backend(backend: str | Sequence[str]) -> Iterator[None]:
+def use_backend(backend: str | Sequence[str] | None = None, *, strict: bool | None = None) -> Iterator[None]:
     """Prefer a backend, or a list in order, for the calls made inside the block by this thread or task.
+
+    With `strict` only the first backend of whatever preference holds may run, and a call that it cannot run raises;
+    False allows the others again. What is None stays as it is outside of the block.
 
     Raises `BackendError` for an unknown name.
     """
-    token = _context.set(as_names(backend))
+    outer = context()
+    names = outer.names if backend is None else as_names(backend)
+    token = _context.set(Wanted(names, outer.strict if strict is None else strict))
     try:
         yield
     finally:
@@ -106,9 +127,53 @@ def _user_preferences(op: str) -> tuple[Preference, ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=1)
+def _strict_setting() -> bool:
+    """What environment and config file say of strictness; read once per process."""
+    value = os.environ.get("POLYFUSE_STRICT")
+    if value:
+        if value not in ("0", "1"):
+            raise SpecError(f"environment variable POLYFUSE_STRICT: expected 0 or 1, got {value!r}")
+        return value == "1"
+    config = user_config()
+    return config is not None and config[0].strict
+
+
+def is_strict() -> bool:
+    """Whether only the first preferred backend may run a call made here."""
+    asked = context().strict
+    return _strict_setting() if asked is None else asked
+
+
 def clear_settings() -> None:
-    """Forget what was read from the environment and the config file."""
+    """Forget what was read from the environment and the config file, and what was warned of."""
     _user_preferences.cache_clear()
+    _strict_setting.cache_clear()
+    _plugins_of.cache_clear()
+    _warned.clear()
+
+
+def configure_log() -> None:
+    """Log to stderr from the level that POLYFUSE_LOG names on."""
+    level = os.environ.get("POLYFUSE_LOG")
+    if not level:
+        return
+    if level not in LEVELS:
+        raise SpecError(f"environment variable POLYFUSE_LOG: expected one of {', '.join(LEVELS)}, got {level!r}")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("polyfuse %(levelname)s: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(level.upper())
+
+
+configure_log()
+
+
+def warn_once(op: str, name: str, reason: str) -> None:
+    """Say that a backend was passed over, once for each op and reason."""
+    if (op, name, reason) not in _warned:
+        _warned.add((op, name, reason))
+        log.warning("%s: %s %s, trying the next", op, name, reason)
 
 
 def preference(op: str, family: str, device: Device, names: tuple[str, ...] | None) -> Preference:
@@ -119,14 +184,30 @@ def preference(op: str, family: str, device: Device, names: tuple[str, ...] | No
     if names is not None:
         return Preference(names, "backend= on the call", True)
     above = list(_user_preferences(op))
-    context = context_names()
-    if context is not None:
-        above.insert(0, Preference(context, "polyfuse.use_backend", True))
+    asked = context().names
+    if asked is not None:
+        above.insert(0, Preference(asked, "polyfuse.use_backend", True))
     for candidate in above:
         if any(_family(name) in (family, None) for name in candidate.names):
             return candidate
     order, source = platform_order(device.kind, family, op)
-    return Preference(order, source, False)
+    own = _plugins_of(device.kind) if source.endswith("default.yaml") else ()
+    if own:
+        source = f"backends of other packages for {device.kind}, then {source}"
+    return Preference((*own, *order), source, False)
+
+
+@lru_cache(maxsize=64)
+def _plugins_of(kind: str) -> tuple[str, ...]:
+    """The backends that name a device kind as their own. Loads every installed plugin."""
+    names = []
+    for name in registry().names():
+        try:
+            if kind in registry().get(name).devices:
+                names.append(name)
+        except BackendError:  # `polyfuse info` shows it
+            continue
+    return tuple(names)
 
 
 def _family(name: str) -> str | None:
@@ -159,24 +240,26 @@ def examine(
 def resolve(
     op: str, call: Call, family: str, device: Device, names: tuple[str, ...] | None, needs_grad: bool = False
 ) -> list[tuple[str, Implementation]]:
-    """The backends that can run the call, in order of preference; at least one.
+    """The backends that can run the call, in order of preference; at least one, and in strict mode the first only.
 
     Raises `Unsupported` or `BackendError` when the preference names none that can.
     """
     wanted = preference(op, family, device, names)
+    allowed = wanted.names[:1] if is_strict() else wanted.names
     usable, refused = [], []
-    for name in wanted.names:
+    for name in allowed:
         candidate, implementation = examine(op, name, call, None if names else family, device, needs_grad)
         if implementation:
             usable.append((name, implementation))
         else:
             refused.append(candidate)
-            if not wanted.strict and not usable:
-                log.warning("%s: %s does not run this call (%s), trying the next", op, name, candidate.reason)
+            if not wanted.asked and not usable and len(allowed) > 1:
+                warn_once(op, name, f"does not run this call ({candidate.reason})")
     if not usable:
         text = "; ".join(f"{c.name}: {c.reason}" for c in refused)
         kind = Unsupported if all(c.status == "unsupported" for c in refused) else BackendError
-        raise kind(f"{op}: no backend of [{', '.join(wanted.names)}] ({wanted.source}) can run this call: {text}")
+        source = f"strict, {wanted.source}" if len(allowed) < len(wanted.names) else wanted.source
+        raise kind(f"{op}: no backend of [{', '.join(allowed)}] ({source}) can run this call: {text}")
     log.debug("%s: %s (%s)", op, usable[0][0], wanted.source)
     return usable
 
@@ -186,18 +269,22 @@ def explain_call(
 ) -> Explanation:
     """The resolver's decision on a call with the verdict of every known backend."""
     wanted = preference(op, family, device, names)
+    strict = is_strict()
+    allowed = wanted.names[:1] if strict else wanted.names
     order = list(dict.fromkeys((*wanted.names, *registry().names())))
     candidates, winner = [], None
     for name in order:
         candidate, implementation = examine(op, name, call, None if names else family, device, needs_grad)
         if implementation and name not in wanted.names:
             candidate = Candidate(name, "usable", f"not named by {wanted.source}")
+        elif implementation and name not in allowed:
+            candidate = Candidate(name, "usable", f"strict mode allows {', '.join(allowed)} only")
         elif implementation and winner is None:
             winner, candidate = name, Candidate(name, "chosen", f"first usable of {wanted.source}")
         elif implementation:
             candidate = Candidate(name, "usable", f"comes after {winner} in {wanted.source}")
         candidates.append(candidate)
-    return Explanation(op, family, device.kind, wanted, winner, tuple(candidates))
+    return Explanation(op, family, device.kind, wanted, strict, winner, tuple(candidates))
 
 
 def check_op(op: str) -> None:
