@@ -40,6 +40,11 @@ class Report:
         chosen = (r for r in self.results if op in (None, r.op) and backend in (None, r.backend))
         return Counter(r.status for r in chosen)
 
+    def conformant(self, backend: str) -> list[str]:
+        """The ops of which a backend passed a case and failed none, in the run's order."""
+        counts = {op: self.counts(op, backend) for op in dict.fromkeys(r.op for r in self.results)}
+        return [op for op, count in counts.items() if count["passed"] > 0 and count["failed"] == 0]
+
     @property
     def ok(self) -> bool:
         """True if something ran and nothing failed."""
@@ -47,7 +52,8 @@ class Report:
         return counts["passed"] > 0 and counts["failed"] == 0
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "counts": dict(self.counts()), "ok": self.ok}
+        conformant = {name: self.conformant(name) for name in dict.fromkeys(r.backend for r in self.results)}
+        return {**asdict(self), "counts": dict(self.counts()), "conformant": conformant, "ok": self.ok}
 
     def write(self, folder: Path) -> list[Path]:
         """Write `conformance.json` and `junit.xml` into a folder; returns their paths."""

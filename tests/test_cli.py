@@ -25,7 +25,7 @@ def invoke(*args, env=None):
 
 @pytest.mark.parametrize(
     "command",
-    ["info", "ops", "explain", "conformance", "bench", "bench encoder", "soak", "soak encoder", "demo"],
+    ["info", "ops", "explain", "conformance", "bench", "bench encoder", "soak", "soak encoder", "demo", "new-backend"],
 )
 def test_every_command_has_help_with_an_example(command):
     result = invoke(*command.split(), "--help")
@@ -107,6 +107,7 @@ def test_conformance_writes_its_report(tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert "0 failed" in result.output
+    assert "numpy: 1 of 1 ops conformant" in result.output
     data = json.loads((tmp_path / "r" / "conformance.json").read_text())
     assert data["ok"] is True
     assert data["counts"]["passed"] > 20

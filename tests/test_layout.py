@@ -82,7 +82,7 @@ def test_links_are_tracked() -> None:
         links = [path for mode, _, _, path in entries if mode == "120000"]
     else:
         links = [f"src/polyfuse/{e.name}" for e in os.scandir(ROOT / "src/polyfuse") if e.is_symlink()]
-    assert sorted(links) == [f"src/polyfuse/{layer}" for layer in LAYERS]
+    assert sorted(links) == sorted(f"src/polyfuse/{linked}" for linked in (*LAYERS, "templates"))
 
 
 @pytest.mark.parametrize("folder", ["spec", *IMPLEMENTATIONS])

@@ -11,13 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("configs", "conformance", "reference", "spec", "torch_impl", "triton_impl")
+LINKED = (*LAYERS, "templates")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def package_files() -> set[str]:
     """Every file of the package, as its path in a wheel."""
-    folders = {"polyfuse": ROOT / "src/polyfuse"} | {f"polyfuse/{layer}": ROOT / layer for layer in LAYERS}
-    links = tuple(f"polyfuse/{layer}/" for layer in LAYERS)
+    folders = {"polyfuse": ROOT / "src/polyfuse"} | {f"polyfuse/{linked}": ROOT / linked for linked in LINKED}
+    links = tuple(f"polyfuse/{linked}/" for linked in LINKED)
     found = {
         prefix: {f"{prefix}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()}
         for prefix, folder in folders.items()
@@ -33,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (tree / name).write_bytes((ROOT / name).read_bytes())
-    for name in (*LAYERS, "src"):
+    for name in (*LINKED, "src"):
         copytree(ROOT / name, tree / name, symlinks=True, ignore=ignore_patterns("__pycache__", "*.egg-info"))
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."]
     run = subprocess.run(command, cwd=tree, capture_output=True, text=True)
@@ -56,14 +57,17 @@ def test_wheel_contains_every_file_and_polyfuse_only(wheel: Path) -> None:
     metadata = {name for name in files if name.startswith(f"{info}/")}
     assert f"{info}/licenses/LICENSE" in metadata
     assert {"polyfuse/py.typed", "polyfuse/spec/__init__.py", "polyfuse/reference/jax/__init__.py"} <= files
+    assert "polyfuse/templates/backend/.github/workflows/ci.yml.j2" in files
     assert files - metadata == package_files()
 
 
-def test_wheel_declares_the_command(wheel: Path) -> None:
+def test_wheel_declares_the_command_and_the_pytest_plugin(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         files = archive.namelist()
         entry_points = next(name for name in files if name.endswith("entry_points.txt"))
-        assert "polyfuse = polyfuse.cli:main" in archive.read(entry_points).decode()
+        declared = archive.read(entry_points).decode()
+    assert "[console_scripts]\npolyfuse = polyfuse.cli:main\n" in declared
+    assert "[pytest11]\npolyfuse = polyfuse.pytest_plugin\n" in declared
     assert {"polyfuse/cli.py", "polyfuse/cli/__init__.py"} & set(files)
 
 

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -98,6 +100,21 @@ def ops(op: str | None) -> None:
         options = "\n".join(a.name if a.default is REQUIRED else f"{a.name}={a.default!r}" for a in spec.attrs)
         table.add_row(spec.name, f"v{spec.version}", spec.summary, escape(options))
     console().print(table)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def matrix(as_json: bool) -> None:
+    """Print what every backend claims to run, as a Markdown table. Conformance tests the claims both ways.
+
+    \b
+    Example:
+      polyfuse matrix --json
+    """
+    from polyfuse.dispatch._matrix import as_markdown, support_matrix
+
+    rows = support_matrix()
+    click.echo(json.dumps([asdict(row) for row in rows], indent=1) if as_json else as_markdown(rows), nl=as_json)
 
 
 @main.command()
@@ -205,8 +222,9 @@ def run_conformance(
 
         report = suite.run(op_names or None, backends or None, profile=profile, device=device, on_result=show)
     names = list(dict.fromkeys(r.backend for r in report.results))
+    ran = list(dict.fromkeys(r.op for r in report.results))
     table = Table("op", *names, title=f"Conformance on {report.device}, profile {profile}, seed {report.seed}")
-    for op in dict.fromkeys(r.op for r in report.results):
+    for op in ran:
         table.add_row(op, *(_cell(report.counts(op, name)) for name in names))
     out.print(table)
     for r in report.results:
@@ -216,6 +234,8 @@ def run_conformance(
     for name, reason in sorted(reasons):
         cases = sum(r.backend == name and r.detail == reason for r in report.results)
         out.print(f"[yellow]skipped[/] {name}: {cases} cases: {escape(reason)}", soft_wrap=True)
+    for name in names:
+        out.print(f"{name}: {len(report.conformant(name))} of {len(ran)} ops conformant")
     counts = report.counts()
     out.print(", ".join(f"{counts[s]} {s}" for s in STATUS_STYLE))
     if folder:
@@ -282,6 +302,28 @@ def bench(
 
 bench.add_command(bench_encoder)
 main.add_command(soak)
+
+
+@main.command("new-backend")
+@click.argument("name")
+@click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder to write. Default: polyfuse-NAME.")
+@click.option("--family", default="torch", show_default=True, help="Kind of arrays: torch, jax or numpy.")
+def new_backend(name: str, folder: Path | None, family: str) -> None:
+    """Write a package for a backend NAME of your own, with a stub for every op.
+
+    \b
+    Example:
+      polyfuse new-backend mychip --dir polyfuse-mychip
+    """
+    from polyfuse import new_backend as package
+
+    folder = folder or Path(f"polyfuse-{name}")
+    for path in package.new_backend(name, folder, family):
+        click.echo(f"created {path}")
+    click.echo("next:")
+    click.echo(f"  cd {shlex.quote(str(folder))} && python -m pip install --editable '.[test]'")
+    click.echo(f"  polyfuse conformance --backend {name} --profile quick")
+    click.echo("  python -m pytest")
 
 
 @main.command()

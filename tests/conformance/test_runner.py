@@ -8,7 +8,7 @@ import torch
 
 import polyfuse
 from polyfuse import SpecError, Unsupported
-from polyfuse.conformance import all_cases, run
+from polyfuse.conformance import Report, Result, all_cases, run
 from polyfuse.dispatch import Backend, Implementation, registry
 from polyfuse.spec import OPS, Capability
 
@@ -64,6 +64,7 @@ def test_each_outcome_is_counted_with_its_reason(broken, tmp_path):
     files = report.write(tmp_path / "report")
     data = json.loads(files[0].read_text())
     assert data["counts"] == dict(counts)
+    assert data["conformant"] == {"broken": []}
     assert data["versions"]["torch"] == torch.__version__
     suite = ET.parse(files[1]).getroot()
     assert suite.get("failures") == str(counts["failed"])
@@ -74,6 +75,7 @@ def test_nothing_executed_is_not_a_success(monkeypatch):
     monkeypatch.setattr(Backend, "missing", lambda self, op: ("not_installed", "no such device"))
     report = run([OP], ["torch"], profile="quick")
     assert set(report.counts()) == {"skipped"}
+    assert report.conformant("torch") == []
     assert not report.ok
 
 
@@ -106,6 +108,16 @@ def test_unknown_names_are_refused():
         run(profile="slow")
     with pytest.raises(polyfuse.BackendError, match=r"expected one of numpy.*got 'tritn'"):
         run(backends=["tritn"])
+
+
+def test_an_op_conforms_if_something_passed_and_nothing_failed():
+    report = Report("cpu", "quick", 0)
+    for op, statuses in {"a": "ps", "b": "pf", "c": "s", "d": "p"}.items():
+        words = {"p": "passed", "f": "failed", "s": "skipped"}
+        report.results += [Result(op, "mine", f"case{i}", words[s]) for i, s in enumerate(statuses)]
+    report.results.append(Result("a", "other", "case0", "failed"))
+    assert report.conformant("mine") == ["a", "d"]
+    assert report.as_dict()["conformant"] == {"mine": ["a", "d"], "other": []}
 
 
 @pytest.mark.parametrize("op", OPS)
