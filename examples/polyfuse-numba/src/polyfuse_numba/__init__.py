@@ -1,0 +1,11 @@
+"""A Polyfuse backend for CPUs: every op as loops that Numba compiles to threads and vector instructions."""
+
+from polyfuse.dispatch import Backend
+
+BACKEND = Backend(
+    "numba",
+    "torch",
+    "polyfuse_numba",
+    requires=("torch", "numba"),
+    implements={"pos_embed_interpolate": 1, "gdn_post_conv": 1, "silu_mul_block_quant": 1, "gdn_in_proj": 1},
+)
