@@ -90,8 +90,22 @@ class Trial:
         return self._exact
 
     def on(self, backend: Backend, device: str = "cpu", limits: Profile | None = None) -> tuple[str, str]:
-        """(status, detail) of this case on one backend; the limits default to those of the standard profile."""
-        limits = limits or load_profile("standard")
+        """(status, detail) of this case on one backend; the limits default to those of the standard profile.
+
+        A failure that the backend waives is `waived`, and a pass in spite of a waiver has failed: the waiver is stale.
+        """
+        reason = backend.waiver(self.op, self.case.name)
+        try:
+            status, detail = self._verdict(backend, device, limits or load_profile("standard"))
+        except Exception as error:
+            if reason is None:
+                raise
+            status, detail = "failed", f"{type(error).__name__}: {error}"
+        if reason is None or status == "skipped":
+            return status, detail
+        return ("waived", f"{reason} ({detail})") if status == "failed" else ("failed", f"stale waiver: {reason}")
+
+    def _verdict(self, backend: Backend, device: str, limits: Profile) -> tuple[str, str]:
         missing = backend.missing(self.op)
         if missing:
             return "skipped", missing[1]

@@ -3,12 +3,41 @@
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_leaves
+
+
+class StreamModule(Protocol):
+    """Streams of one kind of device, as `torch.cuda` has them.
+
+    A stream has `device`, `record_event()` and `wait_event(event)`, and `Tensor.record_stream` takes it.
+    """
+
+    def current_stream(self, device: torch.device, /) -> Any:
+        """The stream on which work for the device is queued now."""
+        ...
+
+    def Stream(self, device: torch.device, /) -> Any:  # noqa: N802
+        """A new stream."""
+        ...
+
+    def stream(self, stream: Any, /) -> AbstractContextManager[Any]:
+        """A context in which the stream is the current one."""
+        ...
+
+
+_MODULES: dict[str, StreamModule] = {}
+
+
+def register_stream_module(device_type: str, module: StreamModule) -> None:
+    """Use these streams for devices of this type from now on, in place of `torch.get_device_module`'s."""
+    _MODULES[device_type] = module
+
 
 _depth: ContextVar[int] = ContextVar("polyfuse_stream_depth", default=0)
 
@@ -48,9 +77,10 @@ def execute_in_parallel(
     joined; those of other branches are added to it as notes.
     """
     place = device or _current_device()
-    if place is None or place.type == "cpu" or not streams_enabled() or len(branches) < 2:
+    own = _MODULES.get(place.type) if place is not None else None
+    if place is None or not (own or place.type != "cpu") or not streams_enabled() or len(branches) < 2:
         return _gather([_attempt(branch) for branch in branches])
-    module = torch.get_device_module(place)
+    module = own or torch.get_device_module(place)
     main = module.current_stream(place)
     depth = _depth.get()
     token = _depth.set(depth + 1)

@@ -18,7 +18,7 @@ from polyfuse.cli_encoder import bench_encoder, soak
 from polyfuse.spec import OPS, REQUIRED, BackendError, SpecError, Unsupported, op_page
 
 SAVE_EVERY = 100  # results
-STATUS_STYLE = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+STATUS_STYLE = {"passed": "green", "failed": "bold red", "waived": "magenta", "skipped": "yellow"}
 
 
 class _Group(click.Group):
@@ -230,6 +230,8 @@ def run_conformance(
     for r in report.results:
         if r.status == "failed":
             out.print(f"[bold red]failed[/] {r.op} {r.backend} {r.case}: {escape(r.detail)}", soft_wrap=True)
+        if r.status == "waived":
+            out.print(f"[magenta]waived[/] {r.op} {r.backend} {r.case}: {escape(r.detail)}", soft_wrap=True)
     reasons = {(r.backend, r.detail) for r in report.results if r.status == "skipped"}
     for name, reason in sorted(reasons):
         cases = sum(r.backend == name and r.detail == reason for r in report.results)

@@ -9,6 +9,7 @@ import torch
 import polyfuse
 from polyfuse import SpecError, Unsupported
 from polyfuse.conformance import Report, Result, all_cases, run
+from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import Backend, Implementation, registry
 from polyfuse.spec import OPS, Capability
 
@@ -108,6 +109,31 @@ def test_unknown_names_are_refused():
         run(profile="slow")
     with pytest.raises(polyfuse.BackendError, match=r"expected one of numpy.*got 'tritn'"):
         run(backends=["tritn"])
+
+
+def test_a_waived_failure_is_reported_as_such_and_a_stale_waiver_fails(monkeypatch):
+    def wrong_bias(x, w_qkvz, w_ba, *, bias_qkvz, bias_ba, strategy):
+        if strategy == "merged":
+            raise ZeroDivisionError("no merge unit")
+        linear = torch.nn.functional.linear
+        return linear(x, w_qkvz, bias_qkvz), linear(x, w_ba)
+
+    waivers = {"gdn_in_proj/bias-*": "erratum 7", "gdn_in_proj/float32-merged": "erratum 8", "*/float16-auto": "old"}
+    backend = Backend("waiving", "torch", "polyfuse.torch_impl", implements={"gdn_in_proj": 1}, waivers=waivers)
+    monkeypatch.setattr(Backend, "load", lambda self, op: Implementation(wrong_bias, Capability()))
+    registry().add(backend)
+    try:
+        cases = {case.name: Trial("gdn_in_proj", case, 0) for case in OPS["gdn_in_proj"].cases()}
+        status, detail = cases["bias-auto"].on(backend)
+        assert status == "waived"
+        assert detail.startswith("erratum 7 (ba: ")
+        assert cases["float32-merged"].on(backend) == ("waived", "erratum 8 (ZeroDivisionError: no merge unit)")
+        with pytest.raises(ZeroDivisionError):
+            cases["float16-merged"].on(backend)
+        assert cases["float16-auto"].on(backend) == ("failed", "stale waiver: old")
+        assert cases["float32-auto"].on(backend) == ("passed", "")
+    finally:
+        registry.cache_clear()
 
 
 def test_an_op_conforms_if_something_passed_and_nothing_failed():

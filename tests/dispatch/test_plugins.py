@@ -101,6 +101,23 @@ def test_two_plugins_of_one_name_are_both_named(install):
     assert "two installed packages provide it: one:BACKEND and two:BACKEND" in out
 
 
+def test_a_broken_plugin_and_two_of_one_name_leave_everything_else_working(install):
+    for package in ("one", "two"):
+        install.write(package, f"mychip = {package}:BACKEND", {"__init__.py": "BACKEND = None"})
+    install.write("bad", "bad = bad:BACKEND", {"__init__.py": "raise OSError('no driver')"})
+    out = install(
+        """
+        print(polyfuse.pos_embed_interpolate(torch.ones(4, 8), [[1, 2, 2]])[0, 0].item())
+        from polyfuse.cli import main; main(['info'], standalone_mode=False)
+        """
+    )
+    assert out.splitlines()[0] == "1.0"
+    assert "backend mychip cannot be used: two installed packages provide it: one:BACKEND and two:BACKEND" in out
+    assert "backend bad cannot be used: Traceback" in out
+    assert "OSError: no driver" in out
+    assert all(f"│ {name}" in out for name in ("numpy", "jax", "pallas", "torch", "triton"))
+
+
 def test_a_taken_name_needs_override():
     with pytest.raises(BackendError, match=r"backend 'torch' \(mine\) exists already \(built in\); try override=True"):
         registry().add(Backend("torch", "torch", "mine"))

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from polyfuse.runtime import execute_in_parallel, stack_weights
+from polyfuse._streams import _Pool
+from polyfuse.runtime import execute_in_parallel, register_stream_module, stack_weights
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU = torch.device("cpu")
@@ -41,6 +44,45 @@ def test_every_branch_runs_and_the_first_error_is_raised():
 def test_nested_calls():
     inner = lambda: execute_in_parallel(lambda: 1, lambda: 2, device=CPU)  # noqa: E731
     assert execute_in_parallel(inner, inner, lambda: 3, device=CPU) == ((1, 2), (1, 2), 3)
+
+
+def test_a_device_brings_its_own_streams(monkeypatch):
+    """Fork and join are asked of the registered module, in this order."""
+    log: list[str] = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name, self.device = name, CPU
+
+        def record_event(self) -> str:
+            log.append(f"record {self.name}")
+            return self.name
+
+        def wait_event(self, event: str) -> None:
+            log.append(f"{self.name} waits for {event}")
+
+    class Streams:
+        current = Recorder("main")
+
+        def current_stream(self, device: torch.device) -> Recorder:
+            return self.current
+
+        def Stream(self, device: torch.device) -> Recorder:  # noqa: N802
+            return Recorder("side")
+
+        @contextmanager
+        def stream(self, stream: Recorder) -> Iterator[None]:
+            before, self.current = self.current, stream
+            yield
+            self.current = before
+
+    module = Streams()
+    monkeypatch.setattr("polyfuse._streams._MODULES", {})
+    monkeypatch.setattr("polyfuse._streams._pool", _Pool())
+    register_stream_module("cpu", module)
+    ran = execute_in_parallel(lambda: module.current.name, lambda: module.current.name, device=CPU)
+    assert ran == ("main", "side")
+    assert log == ["record main", "side waits for main", "record side", "main waits for side"]
 
 
 def test_stacked_weights_are_views_of_one_buffer():

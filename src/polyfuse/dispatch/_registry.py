@@ -5,6 +5,7 @@ import importlib.util
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -33,7 +34,8 @@ class Backend:
     `family` is the kind of array it takes (`"torch"`, `"jax"` or `"numpy"`); `requires` are modules that must
     be installed; `implements` maps each op to the version of the spec that the implementation follows;
     `override` allows it to take the name of an existing backend; `devices` are the device kinds, unknown to polyfuse,
-    on which it comes first without being named.
+    on which it comes first without being named. `waivers` name conformance cases known to fail, as `"op/case"` with
+    wildcards, each with its reason.
     """
 
     name: str
@@ -43,7 +45,12 @@ class Backend:
     implements: Mapping[str, int] = field(default_factory=dict)
     override: bool = False
     devices: tuple[str, ...] = ()
+    waivers: Mapping[str, str] = field(default_factory=dict)
     origin: str = "registered"
+
+    def waiver(self, op: str, case: str) -> str | None:
+        """The reason why a conformance case may fail, if there is one."""
+        return next((why for what, why in self.waivers.items() if fnmatchcase(f"{op}/{case}", what)), None)
 
     def missing(self, op: str) -> tuple[str, str] | None:
         """(status, reason) why the op cannot be loaded here, or None. Imports no op module."""

@@ -1,7 +1,7 @@
 """What makes the kernels pay in real models: parallel streams, and encoders in graphs."""
 
 from polyfuse._projections import stack_weights
-from polyfuse._streams import execute_in_parallel
+from polyfuse._streams import StreamModule, execute_in_parallel, register_stream_module
 from polyfuse.runtime.capture import EagerReplay, GraphRuntime, register_graph_runtime
 from polyfuse.runtime.data_parallel import DataParallelEncoder
 from polyfuse.runtime.encoder import EncoderGraphManager, EncoderStats
@@ -20,9 +20,11 @@ __all__ = [
     "GraphableEncoder",
     "ItemSize",
     "Rows",
+    "StreamModule",
     "execute_in_parallel",
     "plan_packing",
     "register_graph_runtime",
+    "register_stream_module",
     "stack_weights",
     "suggest_budgets",
 ]
