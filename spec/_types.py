@@ -8,6 +8,7 @@ and attributes (`"2*D"`, `"N*N"`). `"..."` as the first dimension stands for any
 A dtype is the name NumPy and ml_dtypes give it (`"bfloat16"`), or a dtype variable (`"T"`).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -197,6 +198,33 @@ class Capability:
     multiples: Mapping[str, int] = field(default_factory=dict)
     differentiable: bool = False
     interpreted: tuple[str, ...] = ()
+
+    def mistakes(self, spec: "OpSpec") -> list[str]:
+        """What here does not speak of the op: names and values that its spec does not have."""
+        tensors = {t.name: t.dtypes for t in spec.tensors}
+        choices = {a.name: a.values for a in spec.attrs}
+        dtypes = tensors | {a.name: a.values for a in spec.attrs if a.kind == "dtype"}
+        dims = {word for t in spec.tensors for size in t.shape for word in re.findall(r"[A-Za-z_]\w*", size)}
+        found = []
+        devices: Any = self.devices
+        fields: Any = (("attrs", self.attrs, choices), ("dtypes", self.dtypes, dtypes))
+        for field_name, given, known in fields:
+            for name, values in given.items():
+                if name not in known:
+                    found.append(f"{field_name}: expected one of {', '.join(known)}, got {name!r}")
+                elif not isinstance(values, tuple):
+                    found.append(f"{field_name}[{name!r}]: expected a tuple of values, got {values!r}")
+                elif known[name]:
+                    unknown = [value for value in values if value is not None and value not in known[name]]
+                    if unknown:
+                        expected = ", ".join(map(repr, known[name]))
+                        found.append(f"{field_name}[{name!r}]: expected values of {expected}, got {unknown[0]!r}")
+        for name in self.multiples:
+            if name not in dims:
+                found.append(f"multiples: expected one of {', '.join(sorted(dims))}, got {name!r}")
+        if not isinstance(devices, tuple):
+            found.append(f"devices: expected a tuple of device kinds, got {devices!r}")
+        return found
 
     def refusal(
         self, call: Call, device: str, arch: tuple[int, int] | None = None, needs_grad: bool = False

@@ -121,3 +121,17 @@ def test_a_broken_plugin_and_two_of_one_name_leave_everything_else_working(insta
 def test_a_taken_name_needs_override():
     with pytest.raises(BackendError, match=r"backend 'torch' \(mine\) exists already \(built in\); try override=True"):
         registry().add(Backend("torch", "torch", "mine"))
+
+
+def test_a_capability_that_does_not_speak_of_its_op_is_an_error(install):
+    kernel = KERNEL.replace('"mode": ("bilinear",)', '"modus": ("bilinear",)')
+    install.write("mychip", "mychip = mychip:BACKEND", {"__init__.py": GOOD, "pos_embed_interpolate.py": kernel})
+    out = install(
+        f"""
+        try:
+            {CALL}mode="bilinear")
+        except polyfuse.BackendError as error:
+            print(error)
+        """
+    )
+    assert "mychip: pos_embed_interpolate: CAPABILITY: attrs: expected one of merge_size, mode" in out

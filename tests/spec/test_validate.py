@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from polyfuse.spec import OPS, Output, SpecError, bind
+from polyfuse.spec import OPS, Capability, Output, SpecError, bind
 
 SPEC = OPS["pos_embed_interpolate"]
 TABLE = np.zeros((36, 8), np.float32)
@@ -90,3 +90,29 @@ def test_every_spec_is_complete(op):
         if attr.values:
             used = {c.attrs.get(attr.name, attr.default) for c in spec.cases()}
             assert used >= set(attr.values), f"no case of {op} uses {attr.name} {set(attr.values) - used}"
+
+
+@pytest.mark.parametrize(
+    ("capability", "mistake"),
+    [
+        (Capability(attrs={"stratgy": ("auto",)}), "attrs: expected one of strategy, got 'stratgy'"),
+        (
+            Capability(attrs={"strategy": "auto"}),  # type: ignore[dict-item]
+            "attrs['strategy']: expected a tuple of values, got 'auto'",
+        ),
+        (
+            Capability(attrs={"strategy": ("sequental",)}),
+            "attrs['strategy']: expected values of 'auto', 'sequential', 'parallel', 'merged', 'fused', "
+            "got 'sequental'",
+        ),
+        (
+            Capability(dtypes={"x": ("fp32",)}),
+            "dtypes['x']: expected values of 'float32', 'bfloat16', 'float16', got 'fp32'",
+        ),
+        (Capability(multiples={"D": 128}), "multiples: expected one of N1, N2, hidden, got 'D'"),
+        (Capability(devices="cpu"), "devices: expected a tuple of device kinds, got 'cpu'"),
+    ],
+)
+def test_a_capability_speaks_of_its_op(capability, mistake):
+    assert capability.mistakes(OPS["gdn_in_proj"]) == [mistake]
+    assert Capability(attrs={"strategy": ("auto",)}, multiples={"hidden": 8}).mistakes(OPS["gdn_in_proj"]) == []

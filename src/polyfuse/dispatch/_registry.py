@@ -68,12 +68,18 @@ class Backend:
         return ("not_installed", reason) if reason else None
 
     def load(self, op: str) -> Implementation:
-        """Import the op's module. Raises `BackendError` if it fails or does not define what it must."""
+        """Import the op's module. Raises `BackendError` if it fails, or does not define what it must, or claims what
+        the op's spec does not have.
+        """
         module = _import(self, f"{self.module}.{op}")
         try:
-            return Implementation(getattr(module, op), module.CAPABILITY)
+            implementation = Implementation(getattr(module, op), module.CAPABILITY)
         except AttributeError as error:
             raise BackendError(f"{self.name}: {error}") from error
+        mistakes = implementation.capability.mistakes(OPS[op])
+        if mistakes:
+            raise BackendError(f"{self.name}: {op}: CAPABILITY: {'; '.join(mistakes)}")
+        return implementation
 
 
 def _import(backend: Backend, module: str) -> Any:
