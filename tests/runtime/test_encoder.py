@@ -182,6 +182,13 @@ def test_frames_limit_a_replay() -> None:
     assert made.stats.requests == 2
 
 
+def test_none_of_the_items() -> None:
+    for settings in ({}, {"max_frames": 8}):
+        made = manager([64], **settings)
+        with pytest.raises(SpecError, match="sizes: expected at least one item, got none"):
+            made.run(made.encoder.request(items(4)), [])
+
+
 def test_without_a_frame_limit_a_long_video_runs_eagerly() -> None:
     made, given = manager([80], max_items=4), items(80)
     check(made.execute(given, [65]), given)

@@ -71,6 +71,7 @@ class EncoderGraphManager:
         self._start()
 
     def _start(self) -> None:
+        self._in, self._out = self.encoder.inputs, self.encoder.outputs  # their specs
         self._capacities = self._plan_capacities()
         self._replays: dict[int, Step] = {}
         self._budgets: list[Budget] = []
@@ -125,8 +126,8 @@ class EncoderGraphManager:
             started = time.perf_counter()
             largest = next(iter(self._capacities.values()))
             with torch.inference_mode(False):
-                self._inputs = allocate(self.encoder.inputs, largest.tokens, largest.items, self.encoder.device)
-                self._outputs = allocate(self.encoder.outputs, largest.tokens, largest.items, self.encoder.device)
+                self._inputs = allocate(self._in, largest.tokens, largest.items, self.encoder.device)
+                self._outputs = allocate(self._out, largest.tokens, largest.items, self.encoder.device)
             for tokens in list(self._capacities):
                 if self._capture(tokens) and self.config.capture == "lazy":
                     break
@@ -143,12 +144,11 @@ class EncoderGraphManager:
 
     def run(self, request: EncoderRequest, indices: Sequence[int] | None = None) -> Tensors:
         """The outputs of the named items (default: all), packed in that order, in fresh tensors."""
-        specs = self.encoder.outputs
-        check_request(self.encoder.name, self.encoder.inputs, request)
+        check_request(self.encoder.name, self._in, request)
         items = range(len(request.sizes)) if indices is None else indices
         sizes = [request.sizes[i] for i in items]
         limit = self.config.max_frames
-        if limit is not None and (most := max(size.frames for size in sizes)) > limit:
+        if limit is not None and (most := max((size.frames for size in sizes), default=0)) > limit:
             fail(self.encoder.name, "frames", f"at most max_frames={limit} in an item", most)
         with self._lock:
             batches = self._plan(sizes)
@@ -156,15 +156,15 @@ class EncoderGraphManager:
             self._stats.items += len(sizes)
             if len(batches) == 1 and batches[0].budget is None:
                 return self._eager(request, items)
-            results = allocate(specs, sum(size.tokens for size in sizes), len(sizes), self.encoder.device)
+            results = allocate(self._out, sum(size.tokens for size in sizes), len(sizes), self.encoder.device)
             for batch in batches:
                 members = [items[i] for i in batch.indices]
                 if batch.budget is None:
-                    scatter(self._eager(request, members), results, specs, sizes, batch.indices)
+                    scatter(self._eager(request, members), results, self._out, sizes, batch.indices)
                     continue
                 with self.runtime.after_last():
                     self._replay(request, members, batch.budget.tokens)
-                    scatter(self._outputs, results, specs, sizes, batch.indices)
+                    scatter(self._outputs, results, self._out, sizes, batch.indices)
             self._log()
             return results
 
@@ -195,8 +195,8 @@ class EncoderGraphManager:
 
     def _capture(self, tokens: int) -> bool:
         capacity = self._capacities[tokens]
-        inputs = views(self._inputs, self.encoder.inputs, capacity)
-        outputs = views(self._outputs, self.encoder.outputs, capacity)
+        inputs = views(self._inputs, self._in, capacity)
+        outputs = views(self._outputs, self._out, capacity)
 
         def step() -> None:
             computed = self._forward(inputs, capacity)
@@ -241,7 +241,7 @@ class EncoderGraphManager:
         example = self.encoder.example(tokens)
         sizes, items = example.sizes, range(len(example.sizes))
         total = Capacity(tokens, len(sizes), sum(size.frames for size in sizes))
-        inputs = gather(self.encoder.inputs, example, items, self.encoder.device)
+        inputs = gather(self._in, example, items, self.encoder.device)
 
         def step() -> None:
             self._forward(inputs, total)
@@ -264,7 +264,7 @@ class EncoderGraphManager:
         """Fill a budget's inputs with as much of a typical request as fits."""
         capacity, example = self._capacities[tokens], self.encoder.example(tokens)
         fitting = range(min(len(example.sizes), capacity.items, capacity.frames))
-        load(views(self._inputs, self.encoder.inputs, capacity), self.encoder.inputs, example, fitting)
+        load(views(self._inputs, self._in, capacity), self._in, example, fitting)
 
     def _forward(self, inputs: Tensors, capacity: Capacity) -> Tensors:
         # One mode for all calls, whatever the caller's: compiled blocks are specialised on it.
@@ -276,11 +276,11 @@ class EncoderGraphManager:
         exact = Capacity(sum(s.tokens for s in sizes), len(sizes), sum(s.frames for s in sizes))
         self._stats.eager_batches += 1
         self._stats.eager_items += len(sizes)
-        return self._forward(gather(self.encoder.inputs, request, items, self.encoder.device), exact)
+        return self._forward(gather(self._in, request, items, self.encoder.device), exact)
 
     def _replay(self, request: EncoderRequest, items: Sequence[int], tokens: int) -> None:
         capacity, used = self._capacities[tokens], sum(request.sizes[i].tokens for i in items)
-        load(views(self._inputs, self.encoder.inputs, capacity), self.encoder.inputs, request, items)
+        load(views(self._inputs, self._in, capacity), self._in, request, items)
         self._replays[tokens]()
         self._stats.replays[tokens] += 1
         self._stats.tokens += used

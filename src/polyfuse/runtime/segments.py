@@ -1,7 +1,8 @@
 """Tables of a packed batch computed on the device from its grid, and attention inside its segments.
 
-Every function is free of host reads and has static shapes, so it can be captured in a graph and replayed with another
-grid. A grid is `[items, 3]`: frames, patch rows and patch columns of each item, with unused items zero and last.
+Every function has static shapes and, except for attention on the CPU, no host reads: it can be captured in a graph and
+replayed with another grid. A grid is `[items, 3]`: frames, patch rows and patch columns of each item, with unused
+items zero and last.
 """
 
 from importlib.util import find_spec
@@ -107,11 +108,14 @@ def masked_attention(
     boundaries: torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """`segment_attention` as one attention under a block-diagonal mask of `[rows, rows]`, for any device."""
+    """`segment_attention` as one attention under a block-diagonal mask of `[rows, rows]`, for any device.
+
+    Unlike the others it lets a NaN or Inf in one segment reach the other segments (not one in the unused rows).
+    """
     index = torch.arange(len(query), device=query.device, dtype=boundaries.dtype)
     segment = torch.searchsorted(boundaries, index, right=True)
     used = (index < boundaries[-1])[:, None, None]
-    # A masked key still meets its value: zero times NaN is NaN.
+    # A masked key still meets its value, and zero times NaN is NaN.
     q, k, v = (torch.where(used, x, 0).transpose(0, 1)[None] for x in (query, key, value))
     mask = segment[:, None] == segment[None, :]
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1).contiguous()

@@ -31,15 +31,18 @@ class PackedTower:
         return self.tower.patch_embed.proj.weight
 
     @property
+    def _width(self) -> int:
+        """Values of a flattened patch."""
+        return self._kernel.shape[1:].numel()
+
+    @property
     def inputs(self) -> Mapping[str, BufferSpec]:
-        pixels = BufferSpec(
-            Rows(per_token=self.tower.spatial_merge_unit), (self._kernel[0].numel(),), self._kernel.dtype
-        )
+        pixels = BufferSpec(Rows(per_token=self.tower.spatial_merge_unit), (self._width,), self._kernel.dtype)
         return {"pixels": pixels, "grid": BufferSpec(Rows(per_item=1), (3,), torch.int64, zero=True)}
 
     def request(self, hidden_states: Any, grid_thw: Any) -> EncoderRequest:
         """Check `hidden_states` `[patches, channels]` against `grid_thw` `[items, 3]`, which is read back once."""
-        name, merge, width = self.name, self.tower.spatial_merge_size, self._kernel[0].numel()
+        name, merge, width = self.name, self.tower.spatial_merge_size, self._width
         if not isinstance(hidden_states, torch.Tensor) or hidden_states.dim() != 2 or hidden_states.shape[1] != width:
             fail(name, "pixels", f"a tensor [patches, {width}]", _described(hidden_states))
         if hidden_states.device != self.device or not hidden_states.is_floating_point():
@@ -68,7 +71,7 @@ class PackedTower:
         images = [[1, side * merge, side * merge]] * (tokens // side**2)
         if rest := tokens % side**2:
             images.append([1, merge, rest * merge])
-        pixels = self._kernel.new_zeros(tokens * merge**2, self._kernel[0].numel())
+        pixels = self._kernel.new_zeros(tokens * merge**2, self._width)
         sizes = tuple(ItemSize(h * w // merge**2) for _, h, w in images)
         return EncoderRequest(sizes, {"pixels": pixels, "grid": torch.tensor(images)})
 
