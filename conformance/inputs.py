@@ -127,6 +127,18 @@ def _nan_past_rows(rng: np.random.Generator, shape: tuple[int, ...], dtype: str)
     return values
 
 
+def _cu_seqlens(times: int) -> _Fill:
+    """Where sequences of `row_counts` rows, each that many `times`, begin and end."""
+    return lambda rng, shape, dtype: times * np.concatenate([[0.0], np.cumsum(row_counts(shape[0] - 1))])
+
+
+def _zero_tail(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> NDArray[np.float64]:
+    """Zeros in the last 8 rows: what follows finds what a first row finds before it."""
+    values = rng.standard_normal(shape)
+    values[-8:] = 0
+    return values
+
+
 FILLS: dict[str, _Fill] = {
     "normal": _normal,
     "zeros": lambda rng, shape, dtype: np.zeros(shape),
@@ -143,6 +155,10 @@ FILLS: dict[str, _Fill] = {
     "wide_line": _wide_line,
     "row_counts": lambda rng, shape, dtype: row_counts(shape[0]).astype(np.float64),
     "nan_past_rows": _nan_past_rows,
+    "arange": lambda rng, shape, dtype: np.arange(shape[0], dtype=np.float64),
+    "cu_seqlens": _cu_seqlens(1),
+    "cu_seqlens_x40": _cu_seqlens(40),
+    "zero_tail": _zero_tail,
 }
 
 

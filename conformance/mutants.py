@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from polyfuse.reference import gdn_post_conv, pos_embed_interpolate, silu_mul_block_quant
+from polyfuse.reference import gdn_conv_post, gdn_post_conv, pos_embed_interpolate, silu_mul_block_quant
 from polyfuse.reference._numerics import numpy_dtype, round_to, to_f64
 from polyfuse.spec import OPS, bind, dtype_name
 from polyfuse.spec.silu_mul_block_quant import QMAX
@@ -135,6 +135,34 @@ def _naive_softplus(right: Any) -> Any:
     return softplus
 
 
+# gdn_conv_post
+
+
+def _rounded_before_the_norm(**values: Any) -> Any:
+    """The conv and its SiLU as one kernel, what follows as another."""
+    *parts, g, beta, state = _right("gdn_conv_post", {**values, "l2norm": False})
+    rows = np.concatenate([part.reshape(len(part), int(np.prod(part.shape[1:]))) for part in parts], axis=1)
+    heads = ("num_k_heads", "head_k_dim", "head_v_dim", "l2norm", "l2norm_eps")
+    gates = {name: values[name] for name in ("a", "b", "A_log", "dt_bias")}
+    q, k, v, *_ = _right("gdn_post_conv", {"conv_out": rows, **gates, **{name: values[name] for name in heads}})
+    return q, k, v, g, beta, state
+
+
+def _oldest_tap_dropped(values: dict[str, Any]) -> dict[str, Any]:
+    weight = values["weight"].copy()
+    weight[:, 0] = 0
+    return {"weight": weight}
+
+
+def _one_sequence(right: Any) -> Any:
+    return lambda x, state, row, starts, width: right(x, state, 0 * row, 0 * starts, width)
+
+
+def _newest_first(values: dict[str, Any]) -> dict[str, Any]:
+    state = values["initial_state"]
+    return {"initial_state": None if state is None else state[..., ::-1]}
+
+
 # silu_mul_block_quant
 
 
@@ -223,7 +251,7 @@ def _change(op: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Muta
     return partial(_changed, op, change)
 
 
-_POS, _POST, _SILU, _PROJ = "pos_embed_interpolate", "gdn_post_conv", "silu_mul_block_quant", "gdn_in_proj"
+_POS, _POST, _CONV, _SILU, _PROJ = OPS
 
 MUTANTS: dict[str, dict[str, Mutant]] = {
     _POS: _named(
@@ -254,6 +282,26 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         g_exp_ignored=_change(_POST, lambda v: {"output_g_exp": False}),
         q_and_k_swapped=lambda **v: (lambda q, k, *rest: (k, q, *rest))(*_right(_POST, v)),
     ),
+    _CONV: _named(
+        _CONV,
+        state_leaks_across_sequences=_patch(_CONV, gdn_conv_post, "windows", _one_sequence),
+        initial_state_ignored=_change(_CONV, lambda v: {"initial_state": None}),
+        initial_state_newest_first=_change(_CONV, _newest_first),
+        final_state_without_the_initial_one=_patch(
+            _CONV, gdn_conv_post, "final_state", lambda right: lambda x, state, *rest: right(x, None, *rest)
+        ),
+        final_state_one_row_early=_patch(
+            _CONV, gdn_conv_post, "final_state", lambda right: lambda x, *rest: right(np.roll(x, 1, axis=0), *rest)
+        ),
+        taps_reversed=_change(_CONV, lambda v: {"weight": v["weight"][:, ::-1]}),
+        oldest_tap_dropped=_change(_CONV, _oldest_tap_dropped),
+        bias_dropped=_change(_CONV, lambda v: {"bias": None}),
+        silu_dropped=_patch(_CONV, gdn_conv_post, "sigmoid", lambda right: np.ones_like),
+        rounded_before_the_norm=_rounded_before_the_norm,
+        l2norm_ignored=_change(_CONV, lambda v: {"l2norm": False}),
+        dt_bias_dropped=_change(_CONV, lambda v: {"dt_bias": np.zeros_like(v["dt_bias"])}),
+        a_and_b_swapped=_change(_CONV, lambda v: {"a": v["b"], "b": v["a"]}),
+    ),
     _SILU: _named(
         _SILU,
         scale_of_the_next_group=partial(_results_changed, _scale_of_the_next_group),
@@ -263,10 +311,12 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         truncated=_patch(_SILU, silu_mul_block_quant, "_quantised", _truncating),
         unrounded_scale_used=_patch(_SILU, silu_mul_block_quant, "_quantised", _quantised_with_unrounded_scale),
         scale_rounded_down=_patch(_SILU, silu_mul_block_quant, "power_of_two_above", _rounded_down),
-        no_scale_floor=_patch(_SILU, silu_mul_block_quant, "scale_floor", lambda right: lambda dtype: 1e-30),
+        no_scale_floor=_patch(_SILU, silu_mul_block_quant, "scale_floor", lambda right: lambda *_: 1e-30),
         gate_and_up_swapped=_change(_SILU, lambda v: {"x": np.roll(v["x"], v["x"].shape[-1] // 2, axis=-1)}),
         limit_ignored=_change(_SILU, lambda v: {"limit": None}),
         scale_ub_ignored=_change(_SILU, lambda v: {"scale_ub": None}),
+        scale_min_ignored=_change(_SILU, lambda v: {"scale_min": None}),
+        zero_scale_min_raised=_change(_SILU, lambda v: {"scale_min": 1e-12 if v["scale_min"] == 0 else v["scale_min"]}),
         always_materialized=_change(_SILU, lambda v: {"materialize": True}),
         never_materialized=_change(_SILU, lambda v: {"materialize": False}),
     ),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from polyfuse.spec.silu_mul_block_quant import QMAX, scale_floor
+from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, QMAX, scale_floor
 
 _MANTISSA = 23  # bits
 _INFINITY = 0x7F800000
@@ -53,10 +53,12 @@ def silu_mul(gate: jax.Array, up: jax.Array, dtype: str, limit: float | None, ma
     return silu * up
 
 
-def block_scale(y: jax.Array, quant_dtype: str, power_of_two: bool, scale_ub: float | None) -> jax.Array:
+def block_scale(
+    y: jax.Array, quant_dtype: str, power_of_two: bool, scale_ub: float | None, scale_min: float | None
+) -> jax.Array:
     """The scale of each group of `y` [..., groups, group_size]."""
     qmax = np.float32(QMAX[quant_dtype])
-    least, most = scale_floor(quant_dtype), _LARGEST_SCALE
+    least, most = scale_floor(quant_dtype, scale_min), _LARGEST_SCALE
     if scale_ub is not None:
         most = min(max(scale_ub, least), most)
     # Magnitudes are ordered as their bits are, and NaN comes last.
@@ -70,6 +72,11 @@ def block_scale(y: jax.Array, quant_dtype: str, power_of_two: bool, scale_ub: fl
         # A product with the reciprocal is closer than Triton's division.
         scale = jnp.clip(amax * (1 / qmax), least, most)
     return jnp.where(bits < _INFINITY, scale, amax)
+
+
+def divisor(scale: jax.Array, scale_min: float | None) -> jax.Array:
+    """What the values of a group are divided by."""
+    return jnp.where(scale < LEAST_DIVISOR, LEAST_DIVISOR, scale) if scale_min == 0 else scale
 
 
 def quantised(ratio: jax.Array, dtype: str) -> jax.Array:
@@ -97,3 +104,30 @@ def _log2_above(value: float) -> int:
     """The least e with 2**e >= float32(value)."""
     mantissa, exponent = frexp(np.float32(value))
     return exponent - (mantissa == 0.5)
+
+
+def sequences(length: int, cu_seqlens: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Per row the sequence that it is in, -1 before the first one; and how many of its rows come before it."""
+    row = jnp.arange(length, dtype=jnp.int32)
+    if cu_seqlens is None:
+        return jnp.zeros_like(row), row
+    starts = cu_seqlens.astype(jnp.int32)
+    number = jnp.searchsorted(starts, row, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    return number, row - jnp.where(number < 0, 0, starts[number])
+
+
+def final_state(
+    x: jax.Array, state: jax.Array | None, cu_seqlens: jax.Array | None, before: int, wanted: bool
+) -> jax.Array:
+    """The last `before` inputs of each sequence, oldest first [S, C, before]; of none if not `wanted`."""
+    starts = jnp.array([0, len(x)]) if cu_seqlens is None else cu_seqlens
+    count = len(starts) - 1 if wanted else 0
+    if state is None:
+        state = jnp.zeros((count, x.shape[1], before), x.dtype)
+    if len(x) == 0 or count == 0:
+        return state[:count]
+    rows = starts[1:, None] - before + jnp.arange(before)  # [S, before]
+    missing = starts[:-1, None] - rows  # how far before the sequence; at most 0 inside it
+    kept = jnp.take_along_axis(state, jnp.maximum(before - missing, 0)[:, None], axis=2, mode="clip")
+    last = x.at[rows].get(mode="clip").transpose(0, 2, 1)
+    return jnp.where((missing > 0)[:, None], kept, last)

@@ -31,29 +31,16 @@ def exact(
     """The unrounded q, k, v, g, beta with their intervals."""
     length, heads_v = a.shape
     width = num_k_heads * head_k_dim
-    steps = {e.output: e.steps({"head_k_dim": head_k_dim, "l2norm": l2norm}) for e in SPEC.errors}
+    steps = SPEC.bound("q").steps({"head_k_dim": head_k_dim, "l2norm": l2norm})
     rows = to_f64(conv_out)
     results = {}
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         for name, part in (("q", rows[:, :width]), ("k", rows[:, width : 2 * width])):
             x = part.reshape(length, num_k_heads, head_k_dim)
-            results[name] = _normalised(x, l2norm_eps, steps[name]) if l2norm else Exact.copy(x)
+            results[name] = _normalised(x, l2norm_eps, steps) if l2norm else Exact.copy(x)
         results["v"] = Exact.copy(rows[:, 2 * width :].reshape(length, heads_v, head_v_dim))
 
-        x, rate = to_f64(a) + to_f64(dt_bias), to_f64(A_log)
-        g = -np.exp(rate) * softplus(x)
-        error = steps["g"] * FP32_ROUNDOFF * np.abs(g) * (1 + np.abs(x) + np.abs(rate)) + FP32_TINY
-        error = np.where(g == 0, FP32_TINY, error)
-        if output_g_exp:
-            decay = np.exp(g)
-            spread = np.expm1(error) + steps["g"] * FP32_ROUNDOFF * (1 + np.abs(g))
-            g, error = decay, np.where(decay == 0, FP32_TINY, decay * spread + FP32_TINY)
-        results["g"] = Exact.around(g, error)
-
-        write = to_f64(b)
-        beta = sigmoid(write)
-        error = steps["beta"] * FP32_ROUNDOFF * beta * (1 + np.abs(write)) + FP32_TINY
-        results["beta"] = Exact.around(beta, np.where(beta == 0, FP32_TINY, error))
+        results |= gates(a, b, A_log, dt_bias, output_g_exp)
     return results
 
 
@@ -88,6 +75,25 @@ def gdn_post_conv(
     dtype = dtype_name(conv_out.dtype)
     rounded = {name: round_to(r.value, "float32" if name in ("g", "beta") else dtype) for name, r in results.items()}
     return tuple(rounded.values())
+
+
+def gates(a: Array, b: Array, A_log: Array, dt_bias: Array, output_g_exp: bool) -> dict[str, Exact]:
+    """g and beta, each [L, HV], with their intervals."""
+    steps = {name: SPEC.bound(name).steps({}) for name in ("g", "beta")}
+    x, rate = to_f64(a) + to_f64(dt_bias), to_f64(A_log)
+    g = -np.exp(rate) * softplus(x)
+    error = steps["g"] * FP32_ROUNDOFF * np.abs(g) * (1 + np.abs(x) + np.abs(rate)) + FP32_TINY
+    error = np.where(g == 0, FP32_TINY, error)
+    if output_g_exp:
+        decay = np.exp(g)
+        spread = np.expm1(error) + steps["g"] * FP32_ROUNDOFF * (1 + np.abs(g))
+        g, error = decay, np.where(decay == 0, FP32_TINY, decay * spread + FP32_TINY)
+    decays = Exact.around(g, error)
+
+    write = to_f64(b)
+    beta = sigmoid(write)
+    error = steps["beta"] * FP32_ROUNDOFF * beta * (1 + np.abs(write)) + FP32_TINY
+    return {"g": decays, "beta": Exact.around(beta, np.where(beta == 0, FP32_TINY, error))}
 
 
 def softplus(x: F64) -> F64:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from polyfuse.reference._numerics import F64, Exact, round_to, to_f64
 from polyfuse.reference.gdn_post_conv import sigmoid
 from polyfuse.spec import FP32_ROUNDOFF, FP32_TINY, Capability, dtype_name
-from polyfuse.spec.silu_mul_block_quant import QMAX, SPEC, scale_floor, scale_strides
+from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, QMAX, SPEC, scale_floor, scale_strides
 
 CAPABILITY = Capability(devices=("cpu",))
 
@@ -24,17 +24,24 @@ def _activation(x: F64, dtype: str, limit: float | None, materialize: bool, step
     if limit is not None:
         limit = float(np.float32(limit))
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    silu = gate * sigmoid(gate)
+    sigma = sigmoid(gate)
+    silu = gate * sigma
     if not materialize:
         y = silu * up
         y = np.where(np.abs(y) > np.finfo(np.float32).max, np.copysign(np.inf, y), y)
         error = steps * FP32_ROUNDOFF * np.abs(y) * (1 + np.abs(gate)) + FP32_TINY * (1 + 2 * np.abs(gate * up))
         error = np.where(np.isfinite(y), error, 0.0)
-        return y, y - error, y + error
+        return _flushed((y, y - error, y + error), gate, up, sigma)
     error = steps * FP32_ROUNDOFF * np.abs(silu) * (1 + np.abs(gate)) + FP32_TINY * (1 + 2 * np.abs(gate))
     error = np.where(np.isfinite(silu), error, 0.0)
     ends = [to_f64(round_to(to_f64(round_to(s, dtype)) * up, dtype)) for s in (silu, silu - error, silu + error)]
-    return ends[0], np.minimum(ends[1], ends[2]), np.maximum(ends[1], ends[2])
+    return _flushed((ends[0], np.minimum(ends[1], ends[2]), np.maximum(ends[1], ends[2])), gate, up, sigma)
+
+
+def _flushed(y: Interval, gate: F64, up: F64, sigma: F64) -> Interval:
+    """`y`, as NaN or infinity where an infinite `up` meets a sigmoid or silu that may count as 0."""
+    either = np.isinf(up) & (gate != 0) & (np.minimum(sigma, np.abs(gate * sigma)) < FP32_TINY)
+    return np.where(either, np.nan, y[0]), np.where(either, np.inf, y[1]), np.where(either, np.inf, y[2])
 
 
 def _scales(y: Interval, group: int, qmax: float, floor: float, ub: float | None, power_of_two: bool) -> Interval:
@@ -45,9 +52,11 @@ def _scales(y: Interval, group: int, qmax: float, floor: float, ub: float | None
     ends = [amax, nearest.max(-1, initial=0.0), np.maximum(np.abs(low), np.abs(high)).max(-1, initial=0.0)]
     # Rounded up to a power of two, an exact quotient must not be pushed over one.
     slack = (0.0, -2 * FP32_ROUNDOFF, 0.0 if power_of_two else 2 * FP32_ROUNDOFF)
+    flush = (0.0, FP32_TINY, 0.0)
     scales = []
-    for end, widen in zip(ends, slack, strict=True):
+    for end, widen, least in zip(ends, slack, flush, strict=True):
         scale = end / qmax * (1 + widen)
+        scale = np.where(scale < least, 0.0, scale)
         if ub is not None:
             scale = np.where(np.isfinite(amax), np.minimum(scale, float(np.float32(ub))), scale)
         scale = np.maximum(scale, floor)
@@ -69,9 +78,8 @@ def _quantised(y: Interval, scale: Interval, group: int, qmax: float, integer: b
     high = y[2] / np.where(y[2] >= 0, s_low, s_high)
     slack = 3 * FP32_ROUNDOFF
     low, high = (np.clip(end + sign * slack * np.abs(end), -qmax, qmax) for end, sign in ((low, -1), (high, 1)))
-    undefined = np.isnan(value) | np.isnan(s)
     missing = 0.0 if integer else np.nan
-    value, low, high = (np.where(undefined, missing, part) for part in (value, low, high))
+    value, low, high = (np.where(np.isnan(part), missing, part) for part in (value, low, high))
     return Exact(value, low, high)
 
 
@@ -91,6 +99,7 @@ def exact(
     scale_format: str = "float32",
     scale_layout: str = "row_major",
     scale_ub: float | None = None,
+    scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
 ) -> dict[str, Exact]:
@@ -98,8 +107,11 @@ def exact(
     qmax, steps = QMAX[quant_dtype], SPEC.bound("q").steps({})
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         y = _activation(to_f64(x), dtype_name(x.dtype), limit, materialize, steps)
-        scale = _scales(y, group_size, qmax, scale_floor(quant_dtype), scale_ub, scale_format != "float32")
-        q = _quantised(y, scale, group_size, qmax, quant_dtype == "int8")
+        floor = float(np.float32(scale_floor(quant_dtype, scale_min)))
+        scale = _scales(y, group_size, qmax, floor, scale_ub, scale_format != "float32")
+        least = float(np.float32(LEAST_DIVISOR)) if floor == 0 else floor
+        divisor, smallest, largest = (np.maximum(part, least) for part in scale)
+        q = _quantised(y, (divisor, smallest, largest), group_size, qmax, quant_dtype == "int8")
         packed = scale_format == "ue8m0_packed"
         value, low, high = map(_exponent_bytes, scale) if packed else scale
         results = {"q": q, "scale": Exact(value, low, high, as_bytes=packed)}
@@ -120,6 +132,7 @@ def silu_mul_block_quant(
     scale_format: str = "float32",
     scale_layout: str = "row_major",
     scale_ub: float | None = None,
+    scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
 ) -> tuple[Any, Any]:
@@ -132,6 +145,7 @@ def silu_mul_block_quant(
         scale_format=scale_format,
         scale_layout=scale_layout,
         scale_ub=scale_ub,
+        scale_min=scale_min,
         limit=limit,
         materialize=materialize,
     )

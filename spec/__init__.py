@@ -26,13 +26,15 @@ from polyfuse.spec._types import (
     TensorSpec,
 )
 from polyfuse.spec._validate import bind, dtype_name, fail
+from polyfuse.spec.gdn_conv_post import SPEC as _gdn_conv_post
 from polyfuse.spec.gdn_in_proj import SPEC as _gdn_in_proj
 from polyfuse.spec.gdn_post_conv import SPEC as _gdn_post_conv
 from polyfuse.spec.pos_embed_interpolate import SPEC as _pos_embed_interpolate
 from polyfuse.spec.silu_mul_block_quant import SPEC as _silu_mul_block_quant
 
 OPS: dict[str, OpSpec] = {
-    spec.name: spec for spec in (_pos_embed_interpolate, _gdn_post_conv, _silu_mul_block_quant, _gdn_in_proj)
+    spec.name: spec
+    for spec in (_pos_embed_interpolate, _gdn_post_conv, _gdn_conv_post, _silu_mul_block_quant, _gdn_in_proj)
 }
 
 __all__ = [

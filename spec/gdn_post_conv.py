@@ -35,7 +35,7 @@ NAME = "gdn_post_conv"
 
 def _check(call: Call) -> None:
     if not call.attrs["l2norm_eps"] > 0:
-        fail(NAME, "l2norm_eps", "a number > 0 (a zero vector must give zero)", call.attrs["l2norm_eps"])
+        fail(call.op.name, "l2norm_eps", "a number > 0 (a zero vector must give zero)", call.attrs["l2norm_eps"])
 
 
 def _cost(call: Call) -> Cost:

@@ -4,11 +4,14 @@ A row of `x` is [gate | up], each of width D:
 
     y      gate * sigmoid(gate) * up          in fp32, unrounded
     amax   max |y| over each group of group_size columns
-    scale  amax / qmax, then min(scale, scale_ub) if given, then max(scale, floor)
+    scale  amax / qmax, then min(scale, scale_ub) if given, then max(scale, scale_min)
     q      round(clamp(y / scale, -qmax, qmax))
 
-    qmax   float8_e4m3fn 448, float8_e4m3fnuz 224, float8_e5m2 57344, int8 127
-    floor  1 / (qmax * 512); int8: 2**-23
+    qmax       float8_e4m3fn 448, float8_e4m3fnuz 224, float8_e5m2 57344, int8 127
+    scale_min  if not given, 1 / (qmax * 512); int8: 2**-23
+
+With `scale_min=0` the scale stays as it is, and q = round(clamp(y / max(scale, 1e-12), -qmax, qmax)): a group of zeros
+has scale 0 and q 0. Both bounds are the float32 nearest to the number given.
 
 `limit=c` first clamps gate to at most c and up to [-c, c]. `materialize=True` rounds silu(gate), and then the
 product, to x's dtype, so that replacing an unfused pair of ops changes no bit. With a ue8m0 scale format the
@@ -17,7 +20,7 @@ Rounding is to nearest even, saturating at +-qmax.
 """
 
 from collections.abc import Iterator, Mapping
-from itertools import product
+from itertools import cycle, product
 from math import prod
 from typing import Any
 
@@ -30,10 +33,14 @@ QMAX = {"float8_e4m3fn": 448.0, "float8_e4m3fnuz": 224.0, "float8_e5m2": 57344.0
 SCALE_FORMATS = ("float32", "ue8m0", "ue8m0_packed")
 SCALE_LAYOUTS = ("row_major", "col_major", "col_major_tma")
 TMA_ALIGNMENT = 4  # elements of 4 bytes that make the 16 bytes a tensor-memory stride must divide by
+LEAST_DIVISOR = 1e-12  # of y where scale_min is 0
+LEAST_SCALE_MIN, LARGEST_SCALE_MIN = 2.0**-126, 2.0**127  # the least normal float32; the largest power of two
 
 
-def scale_floor(quant_dtype: str) -> float:
-    """The least scale: what keeps an all-zero group from dividing by zero."""
+def scale_floor(quant_dtype: str, scale_min: float | None = None) -> float:
+    """The least scale: `scale_min` or, if that is None, what keeps an all-zero group from dividing by zero."""
+    if scale_min is not None:
+        return scale_min
     return 2.0**-23 if quant_dtype == "int8" else 1.0 / (QMAX[quant_dtype] * 512.0)
 
 
@@ -49,6 +56,12 @@ def _check(call: Call) -> None:
     for name in ("scale_ub", "limit"):
         if call.attrs[name] is not None and not call.attrs[name] > 0:
             fail(NAME, name, "a number > 0", call.attrs[name])
+    scale_min, scale_format = call.attrs["scale_min"], call.attrs["scale_format"]
+    if scale_min == 0:
+        if scale_format != "float32":
+            fail(NAME, "scale_min", f"a number > 0 with scale_format={scale_format}", scale_min)
+    elif scale_min is not None and not LEAST_SCALE_MIN <= scale_min <= LARGEST_SCALE_MIN:
+        fail(NAME, "scale_min", "0 or a number from 2**-126 to 2**127", scale_min)
 
 
 def _derive(call: Call) -> Mapping[str, Any]:
@@ -122,6 +135,16 @@ def _cases() -> Iterator[Case]:
         for ub in (1e-3, 10.0):
             yield Case(f"scale_ub_{ub}-{dtype}", small, {"group_size": 32, "quant_dtype": dtype, "scale_ub": ub})
     yield Case("scale_ub-inf_some", small, {"group_size": 32, "scale_ub": 0.01}, fill={"x": "inf_some"})
+    fills = ("zeros", "tiny", "decades", "nan_some", "inf_some")
+    for (fill, least), dtype in zip(product(fills, (0.0, 1e-12, 0.5)), cycle(QMAX), strict=False):
+        attrs = {"group_size": 32, "quant_dtype": dtype, "scale_min": least}
+        yield Case(f"scale_min_{least}-{fill}-{dtype}", {"...": (12,), "D": 96}, attrs, fill={"x": fill})
+    for fmt in SCALE_FORMATS[1:]:
+        attrs = {"group_size": 32, "scale_format": fmt, "scale_min": 0.01}
+        yield Case(f"scale_min_0.01-{fmt}", {"...": (12,), "D": 96}, attrs, fill={"x": "decades"})
+    attrs = {"scale_layout": "col_major", "scale_min": 0.0, "materialize": True}
+    yield Case("scale_min_0.0-materialize", {"...": (5,), "D": 256}, attrs, {"x": "bfloat16"}, fill={"x": "decades"})
+    yield Case("scale_min_above_ub", small, {"group_size": 32, "scale_ub": 1e-3, "scale_min": 2e-3})
     for layout in ("row_strided", "column_strided"):
         yield Case(layout, {"...": (9,), "D": 64}, {"group_size": 32}, {"x": "bfloat16"}, layout={"x": layout})
     # 211,200 rows: more than 2**31 elements.
@@ -159,6 +182,7 @@ SPEC = OpSpec(
         ),
         AttrSpec("scale_layout", "enum", "row_major", "memory layout of the scales", SCALE_LAYOUTS),
         AttrSpec("scale_ub", "float", None, "upper bound of a finite scale; > 0"),
+        AttrSpec("scale_min", "float", None, "least scale; from 2**-126 to 2**127, or 0 (scale_format float32 only)"),
         AttrSpec("limit", "float", None, "clamp of gate from above and of up on both sides; > 0"),
         AttrSpec("materialize", "bool", False, "round silu(gate) and the product to x's dtype before quantising"),
     ),
@@ -178,6 +202,8 @@ SPEC = OpSpec(
     edge_cases=(
         "NaN in a group: its scale is NaN and its q are NaN (int8: 0).",
         "amax is infinite: the scale is infinite whatever scale_ub says, q is NaN (int8: 0) where y is, else 0.",
+        "sigmoid(gate) or silu(gate) below the normal float32 range may count as 0: with an infinite up, y is then "
+        "infinite or NaN. With scale_min=0, so may a scale.",
         "y beyond float32 is infinite. ue8m0_packed writes exponent byte 255 for a NaN or infinite scale.",
         "Four exponent bytes per int32, the first group lowest; the bytes past the last group are 0.",
         "No rows, or D == 0: empty results, without a launch. num_rows beyond T counts as T, below 0 as 0.",

@@ -27,25 +27,37 @@ def gdn_post_conv(
     width = num_k_heads * head_k_dim
     q, k, v = conv_out.split([width, width, heads_v * head_v_dim], dim=1)
     q, k = (x.unflatten(1, (num_k_heads, head_k_dim)) for x in (q, k))  # [tokens, heads, width]
-    v = _copy(v.unflatten(1, (heads_v, head_v_dim)))
+    v = rounded(v.unflatten(1, (heads_v, head_v_dim)), conv_out.dtype)
     if l2norm:
-        q, k = _l2_normalised(q, l2norm_eps), _l2_normalised(k, l2norm_eps)
+        q, k = (l2_normalised(x, l2norm_eps, conv_out.dtype) for x in (q, k))
     else:
-        q, k = _copy(q), _copy(k)
-    # -logsigmoid(-x) is softplus(x), without the threshold of torch's own.
-    g = A_log.float().exp() * logsigmoid(-(a.float() + dt_bias.float()))
-    # torch.sigmoid on a CPU depends on an element's place in its vector register.
-    beta = logsigmoid(b.float()).exp()
-    if output_g_exp:
-        g = g.exp()
-    return q, k, v, g.contiguous(), beta.contiguous()
+        q, k = (rounded(x, conv_out.dtype) for x in (q, k))
+    return q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp)
 
 
-def _copy(x: torch.Tensor) -> torch.Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous copy."""
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _l2_normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
+def l2_normalised(x: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """Over the last axis, in fp32, rounded once to `dtype`."""
     wide = x.float().contiguous()  # summed in the same order whatever the layout
     total = wide.square().sum(-1, keepdim=True) + max(eps, FP32_TINY)  # never 0: a zero vector must give zero
-    return (wide * total.rsqrt()).to(x.dtype)
+    return (wide * total.rsqrt()).to(dtype)
+
+
+def gates(
+    a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, output_g_exp: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """g and beta [L, HV], contiguous."""
+    # -logsigmoid(-x) is softplus(x), without the threshold of torch's own.
+    g = A_log.float().exp() * logsigmoid(-(a.float() + dt_bias.float()))
+    if output_g_exp:
+        g = g.exp()
+    return g.contiguous(), sigmoid(b.float()).contiguous()
+
+
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """Of float32. torch.sigmoid on a CPU depends on an element's place in its vector register."""
+    return logsigmoid(x).exp()

@@ -6,7 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from polyfuse.triton_impl._common import INTERPRETED, widen
+
 SMALL_X = tl.constexpr(-20.0)  # below, softplus(x) is exp(x) to 1e-9
+LOG2_E = tl.constexpr(1.4426950408889634)
+PTX = tl.constexpr(torch.version.cuda is not None and not INTERPRETED.value)
 LEVELS = tl.constexpr(20)  # log2 of the longest head
 KINDS = 1024  # compiled kernels that a launcher remembers
 ON_ALIGNMENT_ONLY = torch.version.cuda is not None  # elsewhere Triton specialises tensors on more, such as their size
@@ -61,6 +65,48 @@ def log_decay(x, A_log):
 def sigmoid(x):
     e = tl.exp(-tl.abs(x))
     return tl.div_rn(tl.where(x >= 0, 1.0, e), 1.0 + e)
+
+
+@triton.jit
+def gate_tile(
+    tile,
+    a_ptr,
+    b_ptr,
+    A_log_ptr,
+    dt_bias_ptr,
+    g_ptr,  # [length, HV]
+    beta_ptr,  # [length, HV]
+    length,
+    a_row,
+    a_column,
+    b_row,
+    b_column,
+    HV: tl.constexpr,
+    TOKENS: tl.constexpr,
+    G_EXP: tl.constexpr,
+):
+    """g and beta of TOKENS rows."""
+    HEADS: tl.constexpr = triton.next_power_of_2(HV) if HV else 1
+    token = (tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    gate = tl.arange(0, HEADS).to(tl.int64)[None, :]
+    live = (token < length) & (gate < HV)
+    A_log = widen(tl.load(A_log_ptr + gate, mask=gate < HV, other=0.0))
+    dt_bias = widen(tl.load(dt_bias_ptr + gate, mask=gate < HV, other=0.0))
+    a = widen(tl.load(a_ptr + token * a_row + gate * a_column, mask=live, other=0.0))
+    b = widen(tl.load(b_ptr + token * b_row + gate * b_column, mask=live, other=0.0))
+    g = log_decay(a + dt_bias, A_log)
+    tl.store(g_ptr + token * HV + gate, tl.exp(g) if G_EXP else g, mask=live)
+    tl.store(beta_ptr + token * HV + gate, sigmoid(b), mask=live)
+
+
+@triton.jit
+def silu(x):
+    """x * sigmoid(x)."""
+    if PTX:
+        # exp and / keep results apart that are subnormal, for seven instructions more. Here 1 + e is at least 1.
+        e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -LOG2_E], tl.float32, True, 1)
+        return x * tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], tl.float32, True, 1)
+    return x / (1.0 + tl.exp(-x))
 
 
 class Launcher:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import on_device, round_to, widen
-from polyfuse.triton_impl._gdn import Launcher, l2_normalise, log_decay, sigmoid
+from polyfuse.triton_impl._gdn import Launcher, gate_tile, l2_normalise
 
 NAME = "gdn_post_conv"
 
@@ -90,20 +90,26 @@ def _kernel(
 ):
     QK_BLOCKS: tl.constexpr = H // HEADS
     BLOCKS: tl.constexpr = 2 * QK_BLOCKS + HV // HEADS_V
-    GATE_HEADS: tl.constexpr = triton.next_power_of_2(HV) if HV else 1
     program = tl.program_id(0)
     gate_programs = tl.cdiv(length, GATE_TOKENS)
     if program < gate_programs:
-        token = (program.to(tl.int64) * GATE_TOKENS + tl.arange(0, GATE_TOKENS))[:, None]
-        gate = tl.arange(0, GATE_HEADS).to(tl.int64)[None, :]
-        live = (token < length) & (gate < HV)  # [GATE_TOKENS, GATE_HEADS]
-        A_log = widen(tl.load(A_log_ptr + gate, mask=gate < HV, other=0.0))
-        dt_bias = widen(tl.load(dt_bias_ptr + gate, mask=gate < HV, other=0.0))
-        a = widen(tl.load(a_ptr + token * a_row + gate * a_column, mask=live, other=0.0))
-        b = widen(tl.load(b_ptr + token * b_row + gate * b_column, mask=live, other=0.0))
-        g = log_decay(a + dt_bias, A_log)
-        tl.store(g_ptr + token * HV + gate, tl.exp(g) if G_EXP else g, mask=live)
-        tl.store(beta_ptr + token * HV + gate, sigmoid(b), mask=live)
+        gate_tile(
+            program,
+            a_ptr,
+            b_ptr,
+            A_log_ptr,
+            dt_bias_ptr,
+            g_ptr,
+            beta_ptr,
+            length,
+            a_row,
+            a_column,
+            b_row,
+            b_column,
+            HV,
+            GATE_TOKENS,
+            G_EXP,
+        )
     else:
         tile = (program - gate_programs) // BLOCKS
         block = (program - gate_programs) % BLOCKS

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from polyfuse.spec import Capability, Unsupported
-from polyfuse.spec.silu_mul_block_quant import QMAX, scale_floor, scale_strides
+from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, QMAX, scale_floor, scale_strides
 from polyfuse.triton_impl._common import INTERPRETED, on_device, round_to, widen
 from polyfuse.triton_impl._quantise import divide, exponent_byte, power_of_two_above, quantise
 
@@ -32,6 +32,7 @@ WIDEST_GROUP = 2**15
 WIDE_PAIRS = 2**31  # from here on pairs are numbered in 64 bits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(LEAST_DIVISOR)
 
 
 @triton.jit
@@ -123,7 +124,10 @@ def _kernel(
     scale = tl.where(scale < FLOOR, FLOOR, scale)
     if SCALE_FORMAT != "float32":
         scale = power_of_two_above(scale)
-    q = quantise(divide(y, scale, SCALE_FORMAT != "float32", scale_ub is None), QMAX, FORMAT, q_ptr.dtype.element_ty)
+    divisor = scale
+    if FLOOR == 0:
+        divisor = tl.where(scale < LEAST, LEAST, scale)
+    q = quantise(divide(y, divisor, SCALE_FORMAT != "float32", scale_ub is None), QMAX, FORMAT, q_ptr.dtype.element_ty)
     tl.store(q_ptr + (pair.to(tl.int64) * GROUP)[:, None] + lane, q, mask=mask)
 
     scale_at = scale_ptr + row.to(tl.int64) * scale_row
@@ -181,6 +185,7 @@ def _plan(
     quant_dtype: str,
     scale_format: str,
     scale_layout: str,
+    scale_min: float | None,
     materialize: bool,
     *compiled_for: bool,
 ) -> _Plan:
@@ -210,7 +215,7 @@ def _plan(
         group,
         quant_dtype,
         QMAX[quant_dtype],
-        scale_floor(quant_dtype),
+        scale_floor(quant_dtype, scale_min),
         scale_format,
         materialize,
         rows * groups >= WIDE_PAIRS,
@@ -238,6 +243,7 @@ def silu_mul_block_quant(
     scale_format: str = "float32",
     scale_layout: str = "row_major",
     scale_ub: float | None = None,
+    scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,6 +265,7 @@ def silu_mul_block_quant(
         quant_dtype,
         scale_format,
         scale_layout,
+        scale_min,
         materialize,
         scale_ub is None,
         limit is None,

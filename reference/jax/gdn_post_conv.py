@@ -39,17 +39,23 @@ def gdn_post_conv(
     q, k = (part.reshape(length, num_k_heads, head_k_dim) for part in (q, k))
     v = v.reshape(length, heads_v, head_v_dim)
     if l2norm:
-        q, k = (_normalised(part, l2norm_eps) for part in (q, k))
+        q, k = (normalised(part.astype(jnp.float32), l2norm_eps).astype(conv_out.dtype) for part in (q, k))
+    return q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp)
+
+
+def normalised(x: jax.Array, eps: float) -> jax.Array:
+    """float32, over the last axis."""
+    total = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * lax.rsqrt(total + max(eps, FP32_TINY))
+
+
+def gates(
+    a: jax.Array, b: jax.Array, A_log: jax.Array, dt_bias: jax.Array, output_g_exp: bool
+) -> tuple[jax.Array, jax.Array]:
+    """g and beta [L, HV]."""
     a, b, A_log, dt_bias = (part.astype(jnp.float32) for part in (a, b, A_log, dt_bias))
     g = -_decay_rate(a + dt_bias, A_log)
-    return q, k, v, jnp.exp(g) if output_g_exp else g, jax.nn.sigmoid(b)
-
-
-def _normalised(x: jax.Array, eps: float) -> jax.Array:
-    """Over the last axis."""
-    wide = x.astype(jnp.float32)
-    total = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    return (wide * lax.rsqrt(total + max(eps, FP32_TINY))).astype(x.dtype)
+    return jnp.exp(g) if output_g_exp else g, jax.nn.sigmoid(b)
 
 
 def _decay_rate(x: jax.Array, log_rate: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from polyfuse.reference._jnp import block_scale, exponent_byte, quantised, silu_mul
+from polyfuse.reference._jnp import block_scale, divisor, exponent_byte, quantised, silu_mul
 from polyfuse.spec import Capability, dtype_name
 
 CAPABILITY = Capability()
@@ -25,6 +25,7 @@ def silu_mul_block_quant(
     scale_format: str = "float32",
     scale_layout: str = "row_major",
     scale_ub: float | None = None,
+    scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -36,6 +37,7 @@ def silu_mul_block_quant(
         quant_dtype=quant_dtype,
         scale_format=scale_format,
         scale_ub=scale_ub,
+        scale_min=scale_min,
         limit=limit,
         materialize=materialize,
     )
@@ -43,7 +45,7 @@ def silu_mul_block_quant(
 
 @partial(
     jax.jit,
-    static_argnames=("group_size", "quant_dtype", "scale_format", "scale_ub", "limit", "materialize"),
+    static_argnames=("group_size", "quant_dtype", "scale_format", "scale_ub", "scale_min", "limit", "materialize"),
 )
 def _quantise(
     x: jax.Array,
@@ -53,6 +55,7 @@ def _quantise(
     quant_dtype: str,
     scale_format: str,
     scale_ub: float | None,
+    scale_min: float | None,
     **activation: Any,
 ) -> tuple[jax.Array, jax.Array]:
     gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -60,8 +63,8 @@ def _quantise(
     if num_rows is not None:
         y = jnp.where(jnp.arange(y.shape[1])[:, None] < num_rows[:, None, None], y, 0.0)
     groups = y.reshape(*y.shape[:-1], y.shape[-1] // group_size, group_size)
-    scale = block_scale(groups, quant_dtype, scale_format != "float32", scale_ub)
-    q = quantised(groups / scale[..., None], quant_dtype).reshape(y.shape)
+    scale = block_scale(groups, quant_dtype, scale_format != "float32", scale_ub, scale_min)
+    q = quantised(groups / divisor(scale, scale_min)[..., None], quant_dtype).reshape(y.shape)
     return q, _packed(scale) if scale_format == "ue8m0_packed" else scale
 
 

@@ -3,6 +3,7 @@
 A program takes some rows, and of these an equal share of the heads of q and k, of the columns of v and of the gates.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,14 +39,9 @@ def gdn_post_conv(
     output_g_exp: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """q, k [L, H, K], v [L, HV, V], g, beta [L, HV]."""
-    if a.shape[1] == 0:
-        raise Unsupported("HV=0: a kernel cannot have an empty output")
     return _post_conv(
         conv_out,
-        a,
-        b,
-        A_log,
-        dt_bias,
+        (a, b, A_log, dt_bias),
         heads=num_k_heads,
         size=head_k_dim,
         size_v=head_v_dim,
@@ -56,78 +52,107 @@ def gdn_post_conv(
 
 
 @partial(jax.jit, static_argnames=("heads", "size", "size_v", "l2norm", "eps", "output_g_exp"))
-def _post_conv(*operands: jax.Array, heads: int, size: int, size_v: int, **attrs: Any) -> Any:
-    conv_out, a, *_ = operands
-    length, heads_v = a.shape
+def _post_conv(conv_out: jax.Array, gates: Sequence[jax.Array], **attrs: Any) -> Any:
+    return fused(_load, _spec, conv_out, gates, name="gdn_post_conv", dtype=conv_out.dtype, **attrs)
+
+
+def _spec(conv_out: jax.Array, rows: int) -> pl.BlockSpec:
+    return pl.BlockSpec((rows, conv_out.shape[1]), lambda j, i: (i, 0))
+
+
+def _load(conv_ref: Any, row: jax.Array, column: jax.Array, mask: jax.Array) -> jax.Array:
+    return plgpu.load(conv_ref.at[row, column], mask=mask, other=0)
+
+
+def fused(
+    load: Callable[..., jax.Array],
+    specs: Callable[[Any, int], Any],
+    source: Any,
+    gates: Sequence[jax.Array],
+    *,
+    name: str,
+    dtype: Any,
+    heads: int,
+    size: int,
+    size_v: int,
+    **attrs: Any,
+) -> Any:
+    """q, k, v, g, beta of rows [q | k | v] that the kernel `name` loads with `load(refs, row, column, mask)`.
+
+    The refs are those of the array or arrays in `source`, with the block specs `specs(source, rows)` for programs of so
+    many rows; `row` counts from the program's first. The gates are a, b, A_log, dt_bias. Raises `Unsupported` for no
+    value heads.
+    """
+    length, heads_v = gates[0].shape
+    if heads_v == 0:
+        raise Unsupported("HV=0: a kernel cannot have an empty output")
     if length == 0:
-        qk, v = (jnp.zeros((0, *dims), conv_out.dtype) for dims in ((heads, size), (heads_v, size_v)))
-        gate = jnp.zeros(a.shape, jnp.float32)
+        qk, v = (jnp.zeros((0, *dims), dtype) for dims in ((heads, size), (heads_v, size_v)))
+        gate = jnp.zeros((0, heads_v), jnp.float32)
         return qk, qk, v, gate, gate
     values = heads_v * size_v
     lanes = pl.next_power_of_2(size)
     tile_heads = min(pl.next_power_of_2(heads), max(1, _GPU_TILE_WIDTH // lanes))
     tile_values = min(pl.next_power_of_2(values), _GPU_TILE_VALUES)
     shares = max(pl.cdiv(heads, tile_heads), pl.cdiv(values, tile_values))
-    attrs |= {"heads": heads, "size": size}
+    launch = partial(
+        _launch, load=load, specs=specs, name=name, dtype=dtype, heads=heads, size=size, values=values, **attrs
+    )
     native = partial(
-        _launch,
+        launch,
         rows=max(1, min(_GPU_TILE // (tile_heads * lanes), 2 * _GPU_TILE // tile_values)),
         shares=shares,
         tiles=(tile_heads, lanes, tile_values, pl.next_power_of_2(pl.cdiv(heads_v, shares))),
-        **attrs,
     )
     interpreted = partial(
-        _launch,
+        launch,
         rows=min(_CPU_TILE_ROWS, length),
         shares=1,
         tiles=(heads, size, values, heads_v),
         interpret=True,
-        **attrs,
     )
-    q, k, v, g, beta = lax.platform_dependent(*operands, cpu=interpreted, cuda=native, rocm=native)
+    q, k, v, g, beta = lax.platform_dependent(source, *gates, cpu=interpreted, cuda=native, rocm=native)
     return q, k, v.reshape(length, heads_v, size_v), g, beta
 
 
 def _launch(
-    *operands: jax.Array,
+    source: Any,
+    *gates: jax.Array,
+    load: Callable[..., jax.Array],
+    specs: Callable[[Any, int], Any],
+    name: str,
+    dtype: Any,
     rows: int,
     shares: int,
     tiles: tuple[int, int, int, int],
     heads: int,
     size: int,
+    values: int,
     interpret: bool = False,
     **attrs: Any,
 ) -> Any:
     """`tiles` are the heads, elements of a head, columns of v, and gates of a program."""
-    conv_out, a, *_ = operands
-    (length, width), heads_v = conv_out.shape, a.shape[1]
+    length, heads_v = gates[0].shape
     tile_heads, lanes, tile_values, tile_gates = tiles
     qk_spec = pl.BlockSpec((rows, tile_heads, lanes), lambda j, i: (i, j, 0))
     gate_spec = pl.BlockSpec((rows, tile_gates), lambda j, i: (i, j))
     head_spec = pl.BlockSpec((tile_gates,), lambda j, i: (j,))
-    qk = jax.ShapeDtypeStruct((length, heads, size), conv_out.dtype)
-    gate = jax.ShapeDtypeStruct(a.shape, jnp.float32)
-    values = width - 2 * heads * size
+    qk = jax.ShapeDtypeStruct((length, heads, size), dtype)
+    gate = jax.ShapeDtypeStruct((length, heads_v), jnp.float32)
     return pl.pallas_call(
-        partial(_kernel, length=length, heads=heads, size=size, values=values, heads_v=heads_v, **attrs),
-        out_shape=(qk, qk, jax.ShapeDtypeStruct((length, values), conv_out.dtype), gate, gate),
+        partial(_kernel, load=load, length=length, heads=heads, size=size, values=values, heads_v=heads_v, **attrs),
+        out_shape=(qk, qk, jax.ShapeDtypeStruct((length, values), dtype), gate, gate),
         grid=(shares, pl.cdiv(length, rows)),
-        in_specs=[
-            pl.BlockSpec((rows, width), lambda j, i: (i, 0)),
-            gate_spec,
-            gate_spec,
-            head_spec,
-            head_spec,
-        ],
+        in_specs=[specs(source, rows), gate_spec, gate_spec, head_spec, head_spec],
         out_specs=(qk_spec, qk_spec, pl.BlockSpec((rows, tile_values), lambda j, i: (i, j)), gate_spec, gate_spec),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=4),
-        name="gdn_post_conv",
-    )(*operands)
+        name=name,
+    )(source, *gates)
 
 
 def _kernel(
-    conv_ref: Any,
+    source: Any,
     a_ref: Any,
     b_ref: Any,
     A_log_ref: Any,
@@ -138,6 +163,7 @@ def _kernel(
     g_ref: Any,
     beta_ref: Any,
     *,
+    load: Callable[..., jax.Array],
     length: int,
     heads: int,
     size: int,
@@ -156,13 +182,14 @@ def _kernel(
     inside = live[:, None, None] & ((head < heads) & (lane < size))[None]
     for first, ref in ((0, q_ref), (heads, k_ref)):
         column = (first + head) * size + lane
-        x = plgpu.load(conv_ref.at[row[:, None, None], column[None]], mask=inside, other=0)
-        plgpu.store(ref, _normalised(x, eps) if l2norm else x, mask=inside)
+        x = load(source, row[:, None, None], column[None], inside)
+        x = _normalised(x.astype(jnp.float32), eps) if l2norm else x
+        plgpu.store(ref, x.astype(ref.dtype), mask=inside)
 
     column = share * v_ref.shape[1] + lax.iota(jnp.int32, v_ref.shape[1])[None, :]
     inside = live[:, None] & (column < values)
-    v = plgpu.load(conv_ref.at[row[:, None], 2 * heads * size + column], mask=inside, other=0)
-    plgpu.store(v_ref, v, mask=inside)
+    v = load(source, row[:, None], 2 * heads * size + column, inside)
+    plgpu.store(v_ref, v.astype(v_ref.dtype), mask=inside)
 
     mine = share * a_ref.shape[1] + lax.iota(jnp.int32, a_ref.shape[1]) < heads_v
     inside = live[:, None] & mine[None, :]
@@ -177,9 +204,8 @@ def _kernel(
 
 def _normalised(x: jax.Array, eps: float) -> jax.Array:
     """Over the last axis."""
-    wide = x.astype(jnp.float32)
-    total = jnp.sum(wide * wide, axis=-1)[:, :, None]
-    return (wide * lax.rsqrt(total + max(eps, FP32_TINY))).astype(x.dtype)
+    total = jnp.sum(x * x, axis=-1)[:, :, None]
+    return x * lax.rsqrt(total + max(eps, FP32_TINY))
 
 
 def _decay_rate(x: jax.Array, log_rate: jax.Array) -> jax.Array:

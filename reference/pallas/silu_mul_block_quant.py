@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from polyfuse.reference._jnp import block_scale, exponent_byte, quantised, silu_mul
+from polyfuse.reference._jnp import block_scale, divisor, exponent_byte, quantised, silu_mul
 from polyfuse.spec import Capability, dtype_name
 
 # Triton casts to float8_e4m3fn from compute capability 8.9 on.
@@ -35,6 +35,7 @@ def silu_mul_block_quant(
     scale_format: str = "float32",
     scale_layout: str = "row_major",
     scale_ub: float | None = None,
+    scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -46,6 +47,7 @@ def silu_mul_block_quant(
         quant_dtype=quant_dtype,
         scale_format=scale_format,
         scale_ub=scale_ub,
+        scale_min=scale_min,
         limit=limit,
         materialize=materialize,
     )
@@ -53,7 +55,7 @@ def silu_mul_block_quant(
 
 @partial(
     jax.jit,
-    static_argnames=("group_size", "quant_dtype", "scale_format", "scale_ub", "limit", "materialize"),
+    static_argnames=("group_size", "quant_dtype", "scale_format", "scale_ub", "scale_min", "limit", "materialize"),
 )
 def _quantise(
     x: jax.Array,
@@ -156,6 +158,7 @@ def _kernel(
     quant_dtype: str,
     power_of_two: bool,
     scale_ub: float | None,
+    scale_min: float | None,
     limit: float | None,
     materialize: bool,
 ) -> None:
@@ -170,8 +173,8 @@ def _kernel(
         live = inside & (row < ref[...])[:, None, None]
     gate, up = (plgpu.load(ref, mask=live, other=0).astype(jnp.float32) for ref in (gate_ref, up_ref))
     y = silu_mul(gate, up, dtype_name(gate_ref.dtype), limit, materialize)
-    scale = block_scale(y, quant_dtype, power_of_two, scale_ub)
-    ratio = y / scale[:, :, None]
+    scale = block_scale(y, quant_dtype, power_of_two, scale_ub, scale_min)
+    ratio = y / divisor(scale, scale_min)[:, :, None]
     q = _fnuz_bytes(ratio) if quant_dtype == "float8_e4m3fnuz" else quantised(ratio, quant_dtype)
     plgpu.store(q_ref, q, mask=inside)
     scale = exponent_byte(scale) if scale_ref.dtype == jnp.uint8 else scale

@@ -16,6 +16,7 @@ __all__ = [
     "Unsupported",
     "call_counts",
     "explain",
+    "gdn_conv_post",
     "gdn_in_proj",
     "gdn_post_conv",
     "pos_embed_interpolate",

@@ -47,6 +47,32 @@ def gdn_post_conv(
 
 
 @public
+def gdn_conv_post(
+    x: Any,
+    weight: Any,
+    a: Any,
+    b: Any,
+    A_log: Any,
+    dt_bias: Any,
+    *,
+    bias: Any = None,
+    initial_state: Any = None,
+    cu_seqlens: Any = None,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    l2norm: bool = True,
+    l2norm_eps: float = 1e-6,
+    output_g_exp: bool = False,
+    output_final_state: bool = False,
+    backend: str | Sequence[str] | None = None,
+) -> Any:
+    tensors = (x, weight, a, b, A_log, dt_bias, bias, initial_state, cu_seqlens)
+    heads = (num_k_heads, head_k_dim, head_v_dim)
+    return run("gdn_conv_post", (*tensors, *heads, l2norm, l2norm_eps, output_g_exp, output_final_state), backend)
+
+
+@public
 def silu_mul_block_quant(
     x: Any,
     *,
@@ -56,11 +82,12 @@ def silu_mul_block_quant(
     scale_format: str = "float32",
     scale_layout: str = "row_major",
     scale_ub: float | None = None,
+    scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
     backend: str | Sequence[str] | None = None,
 ) -> Any:
-    args = (x, num_rows, group_size, quant_dtype, scale_format, scale_layout, scale_ub, limit, materialize)
+    args = (x, num_rows, group_size, quant_dtype, scale_format, scale_layout, scale_ub, scale_min, limit, materialize)
     return run("silu_mul_block_quant", args, backend)
 
 

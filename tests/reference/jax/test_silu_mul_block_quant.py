@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
-from polyfuse.reference._jnp import block_scale, quantised, rint, round_to
+from polyfuse.reference._jnp import block_scale, divisor, quantised, rint, round_to
 from polyfuse.reference.jax.silu_mul_block_quant import silu_mul_block_quant
 from polyfuse.spec import OPS
 from polyfuse.spec.silu_mul_block_quant import QMAX, SCALE_LAYOUTS
@@ -129,7 +129,7 @@ def test_rint() -> None:
 
 @pytest.mark.parametrize("dtype", QMAX)
 def test_power_of_two_scales_are_the_least(dtype: str) -> None:
-    scale_of = jax.jit(partial(block_scale, quant_dtype=dtype, power_of_two=True, scale_ub=None))
+    scale_of = jax.jit(partial(block_scale, quant_dtype=dtype, power_of_two=True, scale_ub=None, scale_min=None))
     powers = np.float32(2.0) ** np.arange(-15, 110, dtype=np.float32)
     exact = np.float32(QMAX[dtype]) * powers
     np.testing.assert_array_equal(scale_of(exact[:, None]), powers)
@@ -139,7 +139,7 @@ def test_power_of_two_scales_are_the_least(dtype: str) -> None:
 
 def test_scale_bounds() -> None:
     y = np.array([[0.0], [1.0], [1e6], [np.inf], [np.nan]], np.float32)
-    scale = partial(block_scale, quant_dtype="float8_e4m3fn")
+    scale = partial(block_scale, quant_dtype="float8_e4m3fn", scale_min=None)
     np.testing.assert_array_equal(
         scale(y, power_of_two=True, scale_ub=0.3), np.array([2**-17, 2**-8, 0.5, np.inf, np.nan], np.float32)
     )
@@ -152,6 +152,19 @@ def test_scale_bounds() -> None:
     np.testing.assert_array_equal(
         scale(y, power_of_two=True, scale_ub=1e300), scale(y, power_of_two=True, scale_ub=None)
     )
+    for least, want in ((0.0, 0.0), (0.25, 0.25), (2.0**127, 2.0**127)):
+        np.testing.assert_allclose(
+            scale(y, power_of_two=False, scale_ub=None, scale_min=least),
+            [want, max(want, 1 / 448), max(want, 1e6 / 448), np.inf, np.nan],
+            rtol=2**-23,
+        )
+
+
+def test_a_scale_of_zero_is_no_divisor() -> None:
+    scale = jnp.array([0, 1e-13, 1e-12, 0.5, np.inf, np.nan], jnp.float32)
+    want = np.array([1e-12, 1e-12, 1e-12, 0.5, np.inf, np.nan], np.float32)
+    np.testing.assert_array_equal(divisor(scale, 0.0), want)
+    np.testing.assert_array_equal(divisor(scale[1:], 1e-20), scale[1:])
 
 
 @pytest.mark.parametrize("dtype", QMAX)

@@ -7,5 +7,11 @@ BACKEND = Backend(
     "torch",
     "polyfuse_numba",
     requires=("torch", "numba"),
-    implements={"pos_embed_interpolate": 1, "gdn_post_conv": 1, "silu_mul_block_quant": 1, "gdn_in_proj": 1},
+    implements={
+        "pos_embed_interpolate": 1,
+        "gdn_post_conv": 1,
+        "gdn_conv_post": 1,
+        "silu_mul_block_quant": 1,
+        "gdn_in_proj": 1,
+    },
 )

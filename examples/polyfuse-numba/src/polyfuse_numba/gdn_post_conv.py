@@ -78,7 +78,8 @@ def _sum_of_squares(x: Any) -> Any:
 
 
 @compiled
-def _scale(x: Any, factor: Any) -> None:
+def normalise(x: Any, eps: Any) -> None:
+    factor = np.float32(1.0) / np.sqrt(_sum_of_squares(x) + eps)
     for i in range(x.size):
         x[i] *= factor
 
@@ -109,7 +110,7 @@ def _softplus(x: Any) -> Any:
 
 
 @compiled
-def _decay(a: Any, dt_bias: Any, rate: Any, output_g_exp: bool, g: Any) -> None:
+def decay(a: Any, dt_bias: Any, rate: Any, output_g_exp: bool, g: Any) -> None:
     for i in range(g.size):
         g[i] = -rate[i] * _softplus(a[i] + dt_bias[i])
     if output_g_exp:
@@ -118,7 +119,7 @@ def _decay(a: Any, dt_bias: Any, rate: Any, output_g_exp: bool, g: Any) -> None:
 
 
 @compiled
-def _sigmoid(b: Any, beta: Any) -> None:
+def sigmoid(b: Any, beta: Any) -> None:
     for i in range(beta.size):
         beta[i] = np.float32(1.0) / (np.float32(1.0) + exponential(-b[i]))
 
@@ -164,16 +165,13 @@ def _kernel(
                 if l2norm:
                     decode(conv_kind, source, vectors)
                     for head in range(heads):
-                        x = vectors[head * head_width : (head + 1) * head_width]
-                        _scale(x, np.float32(1.0) / np.sqrt(_sum_of_squares(x) + eps))
+                        normalise(vectors[head * head_width : (head + 1) * head_width], eps)
                     encode(conv_kind, vectors, result)
                 else:
                     _copy(source, result)
                 at += key_bits
             _copy(conv[at : at + value_bits], v[row * value_bits : (row + 1) * value_bits])
-            at = row * a_stride
-            decode(a_kind, a[at : at + gates * units(a_kind)], gate)
-            _decay(gate, dt_bias, rate, output_g_exp, g[row * gates : (row + 1) * gates])
-            at = row * b_stride
-            decode(b_kind, b[at : at + gates * units(b_kind)], gate)
-            _sigmoid(gate, beta[row * gates : (row + 1) * gates])
+            decode(a_kind, a[row * a_stride : row * a_stride + gates * units(a_kind)], gate)
+            decay(gate, dt_bias, rate, output_g_exp, g[row * gates : (row + 1) * gates])
+            decode(b_kind, b[row * b_stride : row * b_stride + gates * units(b_kind)], gate)
+            sigmoid(gate, beta[row * gates : (row + 1) * gates])

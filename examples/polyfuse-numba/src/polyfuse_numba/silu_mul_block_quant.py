@@ -8,7 +8,7 @@ import torch
 from numba import prange
 
 from polyfuse.spec import Capability
-from polyfuse.spec.silu_mul_block_quant import QMAX, scale_floor, scale_strides
+from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, QMAX, scale_floor, scale_strides
 from polyfuse_numba._common import (
     as_bits,
     as_float,
@@ -44,6 +44,7 @@ def silu_mul_block_quant(
     scale_format: str = "float32",
     scale_layout: str = "row_major",
     scale_ub: float | None = None,
+    scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +76,8 @@ def silu_mul_block_quant(
         scale_format != "float32",
         packed,
         np.float32(np.inf if scale_ub is None else scale_ub),
-        np.float32(scale_floor(quant_dtype)),
+        np.float32(scale_floor(quant_dtype, scale_min)),
+        np.float32(LEAST_DIVISOR if scale_min == 0 else 0.0),
         np.float32(np.inf if limit is None else limit),
         materialize,
         q.view(torch.uint8).numpy().reshape(-1),
@@ -136,7 +138,7 @@ def _scale(y: Any, qmax: Any, power_of_two: bool, upper: Any, floor: Any) -> Any
 
 
 @compiled
-def _to_fp8(y: Any, scale: Any, qmax: Any, form: Any, q: Any) -> None:
+def _to_fp8(y: Any, divisor: Any, qmax: Any, form: Any, q: Any) -> None:
     mantissa, bias, nan, negative_zero = form[0], form[1], form[2], form[3]
     shift = np.uint32(np.uint32(np.uint32(23) - mantissa) & np.uint32(31))  # so that LLVM knows: 32 bits will do
     half = np.uint32(np.uint32(np.uint32(1) << np.uint32(shift - np.uint32(1))) - np.uint32(1))
@@ -145,7 +147,7 @@ def _to_fp8(y: Any, scale: Any, qmax: Any, form: Any, q: Any) -> None:
     # The last bit of `magic` is the step of the subnormals.
     magic = np.uint32(np.uint32(np.uint32(127 + 24) - bias - mantissa) << np.uint32(23))
     for i in range(y.size):
-        value = y[i] / scale[i]
+        value = y[i] / divisor[i]
         value = qmax if value > qmax else value
         value = -qmax if value < -qmax else value
         word = as_bits(value)
@@ -160,9 +162,9 @@ def _to_fp8(y: Any, scale: Any, qmax: Any, form: Any, q: Any) -> None:
 
 
 @compiled
-def _to_int8(y: Any, scale: Any, qmax: Any, q: Any) -> None:
+def _to_int8(y: Any, divisor: Any, qmax: Any, q: Any) -> None:
     for i in range(y.size):
-        value = y[i] / scale[i]
+        value = y[i] / divisor[i]
         value = qmax if value > qmax else value
         value = -qmax if value < -qmax else value
         value = value if value == value else np.float32(0.0)
@@ -186,6 +188,7 @@ def _kernel(
     packed: bool,
     upper: Any,
     floor: Any,
+    least_divisor: Any,
     limit: Any,
     materialize: bool,
     q: Any,
@@ -227,7 +230,8 @@ def _kernel(
                 for piece in range(columns // group):
                     first, last = piece * group, (piece + 1) * group
                     scale = _scale(gate[first:last], qmax, power_of_two, upper, floor)
-                    up[first:last] = scale  # what it held is used up: now the scale of every column
+                    # What `up` held is used up: now the divisor of every column.
+                    up[first:last] = least_divisor if scale < least_divisor else scale
                     number = column // group + piece
                     if packed:
                         exponent = np.uint32(np.uint32(as_bits(scale) >> np.uint32(23)) & np.uint32(0xFF))

@@ -1,0 +1,83 @@
+"""`gdn_conv_post` in jax.numpy; the formula is the docstring of `polyfuse.spec.gdn_conv_post`.
+
+Every array may be traced, vmapped, sharded over its rows, and differentiated.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from polyfuse.reference._jnp import final_state, sequences
+from polyfuse.reference.jax.gdn_post_conv import gates, normalised
+from polyfuse.spec import Capability
+
+CAPABILITY = Capability(differentiable=True)
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "num_k_heads",
+        "head_k_dim",
+        "head_v_dim",
+        "l2norm",
+        "l2norm_eps",
+        "output_g_exp",
+        "output_final_state",
+    ),
+)
+def gdn_conv_post(
+    x: jax.Array,
+    weight: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    A_log: jax.Array,
+    dt_bias: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    cu_seqlens: jax.Array | None = None,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    l2norm: bool = True,
+    l2norm_eps: float = 1e-6,
+    output_g_exp: bool = False,
+    output_final_state: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]."""
+    length, heads_v = a.shape
+    width = num_k_heads * head_k_dim
+    y = jax.nn.silu(_conv(x, weight, bias, initial_state, cu_seqlens))
+    q, k, v = jnp.split(y, (width, 2 * width), axis=1)
+    q, k = (part.reshape(length, num_k_heads, head_k_dim) for part in (q, k))
+    v = v.reshape(length, heads_v, head_v_dim)
+    if l2norm:
+        q, k = (normalised(part, l2norm_eps) for part in (q, k))
+    q, k, v = (part.astype(x.dtype) for part in (q, k, v))
+    state = final_state(x, initial_state, cu_seqlens, weight.shape[1] - 1, output_final_state)
+    return q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp), state
+
+
+def _conv(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    state: jax.Array | None,
+    cu_seqlens: jax.Array | None,
+) -> jax.Array:
+    """c [L, C] in float32."""
+    before = weight.shape[1] - 1
+    number, age = (part[:, None] for part in sequences(len(x), cu_seqlens))
+    c = x.astype(jnp.float32) * weight[:, before].astype(jnp.float32)
+    for lag in range(1, before + 1):
+        tap = lax.pad(x, jnp.zeros((), x.dtype), ((lag, -lag, 0), (0, 0, 0)))
+        earlier = jnp.zeros_like(tap)
+        if state is not None:
+            kept = state[number[:, 0], :, before + age[:, 0] - lag]
+            earlier = jnp.where((number >= 0) & (number < len(state)), kept, earlier)
+        tap = jnp.where(age < lag, earlier, tap)
+        c += tap.astype(jnp.float32) * weight[:, before - lag].astype(jnp.float32)
+    return c if bias is None else c + bias.astype(jnp.float32)

@@ -1,0 +1,109 @@
+"""`gdn_conv_post` as one Pallas kernel; the formula is the docstring of `polyfuse.spec.gdn_conv_post`.
+
+The kernel of `gdn_post_conv`, which computes y here where it loads it there. Where each row's sequence begins is found
+before it, and the final state beside it, in jax.numpy.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from polyfuse.reference._jnp import final_state, sequences
+from polyfuse.reference.pallas.gdn_post_conv import CAPABILITY as CAPABILITY
+from polyfuse.reference.pallas.gdn_post_conv import fused
+
+
+def gdn_conv_post(
+    x: jax.Array,
+    weight: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    A_log: jax.Array,
+    dt_bias: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    cu_seqlens: jax.Array | None = None,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    l2norm: bool = True,
+    l2norm_eps: float = 1e-6,
+    output_g_exp: bool = False,
+    output_final_state: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]."""
+    return _conv_post(
+        x,
+        weight,
+        bias,
+        initial_state,
+        cu_seqlens,
+        (a, b, A_log, dt_bias),
+        output_final_state=output_final_state,
+        heads=num_k_heads,
+        size=head_k_dim,
+        size_v=head_v_dim,
+        l2norm=l2norm,
+        eps=l2norm_eps,
+        output_g_exp=output_g_exp,
+    )
+
+
+@partial(jax.jit, static_argnames=("output_final_state", "heads", "size", "size_v", "l2norm", "eps", "output_g_exp"))
+def _conv_post(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    state: jax.Array | None,
+    cu_seqlens: jax.Array | None,
+    gates: tuple[jax.Array, ...],
+    *,
+    output_final_state: bool,
+    **attrs: Any,
+) -> Any:
+    number, age = sequences(len(x), cu_seqlens)
+    sources = {"x": x, "weight": weight, "age": age, "number": number}
+    if bias is not None:
+        sources["bias"] = bias
+    if state is not None:
+        sources["state"] = state
+    results = fused(_load, _specs, sources, gates, name="gdn_conv_post", dtype=x.dtype, **attrs)
+    return *results, final_state(x, state, cu_seqlens, weight.shape[1] - 1, output_final_state)
+
+
+def _specs(sources: dict[str, jax.Array], rows: int) -> dict[str, pl.BlockSpec]:
+    """Of `age` and `number` a program's rows; all of the others."""
+    block = pl.BlockSpec((rows,), lambda j, i: (i,))
+    return {name: block if name in ("age", "number") else _whole(array) for name, array in sources.items()}
+
+
+def _whole(array: jax.Array) -> pl.BlockSpec:
+    return pl.BlockSpec(array.shape, lambda j, i: (0,) * array.ndim)
+
+
+def _load(refs: dict[str, Any], row: jax.Array, column: jax.Array, mask: jax.Array) -> jax.Array:
+    """y in float32, of some columns of a program's rows."""
+    x_ref, weight_ref, state_ref = refs["x"], refs["weight"], refs.get("state")
+    before = weight_ref.shape[1] - 1
+    row = pl.program_id(1) * row.size + row
+    live, known = row.ravel() < x_ref.shape[0], column < x_ref.shape[1]
+    age = plgpu.load(refs["age"], mask=live, other=0).reshape(row.shape)
+    number = plgpu.load(refs["number"], mask=live, other=-1).reshape(row.shape)
+    c = 0.0
+    for lag in range(before, -1, -1):
+        inside = age >= lag
+        tap = plgpu.load(x_ref.at[row - lag, column], mask=mask & inside, other=0)
+        if state_ref is not None and lag:
+            kept = mask & ~inside & (number >= 0) & (number < state_ref.shape[0])
+            earlier = plgpu.load(state_ref.at[number, column, before + age - lag], mask=kept, other=0)
+            tap = jnp.where(inside, tap, earlier)
+        part = plgpu.load(weight_ref.at[column, before - lag], mask=known, other=0)
+        c += tap.astype(jnp.float32) * part.astype(jnp.float32)
+    if "bias" in refs:
+        c += plgpu.load(refs["bias"].at[column], mask=known, other=0).astype(jnp.float32)
+    return jnp.where(mask, c / (1 + jnp.exp(-c)), 0.0)

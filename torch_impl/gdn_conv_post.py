@@ -1,0 +1,82 @@
+"""The plain PyTorch backend of `gdn_conv_post`: any device, differentiable."""
+
+from functools import reduce
+from operator import iadd
+
+import torch
+
+from polyfuse.spec import Capability
+from polyfuse.torch_impl.gdn_post_conv import gates, l2_normalised, rounded, sigmoid
+
+CAPABILITY = Capability(differentiable=True)
+
+
+def gdn_conv_post(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    l2norm: bool = True,
+    l2norm_eps: float = 1e-6,
+    output_g_exp: bool = False,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v, g, beta, each rounded once, and final_state."""
+    before = weight.shape[1] - 1
+    inputs, first, last = _with_states(x, initial_state, cu_seqlens, before)
+    c = _conv(inputs, weight, bias, first, len(x))
+    # Not silu(): on a CPU its last bit depends on the place of the element in the tensor.
+    y = c * sigmoid(c)
+    width, heads_v = num_k_heads * head_k_dim, a.shape[1]
+    q, k, v = y.split([width, width, heads_v * head_v_dim], dim=1)
+    q, k = (part.unflatten(1, (num_k_heads, head_k_dim)) for part in (q, k))  # [tokens, heads, width]
+    if l2norm:
+        q, k = l2_normalised(q, l2norm_eps, x.dtype), l2_normalised(k, l2norm_eps, x.dtype)
+    else:
+        q, k = rounded(q, x.dtype), rounded(k, x.dtype)
+    v = rounded(v.unflatten(1, (heads_v, head_v_dim)), x.dtype)
+    state = inputs[last if output_final_state else last[:0]].transpose(1, 2)
+    return q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp), state
+
+
+def _with_states(
+    x: torch.Tensor, state: torch.Tensor | None, cu_seqlens: torch.Tensor | None, before: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The rows of all sequences, those of each after the `before` inputs that precede it, which other ones do not.
+
+    Also where the window of each row begins there [L], None if that is at 0, 1, ...; and where the last inputs of each
+    sequence are [S, before].
+    """
+    window = torch.arange(before, device=x.device)
+    if cu_seqlens is None:
+        start = x.new_zeros(before, x.shape[1]) if state is None else state[0].t()
+        return torch.cat([start, x]), None, window[None] + len(x)
+    starts = cu_seqlens.contiguous()
+    # 0 before the first sequence, and one more sequence past the last.
+    number = torch.searchsorted(starts, torch.arange(len(x), dtype=starts.dtype, device=x.device), right=True)
+    first = torch.arange(len(x), device=x.device) + before * number
+    inputs = x.new_zeros(len(x) + before * (len(starts) + 1), x.shape[1]).index_copy_(0, first + before, x)
+    numbers = torch.arange(1, len(starts) + 1, device=x.device)
+    places = (starts + before * numbers)[:, None] + window  # of the inputs before each sequence, and the end
+    if state is not None:
+        inputs.index_copy_(0, places[:-1].flatten(), state.transpose(1, 2).flatten(0, 1))
+    return inputs, first, places[1:] - before
+
+
+def _conv(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, first: torch.Tensor | None, length: int
+) -> torch.Tensor:
+    """c [L, C] in fp32: the products of each window and the weight, added oldest first, then the bias."""
+    taps = weight.float().t().contiguous()  # [W, C]
+    rows = (inputs[j : j + length] if first is None else inputs.index_select(0, first + j) for j in range(len(taps)))
+    c = reduce(iadd, (row * tap for row, tap in zip(rows, taps, strict=True)))
+    return c if bias is None else c + bias.float()

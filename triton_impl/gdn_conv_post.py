@@ -1,0 +1,450 @@
+"""The Triton backend of `gdn_conv_post`: one launch for all six outputs.
+
+The first programs compute the gates, the next ones the final states. Each of the others walks down a strip of rows with
+some heads of q, k or v, and keeps the rows that the conv looks back at in registers.
+"""
+
+from functools import lru_cache
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+
+from polyfuse.spec import FP32_TINY, Capability
+from polyfuse.triton_impl._common import on_device, round_to, widen
+from polyfuse.triton_impl._gdn import Launcher, gate_tile, l2_normalise, silu
+
+NAME = "gdn_conv_post"
+
+CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
+
+STEP = tl.constexpr(4)  # rows that a strip takes at a time: that many loads are under way
+SHORT = 512  # up to this many rows a program takes few gates
+STRIPS = 512  # that a long call is divided into: each begins with reading its weights and the rows before it
+COLUMNS = (512, 1024)  # per program of single rows, of strips: whole pages of a row, 16 bytes for each of 128 threads
+GATES = (128, 512)  # g and beta per program of a short, a long call
+STAGES = tl.constexpr(3)
+SEARCH = tl.constexpr(256)  # entries of cu_seqlens looked at together
+NEVER = tl.constexpr(2**31 - 1)  # a row that does not come
+
+
+@triton.jit
+def _place(cu_ptr, sequences, length, row):
+    """The sequence that a row is in, its first row and the next one's; outside of all it is -1 or `sequences`."""
+    sequence = (row.to(tl.int64) * sequences // length).to(tl.int32)  # where all are of one length
+    begin = tl.load(cu_ptr + sequence).to(tl.int32)
+    end = tl.load(cu_ptr + sequence + 1).to(tl.int32)
+    if (row < begin) | (row >= end):
+        sequence = -1
+        begin = 0
+        end = NEVER
+        for first in range(0, sequences + 1, SEARCH):
+            entry = first + tl.arange(0, SEARCH)
+            at = tl.load(cu_ptr + entry, mask=entry <= sequences, other=NEVER).to(tl.int32)
+            passed = at <= row
+            sequence += tl.sum(passed.to(tl.int32), 0)
+            begin = tl.maximum(begin, tl.max(tl.where(passed, at, 0), 0))
+            end = tl.minimum(end, tl.min(tl.where(passed, NEVER, at), 0))
+    return sequence, begin, end
+
+
+@triton.jit
+def _input(x_ptr, rows, x_row, mask):
+    """The inputs some rows on. `x_ptr` is a tile over channels."""
+    return tl.load(x_ptr + rows.to(tl.int64) * x_row, mask=mask, other=0.0)
+
+
+@triton.jit
+def _unpacked(bits, DTYPE: tl.constexpr):
+    return widen(bits.to(tl.int16).to(DTYPE, bitcast=True))
+
+
+@triton.jit
+def _weights(weight_ptr, mask, stride, W: tl.constexpr, DTYPE: tl.constexpr):
+    """The conv's weights, the row's own first: four tiles over channels, as `weight_ptr` is, of which W count."""
+    if weight_ptr.dtype.element_ty == tl.int64:  # four of DTYPE in one: no thread needs those of another
+        packed = tl.load(weight_ptr, mask=mask, other=0)
+        return (
+            _unpacked(packed >> 48, DTYPE),
+            _unpacked(packed >> 32, DTYPE),
+            _unpacked(packed >> 16, DTYPE),
+            _unpacked(packed, DTYPE),
+        )
+    TAPS: tl.constexpr = triton.next_power_of_2(W)
+    tap = tl.arange(0, TAPS)[None, None, None, :]
+    inside = mask[:, :, :, None] & (tap < W)
+    weight = widen(tl.load(weight_ptr[:, :, :, None] + tap * stride, mask=inside, other=0.0))
+    if W == 2:
+        first, second = tl.split(weight)
+        taps = (second, first, first, first)
+    else:
+        even, odd = tl.split(tl.reshape(weight, [mask.shape[0], mask.shape[1], mask.shape[2], 2, 2]))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        if W == 3:
+            taps = (third, second, first, first)
+        else:
+            taps = (fourth, third, second, first)
+    return taps
+
+
+@triton.jit
+def _write(x, x1, x2, x3, w, w1, w2, w3, bias, out_ptr, mask, eps, W: tl.constexpr, NORMALISE: tl.constexpr):
+    """One row's outputs, from its inputs and those before it."""
+    y = tl.fma(w, x, bias)
+    y = tl.fma(w1, x1, y)
+    if W > 2:
+        y = tl.fma(w2, x2, y)
+    if W > 3:
+        y = tl.fma(w3, x3, y)
+    y = silu(y)
+    if NORMALISE:
+        y = l2_normalise(y, eps)
+    tl.store(out_ptr, round_to(y, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _strip(
+    inputs,  # pointers and strides
+    out_ptr,  # [length, COUNT, WIDTH]
+    length,
+    sequences,
+    row,
+    rows,
+    first_head,
+    first_column,
+    eps,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    W: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATE: tl.constexpr,
+    VARLEN: tl.constexpr,
+    HEADS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+):
+    """`rows` rows of HEADS heads of the q, k or v whose columns in x begin at `first_column`."""
+    x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, x_row, weight_channel, weight_tap, state_strides = inputs
+    state_sequence, state_channel, state_tap = state_strides
+    PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
+    lane = tl.zeros([1, HEADS, PADDED], tl.int32) + tl.arange(0, PADDED)[None, None, :]
+    mask = lane < WIDTH
+    column = (first_head + tl.arange(0, HEADS))[None, :, None] * WIDTH + lane
+    channel = (first_column + column).to(tl.int64)
+    w, w1, w2, w3 = _weights(weight_ptr + channel * weight_channel, mask, weight_tap, W, x_ptr.dtype.element_ty)
+    x_ptr += channel + row.to(tl.int64) * x_row
+    out_ptr += column + row.to(tl.int64) * (COUNT * WIDTH)
+    x1 = widen(_input(x_ptr, -tl.minimum(row, 1), x_row, mask))
+    x2 = widen(_input(x_ptr, -tl.minimum(row, 2), x_row, mask))
+    x3 = widen(_input(x_ptr, -tl.minimum(row, 3), x_row, mask))
+    bias = tl.zeros([1, HEADS, PADDED], tl.float32)
+    if BIAS:
+        bias = widen(tl.load(bias_ptr + channel, mask=mask, other=0.0))
+    sequence = row * 0
+    begin = sequence
+    end = sequence + NEVER
+    if VARLEN:
+        sequence, begin, end = _place(cu_ptr, sequences, length, row)
+    stop = tl.minimum(length, row + rows)
+    for first in tl.range(row, stop, STEP, num_stages=STAGES):
+        last = stop - 1 - first
+        step = (
+            _input(x_ptr, tl.minimum(last, 0), x_row, mask),
+            _input(x_ptr, tl.minimum(last, 1), x_row, mask),
+            _input(x_ptr, tl.minimum(last, 2), x_row, mask),
+            _input(x_ptr, tl.minimum(last, 3), x_row, mask),
+        )
+        if (first - begin >= W - 1) & (first + STEP <= tl.minimum(end, stop)):
+            for j in tl.static_range(STEP):
+                x = widen(step[j])
+                _write(x, x1, x2, x3, w, w1, w2, w3, bias, out_ptr + j * (COUNT * WIDTH), mask, eps, W, NORMALISE)
+                x3 = x2
+                x2 = x1
+                x1 = x
+        else:
+            now = stop - 1 - last  # `first`, as the interpreter's kind of number
+            source = x_ptr
+            target = out_ptr
+            for _ in range(tl.minimum(STEP, stop - first)):
+                if VARLEN:
+                    while now >= end:
+                        sequence += 1
+                        begin = end
+                        end = NEVER
+                        if sequence < sequences:
+                            end = tl.load(cu_ptr + sequence + 1).to(tl.int32)
+                age = now - begin
+                if age < W - 1:  # what is before the sequence is not what is before the row in memory
+                    s1 = tl.zeros_like(x1)
+                    s2 = s1
+                    s3 = s1
+                    if STATE:
+                        state = state_ptr + sequence.to(tl.int64) * state_sequence + channel * state_channel
+                        live = lane < tl.where((sequence >= 0) & (sequence < sequences), WIDTH, 0)
+                        s1 = widen(tl.load(state + (W - 2) * state_tap, mask=live, other=0.0))
+                        if W > 2:
+                            s2 = widen(tl.load(state + (W - 3) * state_tap, mask=live, other=0.0))
+                        if W > 3:
+                            s3 = widen(tl.load(state, mask=live, other=0.0))
+                    x3 = tl.where(age == 0, s3, tl.where(age == 1, s2, s1))
+                    x2 = tl.where(age == 0, s2, tl.where(age == 1, s1, x2))
+                    x1 = tl.where(age == 0, s1, x1)
+                x = widen(tl.load(source, mask=mask, other=0.0))
+                _write(x, x1, x2, x3, w, w1, w2, w3, bias, target, mask, eps, W, NORMALISE)
+                x3 = x2
+                x2 = x1
+                x1 = x
+                source += x_row
+                target += COUNT * WIDTH
+                now += 1
+        x_ptr += STEP * x_row
+        out_ptr += STEP * COUNT * WIDTH
+
+
+@triton.jit
+def _final_state(
+    inputs,  # pointers and strides
+    out_ptr,  # [sequences, W - 1, C]
+    length,
+    sequence,
+    block,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    STATE: tl.constexpr,
+    VARLEN: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The last W - 1 inputs of CHANNELS channels of one sequence."""
+    x_ptr, _, _, state_ptr, cu_ptr, x_row, _, _, state_strides = inputs
+    state_sequence, state_channel, state_tap = state_strides
+    channel = (block * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
+    mask = channel < C
+    begin = 0
+    end = length
+    if VARLEN:
+        begin = tl.load(cu_ptr + sequence).to(tl.int32)
+        end = tl.load(cu_ptr + sequence + 1).to(tl.int32)
+    state_ptr += sequence.to(tl.int64) * state_sequence + channel * state_channel
+    out_ptr += sequence.to(tl.int64) * ((W - 1) * C) + channel
+    for tap in tl.static_range(W - 1):
+        row = end - (W - 1) + tap
+        if row >= begin:
+            tl.store(out_ptr, tl.load(x_ptr + row.to(tl.int64) * x_row + channel, mask=mask), mask=mask)
+        elif STATE:
+            earlier = state_ptr + (row - begin + W - 1).to(tl.int64) * state_tap
+            tl.store(out_ptr, tl.load(earlier, mask=mask), mask=mask)
+        else:
+            tl.store(out_ptr, tl.zeros([CHANNELS], out_ptr.dtype.element_ty), mask=mask)
+        out_ptr += C
+
+
+@triton.jit(do_not_specialize=["length", "sequences", "states", "rows"])
+def _kernel(
+    x_ptr,  # [length, C], C = 2*H*K + HV*V
+    weight_ptr,  # [C, W]
+    a_ptr,  # [length, HV]
+    b_ptr,  # [length, HV]
+    A_log_ptr,  # [HV]
+    dt_bias_ptr,  # [HV]
+    bias_ptr,  # [C]
+    state_ptr,  # [sequences, C, W - 1]
+    cu_ptr,  # [sequences + 1]
+    q_ptr,  # [length, H, K]
+    k_ptr,  # [length, H, K]
+    v_ptr,  # [length, HV, V]
+    g_ptr,  # [length, HV]
+    beta_ptr,  # [length, HV]
+    final_ptr,  # [states, W - 1, C]
+    length,
+    sequences,
+    states,
+    rows,
+    eps,
+    x_row,
+    weight_channel,
+    weight_tap,
+    a_row,
+    a_column,
+    b_row,
+    b_column,
+    state_sequence,
+    state_channel,
+    state_tap,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HV: tl.constexpr,
+    V: tl.constexpr,
+    W: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATE: tl.constexpr,
+    VARLEN: tl.constexpr,
+    L2NORM: tl.constexpr,
+    G_EXP: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_V: tl.constexpr,
+    GATE_TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    C: tl.constexpr = 2 * H * K + HV * V
+    QK_BLOCKS: tl.constexpr = H // HEADS
+    BLOCKS: tl.constexpr = 2 * QK_BLOCKS + HV // HEADS_V
+    STATE_BLOCKS: tl.constexpr = triton.cdiv(C, CHANNELS)
+    state_strides = (state_sequence, state_channel, state_tap)
+    inputs = (x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, x_row, weight_channel, weight_tap, state_strides)
+    program = tl.program_id(0)
+    gate_programs = tl.cdiv(length, GATE_TOKENS)
+    state_programs = states * STATE_BLOCKS
+    if program < gate_programs:
+        gate_tile(
+            program,
+            a_ptr,
+            b_ptr,
+            A_log_ptr,
+            dt_bias_ptr,
+            g_ptr,
+            beta_ptr,
+            length,
+            a_row,
+            a_column,
+            b_row,
+            b_column,
+            HV,
+            GATE_TOKENS,
+            G_EXP,
+        )
+    elif program < gate_programs + state_programs:
+        program -= gate_programs
+        _final_state(
+            inputs,
+            final_ptr,
+            length,
+            program // STATE_BLOCKS,
+            program % STATE_BLOCKS,
+            C,
+            W,
+            STATE,
+            VARLEN,
+            CHANNELS,
+        )
+    else:
+        program -= gate_programs + state_programs
+        row = program // BLOCKS * rows
+        block = program % BLOCKS
+        if block < 2 * QK_BLOCKS:
+            part = block // QK_BLOCKS  # 0: q, 1: k
+            out_ptr = q_ptr
+            if part == 1:
+                out_ptr = k_ptr
+            _strip(
+                inputs,
+                out_ptr,
+                length,
+                sequences,
+                row,
+                rows,
+                block % QK_BLOCKS * HEADS,
+                part * (H * K),
+                eps,
+                H,
+                K,
+                W,
+                BIAS,
+                STATE,
+                VARLEN,
+                HEADS,
+                L2NORM,
+            )
+        else:
+            _strip(
+                inputs,
+                v_ptr,
+                length,
+                sequences,
+                row,
+                rows,
+                (block - 2 * QK_BLOCKS) * HEADS_V,
+                2 * H * K,
+                eps,
+                HV,
+                V,
+                W,
+                BIAS,
+                STATE,
+                VARLEN,
+                HEADS_V,
+                False,
+            )
+
+
+_launch = Launcher(_kernel)
+
+
+@lru_cache(maxsize=256)
+def _tile(length: int, sequences: int, H: int, K: int, HV: int, V: int) -> tuple[int, int, int, int, int]:
+    """Rows of a strip; heads of q and k, heads of v, tokens of gates and channels of states per program."""
+    step = STEP.value
+    single = length < step * sequences  # most rows are among the first of their sequence
+    rows = 1 if single else step * max(1, length // (step * STRIPS))
+    columns = COLUMNS[not single]
+    heads = gcd(H, max(1, columns // triton.next_power_of_2(K)))
+    heads_v = gcd(HV, max(1, columns // triton.next_power_of_2(V)))
+    gate_tokens = max(1, GATES[length > SHORT] // triton.next_power_of_2(HV or 1))
+    return rows, heads, heads_v, gate_tokens, columns
+
+
+def gdn_conv_post(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    l2norm: bool = True,
+    l2norm_eps: float = 1e-6,
+    output_g_exp: bool = False,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v, g, beta, final_state, each rounded once."""
+    length, value_heads = a.shape
+    (channels, width), sequences = weight.shape, 1 if cu_seqlens is None else len(cu_seqlens) - 1
+    states = sequences if output_final_state else 0
+    q = x.new_empty(length, num_k_heads, head_k_dim)
+    k = torch.empty_like(q)
+    v = x.new_empty(length, value_heads, head_v_dim)
+    g = torch.empty(length, value_heads, dtype=torch.float32, device=x.device)
+    beta = torch.empty_like(g)
+    final_state = x.new_empty(states, width - 1, channels).transpose(1, 2)
+    if length == 0:
+        final_state.copy_(initial_state) if initial_state is not None and states else final_state.zero_()
+        return q, k, v, g, beta, final_state
+    dims = num_k_heads, head_k_dim, value_heads, head_v_dim
+    rows, *tile = _tile(length, sequences, *dims)
+    heads, heads_v, gate_tokens, state_channels = tile
+    optional = bias is not None, initial_state is not None, cu_seqlens is not None
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if width == 4 and weight.is_contiguous() and weight.dtype == x.dtype and weight.element_size() == 2:
+        weight = weight.view(torch.int64) if weight.data_ptr() % 8 == 0 else weight
+    state = x if initial_state is None else initial_state
+    if rows > 1 and state.stride(1) != 1:  # a strip has one layout, which is that of rows
+        state = state.transpose(1, 2).contiguous().transpose(1, 2)
+    inputs = (
+        *(x, weight, a, b, A_log.contiguous(), dt_bias.contiguous()),
+        *(x if bias is None else bias.contiguous(), state, x if cu_seqlens is None else cu_seqlens.contiguous()),
+    )
+    strides = x.stride(0), *weight.stride(), *a.stride(), *b.stride()
+    state_strides = (0, 0, 0) if initial_state is None else state.stride()
+    blocks = 2 * (num_k_heads // heads) + value_heads // heads_v
+    programs = -(-length // gate_tokens) + states * -(-channels // state_channels) + -(-length // rows) * blocks
+    eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
+    fixed = *strides, *state_strides, *dims, width, *optional, l2norm, output_g_exp, *tile
+    with on_device(NAME, x):
+        _launch(programs, inputs, (q, k, v, g, beta, final_state), (length, sequences, states, rows, eps), fixed, 4)
+    return q, k, v, g, beta, final_state
