@@ -17,7 +17,6 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 import polyfuse
 from polyfuse.conformance import compare
 from polyfuse.integrations.transformers import accelerate, restore
-from polyfuse.integrations.transformers._graphs import ENCODERS
 from polyfuse.reference import pos_embed_interpolate as oracle
 
 TINY = {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 32}
@@ -256,15 +255,6 @@ def test_vision_language_model(family: str, calls: list[dict[str, Any]]) -> None
     assert 0 < change(list(before), list(after)) <= BOUND[torch.float32]
     assert same(list(before), list(restored))
     assert len(calls) == 1
-
-
-def test_model_without_a_tower() -> None:
-    for function in (accelerate, restore):
-        with pytest.raises(polyfuse.SpecError) as error:
-            function(nn.Linear(2, 2))
-        names = ", ".join(ENCODERS)
-        expected = f"{function.__name__}: model: expected a vision model of type {names} in it, got Linear"
-        assert str(error.value) == expected
 
 
 def test_restore_of_an_unpatched_model() -> None:

@@ -2,5 +2,6 @@
 
 from polyfuse.integrations.transformers._accelerate import accelerate, encoder_manager, restore
 from polyfuse.integrations.transformers._graphs import make_encoder
+from polyfuse.integrations.transformers._kernels_hub import kernel_mapping
 
-__all__ = ["accelerate", "encoder_manager", "make_encoder", "restore"]
+__all__ = ["accelerate", "encoder_manager", "kernel_mapping", "make_encoder", "restore"]
