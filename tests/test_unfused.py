@@ -64,6 +64,10 @@ def test_together_they_are_the_op(scale_format: str, scale_layout: str, dtype: s
         assert scale.stride() == want[1].stride()
 
 
+def test_results_are_contiguous_whatever_their_input_is() -> None:
+    assert all(result.is_contiguous() for result in block_quant(normal(256, 9).t(), group_size=64))
+
+
 def test_quant_dtype_may_be_a_dtype() -> None:
     assert block_quant(normal(2, 128), quant_dtype=torch.int8)[0].dtype is torch.int8
 

@@ -49,10 +49,11 @@ def block_quant(
     scale_ub: float | None = None,
     scale_min: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [..., D] and scale [..., G] of `y` [..., D] (float32, bfloat16 or float16), one scale per group_size columns.
+    """Contiguous q [..., D] and scale [..., G] of `y` [..., D] (float32, bfloat16 or float16).
 
-    G is D / group_size, rounded up to whole int32 words of four groups for scale_format ue8m0_packed. The arguments
-    mean what they mean for `polyfuse.silu_mul_block_quant`. Raises `SpecError` for what that op would refuse.
+    Each scale is that of group_size columns: G is D / group_size, rounded up to whole int32 words of four scales for
+    scale_format ue8m0_packed. The arguments mean what they mean for `polyfuse.silu_mul_block_quant`.
+    Raises `SpecError` for what that op would refuse.
     """
     quant_dtype = dtype_name(quant_dtype)
     _check_dtype("block_quant", "y", y)
@@ -92,14 +93,14 @@ def block_quant(
     if quant_dtype == "int8":
         q = torch.where(q.isnan(), 0.0, q).round()
     stored = _exponent_bytes(scale) if scale_format == "ue8m0_packed" else scale
-    return q.to(getattr(torch, quant_dtype)), lay_out(stored, scale_layout)
+    return q.to(getattr(torch, quant_dtype)).contiguous(), lay_out(stored, scale_layout)
 
 
 def lay_out(scale: torch.Tensor, layout: str, *, masked: bool = False) -> torch.Tensor:
     """Scales [..., G] in one of the spec's memory layouts; `masked`: a buffer for each of the first dimension."""
     strides = scale_strides(scale.shape[:-1], scale.shape[-1], layout, masked)
     if strides is None:
-        return scale
+        return scale.contiguous()
     return torch.empty_strided(scale.shape, strides, dtype=scale.dtype, device=scale.device).copy_(scale)
 
 

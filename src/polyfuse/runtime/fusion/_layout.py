@@ -1,0 +1,85 @@
+"""Reads how scales are stored: as exponent bytes, and in a memory layout that transposes or pads them."""
+
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from polyfuse.runtime.fusion._graph import Args, Labels, Reader, same, sizes, width_of, with_defaults
+from polyfuse.runtime.fusion._labels import Label, Moved, Packed, Scale, Step
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def _groups(scale: Scale) -> int:
+    return width_of(scale.y.x) // scale.group_size
+
+
+def _shift(node: Node, args: Args, labels: Labels) -> Label | None:
+    match labels.get(args[0]), args[1]:
+        case Step("bits", scale), 23:
+            return Step("shifted", scale)
+    return None
+
+
+def _convert(node: Node, args: Args, labels: Labels) -> Label | None:
+    match labels.get(args[0]), args[1]:
+        case Step("shifted", scale), torch.uint8:
+            return Step("exponents", scale)
+    return None
+
+
+def _view_as(node: Node, args: Args, labels: Labels) -> Label | None:
+    match labels.get(args[0]), args[1]:
+        case Step("exponents", scale, padded), torch.int32 if padded or _groups(scale) % 4 == 0:
+            return Packed(scale)
+    return None
+
+
+def _pad(node: Node, args: Args, labels: Labels) -> Label | None:
+    source, amounts, value = with_defaults(args, None, None, 0.0)
+    match labels.get(source), amounts:
+        case Step("exponents", scale, 0.0), [0, columns] if value == 0 and columns == -_groups(scale) % 4:
+            return Step("exponents", scale, 1.0) if sizes(source)[-1] == _groups(scale) else None
+        case (Scale() | Packed()) as label, [0, 0, 0, _] if len(sizes(source)) == 2:
+            return Moved(label, (0, 1), padded=True)
+    return None
+
+
+def _slice(node: Node, args: Args, labels: Labels) -> Label | None:
+    """The rows that were there before the padding."""
+    source, dim, start, _, step = with_defaults(args, None, 0, None, None, 1)
+    label = labels.get(source)
+    if not isinstance(label, Moved) or label.order[dim] != 0 or start not in (None, 0) or step != 1:
+        return None
+    scale = label.label if isinstance(label.label, Scale) else label.label.scale
+    whole = same((sizes(node)[dim],), (prod(sizes(scale.y.x)[:-1]),))
+    return _settled(replace(label, padded=False)) if whole else None
+
+
+def _permute(node: Node, args: Args, labels: Labels) -> Label | None:
+    source, dims = args
+    label = labels.get(source)
+    if not isinstance(label, Scale | Packed | Moved):
+        return None
+    moved = label if isinstance(label, Moved) else Moved(label, tuple(range(len(dims))))
+    return _settled(replace(moved, order=tuple(moved.order[dim] for dim in dims)))
+
+
+def _settled(moved: Moved) -> Label:
+    """The scale itself, if all is in its place again."""
+    in_place = moved.order == tuple(range(len(moved.order))) and not moved.padded
+    return moved.label if in_place else moved
+
+
+READERS: dict[Any, Reader] = {
+    aten.__rshift__.Scalar: _shift,
+    aten.bitwise_right_shift.Tensor_Scalar: _shift,
+    prims.convert_element_type.default: _convert,
+    aten.view.dtype: _view_as,
+    aten.constant_pad_nd.default: _pad,
+    aten.slice.Tensor: _slice,
+    aten.permute.default: _permute,
+}

@@ -1,0 +1,121 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from polyfuse.conformance.inputs import make_inputs
+from polyfuse.conformance.runner import Trial
+from polyfuse.dispatch import from_numpy, registry, to_numpy
+from polyfuse.spec import OPS, Case
+from polyfuse.triton_impl import gdn_conv_post as module
+from polyfuse.triton_impl._common import INTERPRETED
+from polyfuse.triton_impl.gdn_conv_post import gdn_conv_post
+
+OP = "gdn_conv_post"
+DEVICE = "cpu" if INTERPRETED.value else "cuda"
+HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 8}
+ENDS = [0, 9, 9, 11, 30, 31, 44]
+SLOW = ("many_sequences", "long_sequences", "rows_67", "width_2-", "width_3-plain", "width_3-bias-i", "width_3-initial")
+CASES = [case for case in OPS[OP].cases() if case.repeat == 1 and not case.name.startswith(SLOW)]
+
+# NumPy's, from the interpreter: 0 * inf in a head that holds an infinity.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+def arguments(**changed: Any) -> dict[str, Any]:
+    """Six packed sequences of 44 rows, one of them empty, with initial states."""
+    dims = {"L": 44, "HV": 4, "W": 4, "N": 7, "S": 6}
+    case = Case(
+        "packed", dims, HEADS | {"output_final_state": True}, {"T": "bfloat16"}, present=("initial_state", "bias")
+    )
+    values = make_inputs(OPS[OP], case)
+    arrays = {k: from_numpy(v, "torch", DEVICE) for k, v in values.items() if isinstance(v, np.ndarray)}
+    return {**values, **arrays, "cu_seqlens": torch.tensor(ENDS, device=DEVICE), **changed}
+
+
+def bits(x: torch.Tensor) -> bytes:
+    return to_numpy(x).tobytes()
+
+
+def same(results: Any, wanted: Any) -> list[bool]:
+    return [bits(result) == bits(want) for result, want in zip(results, wanted, strict=True)]
+
+
+def of_sequence(args: dict[str, Any], i: int, rows: slice) -> dict[str, Any]:
+    """The arguments of one sequence alone, of some of its rows."""
+    mine: dict[str, Any] = {name: args[name][ENDS[i] : ENDS[i + 1]][rows] for name in ("x", "a", "b")}
+    return {**args, **mine, "cu_seqlens": None, "initial_state": args["initial_state"][i : i + 1]}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cases(case: Case) -> None:
+    assert Trial(OP, case, 0).on(registry().get("triton"), DEVICE) == ("passed", "")
+
+
+@pytest.mark.parametrize("strips", [1, 5, 512])
+def test_packed_sequences_are_separate_ones(strips: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits from strips of 44, 8 and 4 rows, whose ends are not those of sequences, and from each alone."""
+    monkeypatch.setattr(module, "STRIPS", strips)
+    module._tile.cache_clear()
+    args = arguments()
+    together = gdn_conv_post(**args)
+    for i in (0, 3, 4):
+        alone = gdn_conv_post(**of_sequence(args, i, slice(None)))
+        part = [*(r[ENDS[i] : ENDS[i + 1]] for r in together[:5]), together[5][i : i + 1]]
+        assert all(same(alone, part)), i
+    assert bits(together[5][1]) == bits(args["initial_state"][1])
+    module._tile.cache_clear()
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_sequence_in_two_calls(cut: int) -> None:
+    args = arguments()
+    whole = gdn_conv_post(**of_sequence(args, 3, slice(None)))
+    first = gdn_conv_post(**of_sequence(args, 3, slice(cut)))
+    second = gdn_conv_post(**of_sequence(args, 3, slice(cut, None)) | {"initial_state": first[5]})
+    joined = [*(torch.cat([one, two]) for one, two in zip(first[:5], second[:5], strict=True)), second[5]]
+    assert all(same(joined, whole))
+
+
+def test_nan_stays_in_its_sequence() -> None:
+    args = arguments()
+    clean = gdn_conv_post(**args)
+    args["x"] = args["x"].clone()
+    args["x"][11:30] = torch.nan
+    dirty = gdn_conv_post(**args)
+    for rows in (slice(0, 11), slice(30, 44)):
+        assert all(same([r[rows] for r in dirty[:5]], [r[rows] for r in clean[:5]]))
+    assert dirty[2][11:30].isnan().all()
+    assert all(same(dirty[5][[0, 1, 2, 4, 5]], clean[5][[0, 1, 2, 4, 5]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("name", ["x", "weight", "initial_state"])
+def test_layouts_change_no_bit(name: str, dtype: torch.dtype) -> None:
+    args = arguments(cu_seqlens=torch.tensor(ENDS, device=DEVICE, dtype=dtype))
+    last = args[name].ndim - 1
+    turned = args[name].transpose(last - 1, last).contiguous().transpose(last - 1, last)
+    assert turned.stride() != args[name].stride()
+    assert all(same(gdn_conv_post(**args | {name: turned}), gdn_conv_post(**args)))
+
+
+def test_rows_of_single_sequences_are_a_decode_step() -> None:
+    """44 sequences of one row each: the launch that takes single rows."""
+    args = arguments(cu_seqlens=torch.arange(45, device=DEVICE))
+    state = args["initial_state"].repeat(8, 1, 1)[:44]
+    together = gdn_conv_post(**args | {"initial_state": state})
+    assert module._tile(44, 44, 2, 16, 4, 8)[0] == 1
+    for i in (0, 17, 43):
+        one: dict[str, Any] = {key: args[key][i : i + 1] for key in ("x", "a", "b")}
+        alone = gdn_conv_post(**args | one | {"cu_seqlens": None, "initial_state": state[i : i + 1]})
+        assert all(same(alone, [r[i : i + 1] for r in together]))
+
+
+def test_no_rows() -> None:
+    args = arguments(cu_seqlens=torch.zeros(7, dtype=torch.int32, device=DEVICE))
+    none: dict[str, Any] = {name: args[name][:0] for name in ("x", "a", "b")}
+    *empty, state = gdn_conv_post(**args | none)
+    assert [len(r) for r in empty] == [0] * 5
+    assert bits(state) == bits(args["initial_state"])
+    assert not gdn_conv_post(**args | none | {"initial_state": None})[5].any()
