@@ -4,6 +4,8 @@ import importlib
 import json
 import shlex
 import sys
+import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from rich.table import Table
 
 import polyfuse
 from polyfuse._terminal import console, default_device, progress
+from polyfuse.cli_dispatch import bench_dispatch
 from polyfuse.cli_encoder import bench_encoder, soak
+from polyfuse.cli_model import bench_model, bench_plot
 from polyfuse.spec import OPS, REQUIRED, BackendError, SpecError, Unsupported, op_page
 
 SAVE_EVERY = 100  # results
@@ -58,6 +62,7 @@ def info() -> None:
     out, device = console(), default_device()
     out.print(f"device: {device}   " + "   ".join(f"{k} {v}" for k, v in versions().items()), soft_wrap=True)
     table = Table("backend", "arrays", "from", *OPS, title="Backends")
+    broken: dict[tuple[str, str], list[str]] = {}  # a backend and a traceback to ops
     for name in registry().names():
         try:
             backend = registry().get(name)
@@ -68,16 +73,20 @@ def info() -> None:
             try:
                 missing = backend.missing(op)
                 if missing is not None:
-                    verdicts.append(f"[yellow]{escape(missing[1])}[/]")
+                    why = "not implemented" if missing[0] == "not_implemented" else missing[1]
+                    verdicts.append(f"[yellow]{escape(why)}[/]")
                     continue
                 emulated = device in backend.load(op).capability.interpreted
                 verdicts.append("[green]available[/]" + (", interpreted" if emulated else ""))
             except BackendError as error:
-                verdicts.append(f"[red]{escape(str(error))}[/]")
+                verdicts.append("[red]broken, see below[/]")
+                broken.setdefault((name, "".join(traceback.format_exception(error.__cause__ or error))), []).append(op)
         table.add_row(name, backend.family, escape(backend.origin), *verdicts)
     out.print(table)
     for name, text in registry().problems:
         out.print(f"[red]backend {escape(name)} cannot be used:[/] {escape(text)}")
+    for (name, text), names in broken.items():
+        out.print(f"[red]backend {escape(name)} cannot run {', '.join(names)}:[/] {escape(text)}")
 
 
 @main.command()
@@ -131,7 +140,6 @@ def explain(op: str, family: str, device: str | None, as_json: bool) -> None:
     Example:
       POLYFUSE_BACKEND=triton polyfuse explain pos_embed_interpolate
     """
-    device = device or default_device()
     from polyfuse.conformance import make_inputs, place
     from polyfuse.dispatch._arrays import FAMILIES
     from polyfuse.dispatch._select import check_op
@@ -139,6 +147,7 @@ def explain(op: str, family: str, device: str | None, as_json: bool) -> None:
     check_op(op)
     if family not in FAMILIES:
         raise SpecError(f"--family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    device = _device(device, [family])
     spec = OPS[op]
     values = make_inputs(spec, spec.cases()[0])
     decision = polyfuse.explain(op, **place(values, family, device))
@@ -183,8 +192,20 @@ def conformance(
         check_op(op)
     for plugin in plugins:
         _register(plugin)
-    ok = run_conformance(console(), op_names, backends, profile, device or default_device(), report)
+    from polyfuse.dispatch import registry
+
+    device = _device(device, [registry().get(name).family for name in backends])
+    ok = run_conformance(console(), op_names, backends, profile, device, report)
     sys.exit(0 if ok else 1)
+
+
+def _device(device: str | None, families: Sequence[str] = ()) -> str:
+    """The device given, or the default one. Raises `SpecError` for one that this machine lacks."""
+    from polyfuse.dispatch import check_device
+
+    device = device or default_device()
+    check_device("--device", device, families)
+    return device
 
 
 def _register(plugin: str) -> None:
@@ -282,6 +303,7 @@ def bench(
         check_op(op)
     for name in backends:
         registry().get(name)
+    device = _device(device, ["torch"])
     screen = console()
 
     def show(result: Bench, row: Row) -> None:
@@ -290,7 +312,7 @@ def bench(
             result.write(out)
 
     with screen.status("measuring") as status:
-        result = run_bench(op_names, backends, device or default_device(), model, not no_compile, show)
+        result = run_bench(op_names, backends, device, model, not no_compile, show)
     columns = ("op", "model", "case", "backend", "device us", "host us", "GB/s", "of ceiling", "vs eager", "vs compile")
     table = Table(*columns, title=f"{result.device}, stream ceiling {result.ceiling_gb_s:.0f} GB/s")
     for r in result.rows:
@@ -302,7 +324,8 @@ def bench(
         screen.print(f"written: {result.write(out)}")
 
 
-bench.add_command(bench_encoder)
+for command in (bench_dispatch, bench_encoder, bench_model, bench_plot):
+    bench.add_command(command)
 main.add_command(soak)
 
 
