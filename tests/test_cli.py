@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 import polyfuse
 from polyfuse.cli import main
+from polyfuse.dispatch import registry
 
 OP = "pos_embed_interpolate"
 
@@ -25,7 +26,19 @@ def invoke(*args, env=None):
 
 @pytest.mark.parametrize(
     "command",
-    ["info", "ops", "explain", "conformance", "bench", "bench encoder", "soak", "soak encoder", "demo", "new-backend"],
+    [
+        "info",
+        "ops",
+        "explain",
+        "conformance",
+        "bench",
+        "bench dispatch",
+        "bench encoder",
+        "soak",
+        "soak encoder",
+        "demo",
+        "new-backend",
+    ],
 )
 def test_every_command_has_help_with_an_example(command):
     result = invoke(*command.split(), "--help")
@@ -63,6 +76,14 @@ def test_explain_as_json():
         (["conformance", "--profile", "nope"], "profile: expected one of full, quick, standard, got 'nope'"),
         (["conformance", "--plugin", "nope:X"], "expected an importable MODULE:OBJECT, got 'nope:X'"),
         (["conformance", "--plugin", "math:pi"], "math:pi is not a polyfuse.dispatch.Backend but float"),
+        (["conformance", "--device", "nope"], "--device: expected a device of this machine, such as cpu, got 'nope'"),
+        (["conformance", "--backend", "numpy", "--device", "nope"], "--device: expected a device of this machine"),
+        (["conformance", "--backend", "jax", "--device", "tpu"], "got 'tpu' (jax: "),
+        (["conformance", "--device", "hpu"], "got 'hpu' (torch: "),
+        (["explain", OP, "--device", "nope"], "--device: expected a device of this machine"),
+        (["bench", "--device", "nope"], "--device: expected a device of this machine"),
+        (["bench", "dispatch", "--device", "nope"], "--device: expected a device of this machine"),
+        (["bench", "dispatch", "--op", "nope"], f"op: expected one of {OP}"),
         (["bench", "--model", "nope"], "--model: expected one of qwen3"),
         (["bench", "encoder", "--model", "nope"], "'nope' is not one of 'qwen3_vl', 'qwen3_5', 'qwen2_5_vl', 'siglip'"),
         (["bench", "encoder", "--part", "nope"], "'nope' is not one of 'tower', 'trace'"),
@@ -111,6 +132,20 @@ def test_conformance_writes_its_report(tmp_path):
     data = json.loads((tmp_path / "r" / "conformance.json").read_text())
     assert data["ok"] is True
     assert data["counts"]["passed"] > 20
+
+
+def test_bench_dispatch_measures_and_writes(tmp_path):
+    result = invoke("bench", "dispatch", "--device", "cpu", "--op", OP, "--op", "gdn_in_proj", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("dispatch_*.json")
+    data = json.loads(path.read_text())
+    assert data.keys() == {"device", "versions", "rows"}
+    assert [(row["op"], row["arrays"]) for row in data["rows"]] == [(OP, 1), ("gdn_in_proj", 3)]
+    for row in data["rows"]:
+        assert row["resolution_ns"] > 0
+        assert row["call_ns"] > 0
+        assert f"{row['call_ns']:.0f}" in result.output
+    assert "nothing" not in registry().names()
 
 
 def test_ops_prints_the_page_of_an_op():

@@ -104,6 +104,11 @@ def test_what_a_person_reads(repository):
     assert "the profile quick runs one in 3 of the spec's cases" in out
     assert "unsupported: l2norm=False: supports True" in out
     assert "does not implement gdn_in_proj" in out
+    _, summary = out.split("= polyfuse conformance, profile quick =")
+    lines = summary.splitlines()[1:4]
+    assert lines[0].startswith(f"{OP}: 2 failed, ")
+    assert lines[1] == "gdn_in_proj: 1 skipped: does not implement gdn_in_proj"
+    assert lines[2] == "mychip: 0 of 2 ops conformant"
 
 
 @pytest.mark.parametrize(
@@ -111,6 +116,7 @@ def test_what_a_person_reads(repository):
     [
         (["--polyfuse-backend", "nope"], "ERROR: polyfuse: backend: expected one of numpy, jax, pallas, torch, triton"),
         (["--polyfuse-profile", "nope"], "ERROR: polyfuse: profile: expected one of full, quick, standard, got 'nope'"),
+        (["--polyfuse-device", "nope"], "ERROR: polyfuse: --polyfuse-device: expected a device of this machine"),
         (["--polyfuse-op", "nope"], "ERROR: polyfuse: op: expected one of pos_embed_interpolate"),
     ],
 )
@@ -120,6 +126,16 @@ def test_an_unknown_name_stops_the_run_with_one_line(repository, options, messag
     assert "Traceback" not in out
 
 
+@pytest.mark.parametrize("options", [[], ["-n", "2"]])
+def test_the_end_of_a_run_says_how_many_ops_are_conformant(repository, options):
+    some = f"{OP}-float32-l2norm_True-g_exp_True or {OP}-float32-l2norm_False-g_exp_False or gdn_in_proj-float32"
+    chosen = ("--polyfuse-backend", "numpy", "--polyfuse-profile", "standard", "-k", some)
+    out = pytest_run(repository, *chosen, *options)
+    _, summary = out.split("= polyfuse conformance, profile standard =")
+    assert summary.splitlines()[1] == f"{OP}: 2 passed"
+    assert summary.splitlines()[3] == "numpy: 2 of 2 ops conformant"
+
+
 def test_without_a_backend_nothing_happens(repository):
     (repository.folder / "test_light.py").write_text(
         "import sys\n\ndef test_light():\n    assert not {'numpy', 'torch', 'yaml', 'jax'} & set(sys.modules)\n"
@@ -127,3 +143,4 @@ def test_without_a_backend_nothing_happens(repository):
     out = pytest_run(repository, "test_light.py", "-rs")
     assert "1 passed, 1 skipped" in out
     assert "no backend is named; try --polyfuse-backend NAME" in out
+    assert "conformant" not in out

@@ -15,7 +15,7 @@ from polyfuse.spec import OPS, OpSpec, docstring, fail
 TEMPLATES = Path(__file__).parent / "templates/backend"
 ARRAYS = {"torch": "torch.Tensor", "jax": "jax.Array", "numpy": "numpy.ndarray"}
 TYPES = {"int": "int", "float": "float", "bool": "bool", "enum": "str", "dtype": "str"}
-WIDTH = 116  # before a docstring's indentation
+WIDTH = 120  # before a docstring's indentation; no line of a formula is longer
 
 
 def new_backend(name: str, folder: Path, family: str = "torch") -> list[Path]:
@@ -108,6 +108,6 @@ def _source(value: Any) -> str:
 
 
 def _wrapped(line: str) -> str:
-    """A long line of prose as several, the others further in; a line of a formula is short and stays."""
+    """A long line of prose as several, the others further in; a line of a formula stays."""
     indent = " " * (len(line) - len(line.lstrip()) + 4)
     return "\n".join(wrap(line, WIDTH, subsequent_indent=indent)) if len(line) > WIDTH else line

@@ -10,6 +10,8 @@ A test that takes the fixture `polyfuse_case` runs once for each case, under an 
 Without `--polyfuse-backend` such a test is skipped and nothing of polyfuse is imported.
 """
 
+from collections import Counter
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,7 +59,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("polyfuse", "conformance of a polyfuse backend")
     group.addoption("--polyfuse-backend", metavar="NAME", help="The backend under test.")
     group.addoption(
-        "--polyfuse-profile", metavar="PROFILE", default="quick", help="quick (the default), standard or full."
+        "--polyfuse-profile",
+        metavar="PROFILE",
+        default="quick",
+        help="quick (the default here; that of `polyfuse conformance` is standard), standard or full.",
     )
     group.addoption("--polyfuse-device", metavar="DEVICE", help="cpu, cuda, ...; the accelerator if there is one.")
     group.addoption(
@@ -66,20 +71,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse an unknown backend, profile or op before anything is collected."""
+    """Refuse an unknown backend, profile, op or device before anything is collected."""
     name = config.option.polyfuse_backend
     if name is None:
         return
     from polyfuse.configs import profile
-    from polyfuse.dispatch import registry
+    from polyfuse.dispatch import check_device, registry
     from polyfuse.dispatch._select import check_op
     from polyfuse.spec import BackendError, SpecError
 
     try:
-        registry().get(name)
+        family = registry().get(name).family
         profile(config.option.polyfuse_profile)
         for op in config.option.polyfuse_op:
             check_op(op)
+        if config.option.polyfuse_device is not None:
+            check_device("--polyfuse-device", config.option.polyfuse_device, [family])
     except (BackendError, SpecError) as error:
         raise pytest.UsageError(f"polyfuse: {error}") from error
 
@@ -113,3 +120,43 @@ def _cases(config: pytest.Config) -> list[ConformanceCase]:
         for op in dict.fromkeys(config.option.polyfuse_op or OPS)
         for case, left_out in selected(op, name, limits)
     ]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note the op of a conformance case in its report, which crosses processes."""
+    report = yield
+    callspec = getattr(item, "callspec", None)
+    case = callspec.params.get("polyfuse_case") if callspec else None
+    if isinstance(case, ConformanceCase):
+        report.__dict__["polyfuse_op"] = case.op
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter", config: pytest.Config) -> None:
+    """Say what became of each op's cases and how many ops are conformant; pytest takes a run of skips for a success."""
+    found: dict[str, Counter[str]] = {}
+    for status, reports in terminalreporter.stats.items():
+        for report in reports:
+            op = getattr(report, "polyfuse_op", None)
+            if op and status:
+                found.setdefault(op, Counter())[status] += 1
+    if not found:
+        return
+    from polyfuse.dispatch import registry
+    from polyfuse.spec import OPS, BackendError
+
+    name = config.option.polyfuse_backend
+    terminalreporter.section(f"polyfuse conformance, profile {config.option.polyfuse_profile}")
+    conformant = 0
+    for op in filter(found.__contains__, OPS):
+        counts, reason = found[op], ""
+        if not counts["passed"]:
+            try:
+                missing = registry().get(name).missing(op)
+                reason = f": {missing[1]}" if missing else ""
+            except BackendError as error:
+                reason = f": {error}"
+        terminalreporter.line(f"{op}: " + ", ".join(f"{counts[s]} {s}" for s in sorted(counts)) + reason)
+        conformant += bool(counts["passed"]) and not counts["failed"] + counts["error"]
+    terminalreporter.line(f"{name}: {conformant} of {len(found)} ops conformant")

@@ -8,7 +8,7 @@ import torch
 
 import polyfuse
 from polyfuse import SpecError
-from polyfuse.dispatch import from_numpy, to_numpy
+from polyfuse.dispatch import check_device, declared, from_numpy, to_numpy
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.standard_normal((36, 8), dtype=np.float32)
@@ -66,6 +66,64 @@ def test_a_warm_cache_does_not_let_a_bad_argument_through():
         polyfuse.pos_embed_interpolate(table, GRID, align_corners=1)
     with pytest.raises(SpecError, match=r"grid_thw\[0\]: expected 3 integers, got \[True, 4, 6\]"):
         polyfuse.pos_embed_interpolate(table, ((True, 4, 6), (2, 2, 2)))
+
+
+CALLS = {
+    "first": {},
+    "shape": {"table": torch.ones(16, 8)},
+    "dtype": {"table": torch.ones(36, 8, dtype=torch.bfloat16)},
+    "requires_grad": {"table": torch.ones(36, 8, requires_grad=True)},
+    "family": {"table": TABLE},
+    "optional array": {"base": torch.ones(32, 8)},
+    "host values": {"grid_thw": ((2, 4, 6),)},
+    "attribute": {"mode": "bicubic"},
+    "backend": {"backend": "torch"},
+    "list": {"backend": ["torch", "triton"]},
+}
+
+
+def test_everything_that_decides_is_in_the_key():
+    polyfuse.refresh()
+    op = declared()["pos_embed_interpolate"]
+    for _ in range(2):
+        for number, (name, change) in enumerate(CALLS.items(), 1):
+            for _ in range(2):
+                polyfuse.pos_embed_interpolate(**{"table": torch.from_numpy(TABLE), "grid_thw": GRID} | change)
+            assert len(op.cache) in (number, len(CALLS)), name
+    with torch.no_grad():
+        polyfuse.pos_embed_interpolate(torch.ones(36, 8, requires_grad=True), GRID)
+    with polyfuse.use_backend("torch"):
+        polyfuse.pos_embed_interpolate(torch.from_numpy(TABLE), GRID)
+    assert len(op.cache) == len(CALLS) + 2
+    polyfuse.refresh()
+    assert not op.cache
+
+
+def test_a_plan_belongs_to_its_device():
+    table = torch.ones(4, 8)
+    assert polyfuse.pos_embed_interpolate(table, [[1, 2, 2]]).shape == (4, 8)
+    with pytest.raises(SpecError, match="base: expected a torch array on cpu as table, got torch on meta"):
+        polyfuse.pos_embed_interpolate(table, [[1, 2, 2]], base=torch.ones(4, 8, device="meta"))
+
+
+def test_a_number_in_an_array_is_read_at_every_call():
+    table, size = torch.from_numpy(TABLE), torch.tensor(1)
+    for number in (1, 2):
+        size.fill_(number)
+        out = polyfuse.pos_embed_interpolate(table, GRID, merge_size=size)
+        assert torch.equal(out, polyfuse.pos_embed_interpolate(table, GRID, merge_size=number))
+
+
+def test_a_device_that_is_not_here_is_an_error():
+    for families in ([], ["numpy"], ["torch"], ["jax"], ["torch", "jax"]):
+        check_device("device", "cpu", families)
+        with pytest.raises(SpecError, match=r"^device: expected a device of this machine, .*, got 'nonsense' \("):
+            check_device("device", "nonsense", families)
+    check_device("device", "cpu:0", ["torch"])
+    with pytest.raises(SpecError, match=r"got 'cpu:0' \(jax: Unknown backend"):
+        check_device("device", "cpu:0", ["jax"])
+    with pytest.raises(SpecError, match=r"got 'meta' \(torch: Cannot copy out of meta tensor"):
+        check_device("device", "meta", ["torch"])
 
 
 def test_unhashable_nonsense_is_a_spec_error():

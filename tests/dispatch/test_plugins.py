@@ -3,11 +3,13 @@
 import subprocess
 import sys
 import textwrap
+from types import ModuleType
 
 import pytest
 
 from polyfuse import BackendError
 from polyfuse.dispatch import Backend, registry
+from polyfuse.spec import OPS
 
 GOOD = """
     from polyfuse.dispatch import Backend
@@ -116,6 +118,51 @@ def test_a_broken_plugin_and_two_of_one_name_leave_everything_else_working(insta
     assert "backend bad cannot be used: Traceback" in out
     assert "OSError: no driver" in out
     assert all(f"│ {name}" in out for name in ("numpy", "jax", "pallas", "torch", "triton"))
+
+
+@pytest.mark.parametrize(
+    ("init", "kernel", "error"),
+    [
+        (GOOD, KERNEL + "    def\n", "SyntaxError: invalid syntax"),
+        (GOOD, "import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        (GOOD, "", "AttributeError: module 'mychip.pos_embed_interpolate' has no attribute 'pos_embed_interpolate'"),
+        (GOOD, KERNEL + "    CAPABILITY = {}\n", "expected a polyfuse.spec.Capability, got a dict"),
+        (GOOD + "    def unavailable():\n        return 1 / 0\n", KERNEL, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_broken_op_is_shown_with_its_traceback(install, init, kernel, error):
+    install.write("mychip", "mychip = mychip:BACKEND", {"__init__.py": init, "pos_embed_interpolate.py": kernel})
+    out = install("from polyfuse.cli import main; main(['info'], standalone_mode=False)")
+    _, shown = out.split("backend mychip cannot run pos_embed_interpolate: Traceback (most recent call last):")
+    assert error in " ".join(shown.split())
+
+
+def test_an_unavailable_that_raises_is_the_backends_error(monkeypatch):
+    module = ModuleType("mychip")
+    module.unavailable = lambda: 1 / 0
+    monkeypatch.setitem(sys.modules, "mychip", module)
+    backend = Backend("mychip", "numpy", "mychip", implements={"gdn_in_proj": OPS["gdn_in_proj"].version})
+    with pytest.raises(BackendError, match=r"mychip: unavailable\(\) failed: ZeroDivisionError: division by zero"):
+        backend.missing("gdn_in_proj")
+
+
+def test_an_op_that_does_not_exist_is_an_error(install):
+    init = GOOD.replace('"pos_embed_interpolate"', '"pos_embed"')
+    install.write("mychip", "mychip = mychip:BACKEND", {"__init__.py": init, "pos_embed_interpolate.py": KERNEL})
+    out = install(
+        f"""
+        try:
+            {CALL})
+        except polyfuse.BackendError as error:
+            print(error)
+        from polyfuse.cli import main
+        main(["info"], standalone_mode=False)
+        """
+    )
+    called, shown = " ".join(out.split()).split("backend mychip cannot be used: Traceback")
+    for text in called, shown:
+        assert "backend 'mychip': implements: expected ops of pos_embed_interpolate, gdn_post_conv," in text
+        assert "gdn_in_proj, got pos_embed" in text
 
 
 def test_a_taken_name_needs_override():

@@ -3,7 +3,9 @@
 A framework is looked up in `sys.modules`: an array of it cannot exist unless it was imported.
 """
 
+import importlib.util
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -107,6 +109,31 @@ def from_numpy(value: np.ndarray[Any, Any], family: str, device: str = "cpu") ->
     # empty_strided: `.to(device)` alone drops the gaps of a strided layout.
     moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return moved.copy_(tensor)
+
+
+def check_device(argument: str, device: str, families: Iterable[str]) -> None:
+    """Raise `SpecError` for a device on which no array of these families can be made here.
+
+    NumPy's arrays are on the CPU whatever the device is: where there are no others, it is torch's or JAX's device.
+    """
+    if device == "cpu":
+        return
+    frameworks = [family for family in ("torch", "jax") if family in families] or ["torch", "jax"]
+    reasons = []
+    for family in filter(importlib.util.find_spec, frameworks):
+        try:
+            to_numpy(from_numpy(np.zeros(1, np.float32), family, device))
+            return
+        except (RuntimeError, AssertionError, ImportError) as error:  # unknown, not compiled in, no driver, none there
+            reasons.append(f"{family}: {str(error).strip().splitlines()[0]}")
+    why = "; ".join(reasons) or "neither torch nor jax is installed"
+    raise SpecError(f"{argument}: expected a device of this machine, such as {_accelerator()}, got {device!r} ({why})")
+
+
+def _accelerator() -> str:
+    torch = sys.modules.get("torch")
+    found = torch is not None and torch.accelerator.is_available()
+    return str(torch.accelerator.current_accelerator()) if torch and found else "cpu"
 
 
 def convert(value: Any, family: str) -> Any:

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
-from itertools import pairwise
-from operator import itemgetter
+from itertools import chain, pairwise
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +25,7 @@ from polyfuse.dispatch._select import (
 from polyfuse.spec import OPS, Call, OpSpec, SpecError, Unsupported, bind, docstring, dtype_name
 
 _CACHE_LIMIT = 4096
+_ROW, _INTEGER = frozenset([tuple]), frozenset([int])
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -48,13 +49,14 @@ class Op:
         self.spec = spec
         self.names = tuple(p.name for p in parameters)
         self.defaults = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
-        self.cache: dict[Any, _Plan] = {}
+        self.cache: dict[tuple[Any, ...], _Plan] = {}
+        self.last: tuple[list[Any], Any] = [], None  # key and plan
         positional = [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
         self.positional = len(positional)
         arrays = {t.name for t in spec.tensors}
-        self.arrays = [i for i, n in enumerate(self.names) if n in arrays]
+        self.arrays = [i - len(self.names) for i, n in enumerate(self.names) if n in arrays]  # from the end
+        self.attrs = [i for i, n in enumerate(self.names) if n not in arrays]
         self.keyword_arrays = [(i, n) for i, n in enumerate(self.names) if n in arrays and n not in positional]
-        self.attrs = itemgetter(*(i for i, n in enumerate(self.names) if n not in arrays))
         self.hosts = [
             (self.names.index(t.name), self.names.index(t.host_unless)) for t in spec.tensors if t.host_unless
         ]
@@ -94,22 +96,39 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
         return traced(op, args)
     if op.hosts:
         args = read_hosts(op, args)
-    # Types are part of the key, because True == 1 == 1.0.
-    key = [tuple(backend) if isinstance(backend, list) else backend, context(), op.attrs(args), *map(type, args)]
+    gradients = torch is not None and torch.is_grad_enabled()
+    return _execute(op, planned(op, args, backend, gradients), args)
+
+
+def planned(op: Op, args: tuple[Any, ...], backend: str | Sequence[str] | None, gradients: bool) -> _Plan:
+    """The plan of a call whose host arguments are read; `gradients`: torch records them.
+
+    Raises what `examine_arguments` and `resolve` raise.
+    """
+    describe = _DESCRIBE[gradients]
+    asked = backend if backend is None or isinstance(backend, str) else tuple(backend)
+    # Types are part of the key, because True == 1 == 1.0, and come first: equality then meets values of one type only.
+    key = [*map(type, args), asked, context(), *args]
     for i in op.arrays:
         value = args[i]
-        key.append((_DESCRIBE.get(type(value)) or _describer(value))(value))
+        if value is not None:
+            key[i] = (describe.get(type(value)) or _describer(describe, value))(value)
+    last, plan = op.last
+    if key == last:
+        return plan
     try:
-        signature_key = tuple(key)
-        plan = op.cache.get(signature_key)
+        plan = op.cache.get(tuple(key))
     except TypeError:  # an argument that cannot be hashed
-        return _execute(op, _plan(op, args, backend), args)
+        return _plan(op, args, backend)
     if plan is None:
         plan = _plan(op, args, backend)
+        if any(family_of(args[i]) for i in op.attrs):  # a number in an array, which can change
+            return plan
         if len(op.cache) >= _CACHE_LIMIT:
             op.cache.clear()
-        op.cache[signature_key] = plan
-    return _execute(op, plan, args)
+        op.cache[tuple(key)] = plan
+    op.last = key, plan
+    return plan
 
 
 def _execute(op: Op, plan: _Plan, args: tuple[Any, ...]) -> Any:
@@ -117,7 +136,9 @@ def _execute(op: Op, plan: _Plan, args: tuple[Any, ...]) -> Any:
         args = tuple(convert(value, plan.convert_to) for value in args)
     keywords = plan.attrs
     if op.keyword_arrays:
-        keywords = {**keywords, **{name: args[i] for i, name in op.keyword_arrays}}
+        keywords = keywords.copy()
+        for i, name in op.keyword_arrays:
+            keywords[name] = args[i]
     try:
         result = plan.function(*args[: op.positional], **keywords)
         plan.calls[0] += 1
@@ -210,29 +231,31 @@ def _place_text(place: Any) -> str:
 def read_hosts(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Host arguments as hashable tuples; a tensor is read back here unless it must stay on its device."""
     values = list(args)
-    main = family_of(args[0])
     for index, unless in op.hosts:
         value = args[index]
-        family = family_of(value)
-        if family is not None:
-            if family == main and args[unless] is not None:
-                continue
-            name = op.names[index]
-            if is_traced(value):
-                raise SpecError(f"{op.spec.name}: {name}: a traced array needs {op.names[unless]}=, got None")
-            dtypes = next(t.dtypes for t in op.spec.tensors if t.name == name)
-            if dtype_name(value.dtype) not in dtypes or value.ndim != 2:
-                continue  # the validator says what is wrong with it
-            value = value.tolist()
+        if not isinstance(value, (list, tuple)):
+            value = _read_array(op, args, index, unless)
         if isinstance(value, (list, tuple)):
             values[index] = _rows(value)
     return tuple(values)
 
 
+def _read_array(op: Op, args: tuple[Any, ...], index: int, unless: int) -> Any:
+    """A host argument given as an array as lists, or as it is where it stays or the validator refuses it."""
+    value, name = args[index], op.names[index]
+    family = family_of(value)
+    if family is None or (family == family_of(args[0]) and args[unless] is not None):
+        return value
+    if is_traced(value):
+        raise SpecError(f"{op.spec.name}: {name}: a traced array needs {op.names[unless]}=, got None")
+    dtypes = next(t.dtypes for t in op.spec.tensors if t.name == name)
+    return value.tolist() if dtype_name(value.dtype) in dtypes and value.ndim == 2 else value
+
+
 def _rows(value: Sequence[Any]) -> Any:
     """Rows of ints as tuples; what holds anything else as a list, which no cache key matches, for the validator."""
-    rows = tuple(tuple(row) if isinstance(row, (list, tuple)) else row for row in value)
-    if all(type(row) is tuple and all(type(v) is int for v in row) for row in rows):
+    rows = tuple([tuple(row) if isinstance(row, (list, tuple)) else row for row in value])
+    if {*map(type, rows)} <= _ROW and {*map(type, chain.from_iterable(rows))} <= _INTEGER:
         return rows
     return [tuple(int(v) if isinstance(v, np.integer) else v for v in r) if type(r) is tuple else r for r in rows]
 
@@ -264,29 +287,28 @@ def refresh() -> None:
     registry.cache_clear()
     for op in _OPS.values():
         op.cache.clear()
+        op.last = [], None
     _calls.clear()
-
-
-def _describe_torch(x: Any) -> Any:
-    return x.shape, x.dtype, x.device, x.requires_grad and sys.modules["torch"].is_grad_enabled()
-
-
-def _describe_numpy(x: Any) -> Any:
-    return x.shape, x.dtype
 
 
 def _describe_jax(x: Any) -> Any:
     return x.shape, x.dtype, None if is_traced(x) else x.sharding
 
 
-_DESCRIBE: dict[type, Callable[[Any], Any]] = {}
-
-
-def _describer(value: Any) -> Callable[[Any], Any]:
-    describers = {"torch": _describe_torch, "numpy": _describe_numpy, "jax": _describe_jax}
-    family = family_of(value)
-    return _DESCRIBE.setdefault(type(value), describers[family] if family else _itself)
-
-
 def _itself(x: Any) -> Any:
     return x
+
+
+# What decides of an array, by its type; without and with gradients recorded.
+_DESCRIBE: tuple[dict[type, Callable[[Any], Any]], dict[type, Callable[[Any], Any]]] = ({}, {})
+
+
+def _describer(describe: dict[type, Callable[[Any], Any]], value: Any) -> Callable[[Any], Any]:
+    of_torch = ("shape", "dtype", "device", "requires_grad")
+    describers: dict[str, Callable[[Any], Any]] = {
+        "torch": attrgetter(*(of_torch if describe is _DESCRIBE[True] else of_torch[:3])),
+        "numpy": attrgetter("shape", "dtype"),
+        "jax": _describe_jax,
+    }
+    family = family_of(value)
+    return describe.setdefault(type(value), describers[family] if family else _itself)

@@ -53,7 +53,10 @@ class Backend:
         return next((why for what, why in self.waivers.items() if fnmatchcase(f"{op}/{case}", what)), None)
 
     def missing(self, op: str) -> tuple[str, str] | None:
-        """(status, reason) why the op cannot be loaded here, or None. Imports no op module."""
+        """(status, reason) why the op cannot be loaded here, or None. Imports no op module.
+
+        Raises `BackendError` if the package cannot be imported or its `unavailable` fails.
+        """
         for module in self.requires:
             if importlib.util.find_spec(module) is None:
                 return "not_installed", f"{module} is not installed"
@@ -64,7 +67,11 @@ class Backend:
                 "spec_version",
                 f"implements version {self.implements[op]} of {op}, this is version {OPS[op].version}",
             )
-        reason = getattr(_import(self, self.module), "unavailable", lambda: None)()
+        unavailable = getattr(_import(self, self.module), "unavailable", lambda: None)
+        try:
+            reason = unavailable()
+        except Exception as error:
+            raise BackendError(f"{self.name}: unavailable() failed: {type(error).__name__}: {error}") from error
         return ("not_installed", reason) if reason else None
 
     def load(self, op: str) -> Implementation:
@@ -73,13 +80,16 @@ class Backend:
         """
         module = _import(self, f"{self.module}.{op}")
         try:
-            implementation = Implementation(getattr(module, op), module.CAPABILITY)
+            function, capability = getattr(module, op), module.CAPABILITY
         except AttributeError as error:
             raise BackendError(f"{self.name}: {error}") from error
-        mistakes = implementation.capability.mistakes(OPS[op])
+        if not isinstance(capability, Capability):
+            kind = type(capability).__name__
+            raise BackendError(f"{self.name}: {op}: CAPABILITY: expected a polyfuse.spec.Capability, got a {kind}")
+        mistakes = capability.mistakes(OPS[op])
         if mistakes:
             raise BackendError(f"{self.name}: {op}: CAPABILITY: {'; '.join(mistakes)}")
-        return implementation
+        return Implementation(function, capability)
 
 
 def _import(backend: Backend, module: str) -> Any:
@@ -136,7 +146,15 @@ class Registry:
         raise BackendError(f"backend: expected one of {', '.join(self.names())}, got {name!r}")
 
     def add(self, backend: Backend) -> None:
-        """Register a backend. Raises `BackendError` for a name that is taken, unless `override` is set."""
+        """Register a backend.
+
+        Raises `BackendError` for an op that does not exist, and for a name that is taken unless `override` is set.
+        """
+        unknown = [op for op in backend.implements if op not in OPS]
+        if unknown:
+            raise BackendError(
+                f"backend {backend.name!r}: implements: expected ops of {', '.join(OPS)}, got {', '.join(unknown)}"
+            )
         if backend.name in self.names() and not backend.override:
             known = self._backends.get(backend.name)
             by = known.origin if known else f"entry point {self._plugins[backend.name].value}"
