@@ -145,8 +145,9 @@ def _activated(window: F64, weight: F64, bias: F64) -> Exact:
 
 def _columns(y: Exact, start: int, heads: tuple[int, int]) -> Exact:
     """Some columns of [L, C] as [L, heads, width]."""
-    parts = (part[:, start : start + heads[0] * heads[1]].reshape(-1, *heads) for part in (y.value, y.low, y.high))
-    return Exact(*parts)
+    stop = start + heads[0] * heads[1]
+    value, low, high = (part[:, start:stop].reshape(-1, *heads) for part in (y.value, y.low, y.high))
+    return Exact(value, low, high)
 
 
 def _normalised(y: Exact, eps: float, steps: float) -> Exact:

@@ -303,13 +303,11 @@ def measure_prefill(subject: TextModel, lengths: Sequence[int]) -> Iterator[Mode
 
 
 def measure_decode(subject: TextModel, batches: Sequence[int]) -> Iterator[ModelRow]:
-    """Steps of one token for each sequence, after the context, with a cache that grows."""
+    """Steps of one token for each sequence, after the context."""
     for batch in batches:
-        ids = subject.ids(batch, 1)
         for variant in VARIANTS:
             with subject.variant(variant):
-                step = partial(subject.model, ids, past_key_values=subject.cache(batch))
-                ms = subject.wall_ms(step, calls=20)
+                ms = subject.wall_ms(subject.step(batch), calls=20)
             yield _model_row("decode", batch, subject.context, batch, "eager", variant, ms)
 
 
