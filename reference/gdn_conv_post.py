@@ -146,7 +146,7 @@ def _activated(window: F64, weight: F64, bias: F64) -> Exact:
 def _columns(y: Exact, start: int, heads: tuple[int, int]) -> Exact:
     """Some columns of [L, C] as [L, heads, width]."""
     stop = start + heads[0] * heads[1]
-    value, low, high = (part[:, start:stop].reshape(-1, *heads) for part in (y.value, y.low, y.high))
+    value, low, high = (part[:, start:stop].reshape(len(part), *heads) for part in (y.value, y.low, y.high))
     return Exact(value, low, high)
 
 

@@ -16,7 +16,7 @@ from polyfuse.torch_impl.gdn_conv_post import gdn_conv_post
 SPEC = OPS["gdn_conv_post"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 HEADS = {"num_k_heads": 16, "head_k_dim": 128, "head_v_dim": 128, "output_final_state": True}
-ODD = {"num_k_heads": 3, "head_k_dim": 24, "head_v_dim": 40, "output_final_state": True}
+ODD = {"num_k_heads": 3, "head_k_dim": 25, "head_v_dim": 41, "output_final_state": True}
 SMALL = {"num_k_heads": 2, "head_k_dim": 6, "head_v_dim": 4, "output_final_state": True}
 BF16: dict[str, str] = dict.fromkeys(("T", "weight", "a", "b", "A_log", "dt_bias"), "bfloat16")
 TOKENS_ADJACENT: dict[str, str] = dict.fromkeys(("x", "a", "b"), "token_stride_1")
