@@ -319,6 +319,7 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         zero_scale_min_raised=_change(_SILU, lambda v: {"scale_min": 1e-12 if v["scale_min"] == 0 else v["scale_min"]}),
         always_materialized=_change(_SILU, lambda v: {"materialize": True}),
         never_materialized=_change(_SILU, lambda v: {"materialize": False}),
+        reciprocal_ignored=_change(_SILU, lambda v: {"reciprocal": False}),
     ),
     _PROJ: _named(
         _PROJ,

@@ -54,7 +54,12 @@ def silu_mul(gate: jax.Array, up: jax.Array, dtype: str, limit: float | None, ma
 
 
 def block_scale(
-    y: jax.Array, quant_dtype: str, power_of_two: bool, scale_ub: float | None, scale_min: float | None
+    y: jax.Array,
+    quant_dtype: str,
+    power_of_two: bool,
+    scale_ub: float | None,
+    scale_min: float | None,
+    reciprocal: bool,
 ) -> jax.Array:
     """The scale of each group of `y` [..., groups, group_size]."""
     qmax = np.float32(QMAX[quant_dtype])
@@ -64,13 +69,15 @@ def block_scale(
     # Magnitudes are ordered as their bits are, and NaN comes last.
     bits = jnp.max(_bits(y) & 0x7FFFFFFF, axis=-1)
     amax = lax.bitcast_convert_type(bits, jnp.float32)
+    product = amax * (1 / qmax)
     if power_of_two:
         # amax <= qmax * 2**e where bits(amax) <= bits(qmax) + e * 2**23: no quotient that could be rounded.
-        exponent = (bits - int(qmax.view(np.int32)) + (1 << _MANTISSA) - 1) >> _MANTISSA
+        above = _bits(product) - (127 << _MANTISSA) if reciprocal else bits - int(qmax.view(np.int32))
+        exponent = (above + (1 << _MANTISSA) - 1) >> _MANTISSA
         scale = _power_of_two(jnp.clip(exponent, _log2_above(least), _log2_above(most)) + 127)
     else:
-        # A product with the reciprocal is closer than Triton's division.
-        scale = jnp.clip(amax * (1 / qmax), least, most)
+        # In place of the quotient too: the product is closer than Triton's division.
+        scale = jnp.clip(product, least, most)
     return jnp.where(bits < _INFINITY, scale, amax)
 
 

@@ -44,7 +44,9 @@ def _flushed(y: Interval, gate: F64, up: F64, sigma: F64) -> Interval:
     return np.where(either, np.nan, y[0]), np.where(either, np.inf, y[1]), np.where(either, np.inf, y[2])
 
 
-def _scales(y: Interval, group: int, qmax: float, floor: float, ub: float | None, power_of_two: bool) -> Interval:
+def _scales(
+    y: Interval, group: int, qmax: float, floor: float, ub: float | None, power_of_two: bool, reciprocal: bool
+) -> Interval:
     """Scales [..., D / group] before they are stored."""
     value, low, high = (part.reshape(*part.shape[:-1], part.shape[-1] // group, group) for part in y)
     nearest = np.where((low <= 0) & (high >= 0), 0.0, np.minimum(np.abs(low), np.abs(high)))
@@ -55,7 +57,10 @@ def _scales(y: Interval, group: int, qmax: float, floor: float, ub: float | None
     flush = (0.0, FP32_TINY, 0.0)
     scales = []
     for end, widen, least in zip(ends, slack, flush, strict=True):
-        scale = end / qmax * (1 + widen)
+        if reciprocal:  # one product, which no backend rounds in another way
+            scale = to_f64(round_to(end * float(np.float32(1 / qmax)), "float32"))
+        else:
+            scale = end / qmax * (1 + widen)
         scale = np.where(scale < least, 0.0, scale)
         if ub is not None:
             scale = np.where(np.isfinite(amax), np.minimum(scale, float(np.float32(ub))), scale)
@@ -102,13 +107,14 @@ def exact(
     scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
+    reciprocal: bool = False,
 ) -> dict[str, Exact]:
     """The unrounded q and scale with their intervals; a packed scale as its bytes."""
     qmax, steps = QMAX[quant_dtype], SPEC.bound("q").steps({})
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         y = _activation(to_f64(x), dtype_name(x.dtype), limit, materialize, steps)
         floor = float(np.float32(scale_floor(quant_dtype, scale_min)))
-        scale = _scales(y, group_size, qmax, floor, scale_ub, scale_format != "float32")
+        scale = _scales(y, group_size, qmax, floor, scale_ub, scale_format != "float32", reciprocal)
         least = float(np.float32(LEAST_DIVISOR)) if floor == 0 else floor
         divisor, smallest, largest = (np.maximum(part, least) for part in scale)
         q = _quantised(y, (divisor, smallest, largest), group_size, qmax, quant_dtype == "int8")
@@ -135,6 +141,7 @@ def silu_mul_block_quant(
     scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
+    reciprocal: bool = False,
 ) -> tuple[Any, Any]:
     """q and scale, each rounded once; rows past num_rows are zero."""
     results = exact(
@@ -148,6 +155,7 @@ def silu_mul_block_quant(
         scale_min=scale_min,
         limit=limit,
         materialize=materialize,
+        reciprocal=reciprocal,
     )
     q, scale = results["q"].value, results["scale"].value
     if scale_format == "ue8m0_packed":

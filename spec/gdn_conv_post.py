@@ -159,9 +159,7 @@ SPEC = OpSpec(
     rows="L",
     tensors=(
         TensorSpec("x", ("L", _CHANNELS), FLOATS, "[q | k | v] before the conv; any strides", dtype_var="T"),
-        TensorSpec(
-            "weight", (_CHANNELS, "W"), FLOATS, "of the conv; W is 2 to 4, the last column the row itself"
-        ),
+        TensorSpec("weight", (_CHANNELS, "W"), FLOATS, "of the conv; W is 2 to 4, the last column the row itself"),
         *POST_CONV.tensors[1:],
         TensorSpec("bias", (_CHANNELS,), FLOATS, "of the conv", optional=True),
         TensorSpec(

@@ -16,6 +16,8 @@ has scale 0 and q 0. Both bounds are the float32 nearest to the number given.
 `limit=c` first clamps gate to at most c and up to [-c, c]. `materialize=True` rounds silu(gate), and then the
 product, to x's dtype, so that replacing an unfused pair of ops changes no bit. With a ue8m0 scale format the
 scale is rounded UP to a power of two and q is computed with that; group_size=32 with ue8m0 is MXFP8.
+`reciprocal=True` puts amax * (1 / qmax) in place of amax / qmax, with 1 / qmax and then the product rounded to float32:
+what PyTorch computes on a GPU for `amax / 448.0`.
 Rounding is to nearest even, saturating at +-qmax.
 """
 
@@ -144,6 +146,15 @@ def _cases() -> Iterator[Case]:
         yield Case(f"scale_min_0.01-{fmt}", {"...": (12,), "D": 96}, attrs, fill={"x": "decades"})
     attrs = {"scale_layout": "col_major", "scale_min": 0.0, "materialize": True}
     yield Case("scale_min_0.0-materialize", {"...": (5,), "D": 256}, attrs, {"x": "bfloat16"}, fill={"x": "decades"})
+    for dtype, fmt, fill in (
+        *((dtype, "float32", "decades") for dtype in QMAX),
+        ("int8", "ue8m0", "decades"),
+        ("float8_e4m3fn", "ue8m0_packed", "zeros"),
+    ):
+        attrs = {"group_size": 32, "quant_dtype": dtype, "scale_format": fmt, "materialize": True, "reciprocal": True}
+        name = f"reciprocal-{fill}-{dtype}-{fmt}"
+        yield Case(name, {"...": (12,), "D": 96}, attrs, {"x": "bfloat16"}, fill={"x": fill})
+    yield Case("reciprocal", small, {"group_size": 32, "reciprocal": True})
     yield Case("scale_min_above_ub", small, {"group_size": 32, "scale_ub": 1e-3, "scale_min": 2e-3})
     for layout in ("row_strided", "column_strided"):
         yield Case(layout, {"...": (9,), "D": 64}, {"group_size": 32}, {"x": "bfloat16"}, layout={"x": layout})
@@ -185,6 +196,7 @@ SPEC = OpSpec(
         AttrSpec("scale_min", "float", None, "least scale; from 2**-126 to 2**127, or 0 (scale_format float32 only)"),
         AttrSpec("limit", "float", None, "clamp of gate from above and of up on both sides; > 0"),
         AttrSpec("materialize", "bool", False, "round silu(gate) and the product to x's dtype before quantising"),
+        AttrSpec("reciprocal", "bool", False, "amax * (1 / qmax), each rounded to float32, in place of amax / qmax"),
     ),
     outputs=(
         OutputSpec("q", ("...", "D"), "quant_dtype", "quantised values"),
@@ -197,7 +209,11 @@ SPEC = OpSpec(
             "on y: magnitude |y| * (1 + |gate|), as an exponential turns the rounding of its argument into a relative "
             "error and costs 2 ulp; 1 + exp, a division within 2 ulp and two products. Then 3 for y / scale",
         ),
-        ErrorBound("scale", lambda names: 10, "the error of the largest |y|, and 2 for the division by qmax"),
+        ErrorBound(
+            "scale",
+            lambda names: 10,
+            "the error of the largest |y|, and 2 for the division by qmax, but none for a product with 1 / qmax",
+        ),
     ),
     edge_cases=(
         "NaN in a group: its scale is NaN and its q are NaN (int8: 0).",

@@ -1,5 +1,7 @@
 from inspect import signature
+from itertools import product
 from math import inf, nan
+from typing import Any
 
 import pytest
 import torch
@@ -50,13 +52,30 @@ def test_scale_min_0_keeps_the_scale_and_divides_by_1e_12_at_least() -> None:
     assert torch.equal(q.float()[0], want.float())
 
 
+@pytest.mark.parametrize("quant_dtype", QMAX)
+def test_reciprocal_scales_are_products_with_the_rounded_reciprocal(quant_dtype: str) -> None:
+    y, qmax = normal(64, 128), torch.tensor(QMAX[quant_dtype])
+    amax = y.abs().amax(-1, keepdim=True)
+    _, scale = block_quant(y, quant_dtype=quant_dtype, reciprocal=True)
+    assert torch.equal(scale, amax * qmax.reciprocal())
+    assert not torch.equal(scale, amax / qmax)
+
+
+def test_a_reciprocal_product_decides_about_its_power_of_two() -> None:
+    amax = torch.tensor([[127.0], [127.0]]).nextafter(torch.tensor([[0.0], [inf]]))
+    for reciprocal, want in ((False, [1.0, 2.0]), (True, [1.0, 1.0])):
+        _, scale = block_quant(amax, group_size=1, quant_dtype="int8", scale_format="ue8m0", reciprocal=reciprocal)
+        assert scale.flatten().tolist() == want
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("scale_layout", SCALE_LAYOUTS)
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
 def test_together_they_are_the_op(scale_format: str, scale_layout: str, dtype: str) -> None:
     x = normal(2, 3, 2 * 192, dtype=getattr(torch, dtype))
-    for quant_dtype in QMAX:
-        options = {"scale_format": scale_format, "scale_layout": scale_layout, "quant_dtype": quant_dtype}
+    for quant_dtype, reciprocal in product(QMAX, (False, True)):
+        options: Any = {"scale_format": scale_format, "scale_layout": scale_layout, "quant_dtype": quant_dtype}
+        options["reciprocal"] = reciprocal
         q, scale = block_quant(silu_mul(x), group_size=32, **options)
         want = silu_mul_block_quant(x, group_size=32, materialize=True, **options)
         assert torch.equal(q.view(torch.uint8), want[0].view(torch.uint8))

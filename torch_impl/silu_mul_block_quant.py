@@ -20,6 +20,7 @@ def silu_mul_block_quant(
     scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
+    reciprocal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and scale, each rounded once; rows past num_rows, which nothing may depend on, are like the others."""
     q, scale = block_quant(
@@ -29,6 +30,7 @@ def silu_mul_block_quant(
         scale_format=scale_format,
         scale_ub=scale_ub,
         scale_min=scale_min,
+        reciprocal=reciprocal,
     )
     return q, lay_out(scale, scale_layout, masked=num_rows is not None)
 

@@ -20,8 +20,8 @@ NAME = "gdn_conv_post"
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
 
 STEP = tl.constexpr(4)  # rows that a strip takes at a time: that many loads are under way
-SHORT = 512  # up to this many rows a program takes few gates
-STRIPS = 512  # that a long call is divided into: each begins with reading its weights and the rows before it
+SHORT = 512  # up to this many rows programs are small, so that there are many
+STRIPS = 640  # that a long call is divided into: each begins with reading its weights and the rows before it
 COLUMNS = (512, 1024)  # per program of single rows, of strips: whole pages of a row, 16 bytes for each of 128 threads
 GATES = (128, 512)  # g and beta per program of a short, a long call
 STAGES = tl.constexpr(3)
@@ -385,7 +385,7 @@ def _tile(length: int, sequences: int, H: int, K: int, HV: int, V: int) -> tuple
     """Rows of a strip; heads of q and k, heads of v, tokens of gates and channels of states per program."""
     step = STEP.value
     single = length < step * sequences  # most rows are among the first of their sequence
-    rows = 1 if single else step * max(1, length // (step * STRIPS))
+    rows = 1 if single else step * max(1 + (length > SHORT), length // (step * STRIPS))
     columns = COLUMNS[not single]
     heads = gcd(H, max(1, columns // triton.next_power_of_2(K)))
     heads_v = gcd(HV, max(1, columns // triton.next_power_of_2(V)))

@@ -75,6 +75,7 @@ def _kernel(
     FLOOR: tl.constexpr,
     SCALE_FORMAT: tl.constexpr,
     MATERIALIZE: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -118,7 +119,10 @@ def _kernel(
 
     # As integers the magnitudes have the same order, and NaN is above infinity.
     amax = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)  # [BLOCK]
-    scale = tl.div_rn(amax, QMAX)
+    if RECIPROCAL:
+        scale = amax * (1 / QMAX)
+    else:
+        scale = tl.div_rn(amax, QMAX)
     if scale_ub is not None:
         scale = tl.where((scale > scale_ub) & (amax < float("inf")), scale_ub, scale)
     scale = tl.where(scale < FLOOR, FLOOR, scale)
@@ -187,6 +191,7 @@ def _plan(
     scale_layout: str,
     scale_min: float | None,
     materialize: bool,
+    reciprocal: bool,
     *compiled_for: bool,
 ) -> _Plan:
     """`strides` are those of x as [experts, rows, width] if `masked`, else as [rows, width].
@@ -218,6 +223,7 @@ def _plan(
         scale_floor(quant_dtype, scale_min),
         scale_format,
         materialize,
+        reciprocal,
         rows * groups >= WIDE_PAIRS,
         block,
     )
@@ -246,6 +252,7 @@ def silu_mul_block_quant(
     scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
+    reciprocal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and scale, each rounded once."""
     lead = x.shape[:-1]
@@ -267,6 +274,7 @@ def silu_mul_block_quant(
         scale_layout,
         scale_min,
         materialize,
+        reciprocal,
         scale_ub is None,
         limit is None,
         x.data_ptr() % 16 == 0,

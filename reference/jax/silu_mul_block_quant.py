@@ -28,6 +28,7 @@ def silu_mul_block_quant(
     scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
+    reciprocal: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """q [..., D], scale [..., G]. Rows past num_rows are zero in q and have the least scale."""
     return _quantise(
@@ -40,12 +41,22 @@ def silu_mul_block_quant(
         scale_min=scale_min,
         limit=limit,
         materialize=materialize,
+        reciprocal=reciprocal,
     )
 
 
 @partial(
     jax.jit,
-    static_argnames=("group_size", "quant_dtype", "scale_format", "scale_ub", "scale_min", "limit", "materialize"),
+    static_argnames=(
+        "group_size",
+        "quant_dtype",
+        "scale_format",
+        "scale_ub",
+        "scale_min",
+        "limit",
+        "materialize",
+        "reciprocal",
+    ),
 )
 def _quantise(
     x: jax.Array,
@@ -56,6 +67,7 @@ def _quantise(
     scale_format: str,
     scale_ub: float | None,
     scale_min: float | None,
+    reciprocal: bool,
     **activation: Any,
 ) -> tuple[jax.Array, jax.Array]:
     gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -63,7 +75,7 @@ def _quantise(
     if num_rows is not None:
         y = jnp.where(jnp.arange(y.shape[1])[:, None] < num_rows[:, None, None], y, 0.0)
     groups = y.reshape(*y.shape[:-1], y.shape[-1] // group_size, group_size)
-    scale = block_scale(groups, quant_dtype, scale_format != "float32", scale_ub, scale_min)
+    scale = block_scale(groups, quant_dtype, scale_format != "float32", scale_ub, scale_min, reciprocal)
     q = quantised(groups / divisor(scale, scale_min)[..., None], quant_dtype).reshape(y.shape)
     return q, _packed(scale) if scale_format == "ue8m0_packed" else scale
 

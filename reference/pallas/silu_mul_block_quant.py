@@ -38,6 +38,7 @@ def silu_mul_block_quant(
     scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
+    reciprocal: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """q [..., D], scale [..., G]. Rows past num_rows are zero in q and have the least scale."""
     return _quantise(
@@ -50,12 +51,22 @@ def silu_mul_block_quant(
         scale_min=scale_min,
         limit=limit,
         materialize=materialize,
+        reciprocal=reciprocal,
     )
 
 
 @partial(
     jax.jit,
-    static_argnames=("group_size", "quant_dtype", "scale_format", "scale_ub", "scale_min", "limit", "materialize"),
+    static_argnames=(
+        "group_size",
+        "quant_dtype",
+        "scale_format",
+        "scale_ub",
+        "scale_min",
+        "limit",
+        "materialize",
+        "reciprocal",
+    ),
 )
 def _quantise(
     x: jax.Array,
@@ -161,6 +172,7 @@ def _kernel(
     scale_min: float | None,
     limit: float | None,
     materialize: bool,
+    reciprocal: bool,
 ) -> None:
     *num_rows_refs, q_ref, scale_ref = refs
     tile_rows, tile_groups, lanes = gate_ref.shape
@@ -173,7 +185,7 @@ def _kernel(
         live = inside & (row < ref[...])[:, None, None]
     gate, up = (plgpu.load(ref, mask=live, other=0).astype(jnp.float32) for ref in (gate_ref, up_ref))
     y = silu_mul(gate, up, dtype_name(gate_ref.dtype), limit, materialize)
-    scale = block_scale(y, quant_dtype, power_of_two, scale_ub, scale_min)
+    scale = block_scale(y, quant_dtype, power_of_two, scale_ub, scale_min, reciprocal)
     ratio = y / divisor(scale, scale_min)[:, :, None]
     q = _fnuz_bytes(ratio) if quant_dtype == "float8_e4m3fnuz" else quantised(ratio, quant_dtype)
     plgpu.store(q_ref, q, mask=inside)

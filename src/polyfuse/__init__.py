@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 from polyfuse.spec import BackendError, SpecError, Unsupported
 
 if TYPE_CHECKING:
-    from polyfuse._ops import gdn_in_proj, gdn_post_conv, pos_embed_interpolate, silu_mul_block_quant
+    from polyfuse._ops import (
+        gdn_conv_post,
+        gdn_in_proj,
+        gdn_post_conv,
+        pos_embed_interpolate,
+        silu_mul_block_quant,
+    )
     from polyfuse.dispatch import call_counts, explain, refresh, use_backend
 
 __version__ = "0.1.0.dev0"

@@ -85,9 +85,11 @@ def silu_mul_block_quant(
     scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
+    reciprocal: bool = False,
     backend: str | Sequence[str] | None = None,
 ) -> Any:
-    args = (x, num_rows, group_size, quant_dtype, scale_format, scale_layout, scale_ub, scale_min, limit, materialize)
+    scaling = (scale_format, scale_layout, scale_ub, scale_min)
+    args = (x, num_rows, group_size, quant_dtype, *scaling, limit, materialize, reciprocal)
     return run("silu_mul_block_quant", args, backend)
 
 

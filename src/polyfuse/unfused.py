@@ -48,6 +48,7 @@ def block_quant(
     scale_layout: str = "row_major",
     scale_ub: float | None = None,
     scale_min: float | None = None,
+    reciprocal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Contiguous q [..., D] and scale [..., G] of `y` [..., D] (float32, bfloat16 or float16).
 
@@ -81,7 +82,8 @@ def block_quant(
     qmax = QMAX[quant_dtype]
     groups = y.float().unflatten(-1, (-1, group_size))  # [..., G, group_size]
     amax = groups.abs().amax(-1)
-    scale = amax / torch.full_like(amax, qmax)  # by a number, a GPU multiplies by its rounded reciprocal
+    # A quotient by a number would be this product on a GPU.
+    scale = amax * (1 / qmax) if reciprocal else amax / torch.full_like(amax, qmax)
     if scale_ub is not None:
         scale = torch.where(scale == inf, scale, scale.clamp(max=scale_ub))
     if scale_min != 0:

@@ -16,6 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.nn.functional import pad, silu
 
@@ -47,9 +48,7 @@ class Rewritten(NamedTuple):
     reasons: list[str]
 
 
-def rewrite(
-    function: Callable[..., Any], *inputs: torch.Tensor, materialize: bool = True, dynamic: bool = False
-) -> Any:
+def rewrite(function: Callable[..., Any], *inputs: Any, materialize: bool = True, dynamic: bool = False) -> Any:
     """What a function gives when its graph, as Inductor sees it first, is rewritten and then run node by node."""
     seen: dict[str, Any] = {}
 
@@ -277,7 +276,8 @@ ANOTHER_FUNCTION = {
     "no_floor": with_scale(lambda amax, scale: amax / by(amax, 448.0)),
     "floor_below_normal": with_scale(lambda amax, scale: (amax / by(amax, 448.0)).clamp(min=1e-40)),
     "another_divisor": with_scale(lambda amax, scale: (amax / by(amax, 440.0)).clamp(min=1e-10)),
-    "times_the_reciprocal": with_scale(lambda amax, scale: (amax * (1 / 448.0)).clamp(min=1e-10)),
+    "times_another_reciprocal": with_scale(lambda amax, scale: (amax * (1 / 440.0)).clamp(min=1e-10)),
+    "reciprocal_of_another_dtype": with_scale(lambda amax, scale: (amax * (1 / 127.0)).clamp(min=1e-10)),
     "scale_rounded": with_scale(lambda amax, scale: scale.bfloat16().float()),
     "ceiling_for_infinity_too": with_scale(lambda amax, scale: (amax / by(amax, 448.0)).clamp(1e-10, 0.01)),
     "floor_after_power": with_scale(lambda amax, scale: torch.exp2(scale.log2().ceil()).clamp(min=1e-5)),
@@ -413,24 +413,74 @@ def test_results_in_another_shape(view: str, lead: tuple[int, ...]) -> None:
     assert_same_bits(got.outputs, function(x))
 
 
-def test_a_number_divides_on_a_cpu_only() -> None:
-    """Another device multiplies by the number's rounded reciprocal."""
+# A build for CUDA makes no tensors for XPU, not even fake ones.
+XPU = pytest.param("xpu", marks=pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch is built for CUDA"))
 
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", XPU, "meta"])
+def test_a_number_divides_on_a_cpu_and_on_a_gpu_its_reciprocal_multiplies(device: str) -> None:
     def function(x: torch.Tensor, tensor: bool) -> tuple[torch.Tensor, ...]:
         groups = activated(x).float().unflatten(-1, (-1, 128))
-        amax = groups.abs().amax(-1)
+        amax = groups.abs().amax(-1, keepdim=True)
         scale = (amax / (torch.full_like(amax, 448.0) if tensor else 448.0)).clamp(min=1e-10)
-        return (groups / scale[..., None]).to(E4M3), scale
+        return (groups / scale).to(E4M3), scale
 
-    for x in (rows(6).cpu(), rows(6).to("meta")):
-        for tensor in (False, True):
-            torch._dynamo.reset()
-            got = rewrite(function, x, tensor)
-            exact = tensor or x.device.type == "cpu"
-            assert len(got.placed) == exact
-            assert got.reasons == ([] if exact else ["on meta, amax / 448.0 is amax * (1 / 448.0)"])
-    torch._dynamo.reset()
-    assert len(rewrite(function, rows(6).to("meta"), False, materialize=False).placed) == 1
+    def reciprocals(tensor: bool, materialize: bool = True) -> tuple[list[bool], list[str]]:
+        torch._dynamo.reset()
+        with FakeTensorMode():  # a graph for any device
+            x = torch.empty(6, 2 * D, dtype=torch.bfloat16, device=device)
+            got = rewrite(function, x, tensor, materialize=materialize)
+        return [placed.get("reciprocal", False) for placed in got.placed], got.reasons
+
+    multiplies = device in ("cuda", "xpu")
+    assert reciprocals(True) == ([False], [])
+    if device == "meta":
+        assert reciprocals(False) == ([], ["on meta, amax / 448.0 may be amax * (1 / 448.0)"])
+    else:
+        assert reciprocals(False) == ([multiplies], [])
+    assert reciprocals(False, materialize=False) == ([multiplies], [])
+
+
+def test_a_division_by_a_number_changes_no_bit() -> None:
+    function = with_scale(lambda amax, scale: (amax / 448.0).clamp(min=1e-10))
+    x = rows(64)
+    got = rewrite(function, x)
+    assert [placed.get("reciprocal", False) for placed in got.placed] == [DEVICE == "cuda"]
+    assert_same_bits(got.outputs, function(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda amax, scale: (amax * (1 / 448.0)).clamp(min=1e-10),
+        lambda amax, scale: (0.002232142857142857 * amax).clamp(min=1e-10),
+        lambda amax, scale: (amax * float(torch.tensor(1 / 448.0))).clamp(min=1e-10),
+        lambda amax, scale: amax.clamp(min=1e-4) * (1 / 448.0),
+        lambda amax, scale: torch.exp2((amax * (1 / 448.0)).clamp(min=1e-10).log2().ceil()),
+    ],
+)
+def test_a_product_with_the_reciprocal_is_one_of_the_op(change: Any) -> None:
+    x = rows(64)
+    x[0] = 0
+    function = with_scale(change)
+    got = rewrite(function, x)
+    assert [placed.get("reciprocal") for placed in got.placed] == [True]
+    assert_same_bits(got.outputs, function(x))
+
+
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
+def test_the_library_with_reciprocal_is_matched(scale_format: str) -> None:
+    def function(x: torch.Tensor) -> Outputs:
+        y = silu_mul(x)
+        return [block_quant(y, quant_dtype=name, scale_format=scale_format, reciprocal=True) for name in QMAX]
+
+    x = rows(6)
+    got = rewrite(function, x)
+    assert [(placed.get("quant_dtype", "float8_e4m3fn"), placed["reciprocal"]) for placed in got.placed] == [
+        (name, True) for name in QMAX
+    ]
+    for one, other in zip(got.outputs, function(x), strict=True):
+        assert_same_bits(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -439,7 +489,8 @@ def test_the_logarithm_of_a_16_bit_amax_gives_its_power_of_two(divisor: float, d
     """What the pass relies on, at every positive amax."""
     amax = torch.arange(1, 2**15, dtype=torch.int16, device=DEVICE).view(dtype)
     amax = amax[amax.isfinite()].float()
-    for scale in (amax / torch.full_like(amax, divisor), amax.clamp(min=1e-4) / torch.full_like(amax, divisor)):
+    number = torch.full_like(amax, divisor)
+    for scale in (amax / number, amax.clamp(min=1e-4) / number, amax * (1 / divisor)):
         scale = scale[scale >= 2.0**-126]
         assert torch.equal(power_of_two_above(scale, exact=False), power_of_two_above(scale, exact=True))
 

@@ -34,6 +34,7 @@ def attrs_of(**changes: Any) -> Any:
         ({"scale_min": 1e-38}, "scale_min: expected 0 or a number from 2**-126 to 2**127, got 1e-38"),
         ({"scale_min": math.inf}, "scale_min: expected 0 or a number from 2**-126 to 2**127, got inf"),
         ({"scale_min": math.nan}, "scale_min: expected 0 or a number from 2**-126 to 2**127, got nan"),
+        ({"reciprocal": 1 / 448}, "reciprocal: expected True or False, got 0.002232142857142857"),
         ({"scale_min": "0"}, "scale_min: expected a number, got '0'"),
         (
             {"scale_min": 0, "scale_format": "ue8m0"},

@@ -81,9 +81,11 @@ def test_materialize_changes_no_bit_of_the_unfused_ops(dtype: str, device: str) 
     gate, up = normal(2, 64, 128).to(device, getattr(torch, dtype)) * 4
     y = (silu(gate) * up).float()
     amax = y.abs().amax(-1, keepdim=True)
-    scale = (amax / torch.full_like(amax, 448)).clamp(min=1 / (448 * 512))
-    q = (y / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-    assert_same_bits(silu_mul_block_quant(torch.cat([gate, up], -1), materialize=True), (q, scale))
+    for divisor, reciprocal in ((torch.full_like(amax, 448), False), (448.0, device == "cuda")):
+        scale = (amax / divisor).clamp(min=1 / (448 * 512))
+        q = (y / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        got = silu_mul_block_quant(torch.cat([gate, up], -1), materialize=True, reciprocal=reciprocal)
+        assert_same_bits(got, (q, scale))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -242,6 +242,21 @@ def test_scales_round_up_to_powers_of_two(quant_dtype: str) -> None:
             np.testing.assert_array_equal(got.numpy(), want)
 
 
+@pytest.mark.parametrize("quant_dtype", QMAX)
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+def test_scales_from_the_reciprocal_are_the_rounded_products(scale_format: str, quant_dtype: str) -> None:
+    qmax = np.float32(QMAX[quant_dtype])
+    edges = np.ldexp(qmax, np.arange(-10, 40)).astype(np.float32)
+    sides = [np.nextafter(edges, np.float32(end), dtype=np.float32) for end in (0, np.inf)]
+    amax = np.concatenate([np.geomspace(1, 1e10, 200, dtype=np.float32), edges, *sides])
+    product = amax * (np.float32(1) / qmax)
+    want = product if scale_format == "float32" else np.exp2(np.ceil(np.log2(product.astype(np.float64))))
+    _, scale = quantised_as_they_are(
+        amax[:, None], quant_dtype=quant_dtype, scale_format=scale_format, scale_min=1e-9, reciprocal=True
+    )
+    np.testing.assert_array_equal(scale.cpu().flatten().numpy(), want)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's exp is NumPy's")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_materialize_changes_no_bit_of_the_unfused_ops(dtype: torch.dtype) -> None:
@@ -256,9 +271,11 @@ def test_materialize_changes_no_bit_of_the_unfused_ops(dtype: torch.dtype) -> No
     up = normal(*gate.shape, dtype=dtype)
     y = (silu(gate) * up).float()
     amax = y.abs().amax(-1, keepdim=True)
-    scale = (amax / torch.full_like(amax, 448)).clamp(min=1 / (448 * 512))
-    q = (y / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-    assert_same_bits(silu_mul_block_quant(torch.cat([gate, up], -1), materialize=True), (q, scale))
+    for divisor, reciprocal in ((torch.full_like(amax, 448), False), (448.0, True)):
+        scale = (amax / divisor).clamp(min=1 / (448 * 512))
+        q = (y / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        got = silu_mul_block_quant(torch.cat([gate, up], -1), materialize=True, reciprocal=reciprocal)
+        assert_same_bits(got, (q, scale))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
@@ -289,7 +306,7 @@ for group, scale_format in ((128, "float32"), (64, "ue8m0_packed")):
     types["scale_ptr"] = "*fp32" if scale_format == "float32" else "*i32"
     constants = dict(num_rows_ptr=None, scale_ub=None, limit=None, x_column=1, D=2048, GROUP=group)
     constants |= dict(FORMAT="float8_e4m3fn", QMAX=448.0, FLOOR=1 / (448 * 512), SCALE_FORMAT=scale_format)
-    constants |= dict(MATERIALIZE=False, WIDE=False, BLOCK=block)
+    constants |= dict(MATERIALIZE=False, RECIPROCAL=False, WIDE=False, BLOCK=block)
     position = _kernel.arg_names.index
     source = ASTSource(
         _kernel,

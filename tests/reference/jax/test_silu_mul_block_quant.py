@@ -129,7 +129,8 @@ def test_rint() -> None:
 
 @pytest.mark.parametrize("dtype", QMAX)
 def test_power_of_two_scales_are_the_least(dtype: str) -> None:
-    scale_of = jax.jit(partial(block_scale, quant_dtype=dtype, power_of_two=True, scale_ub=None, scale_min=None))
+    bounds: dict[str, Any] = {"scale_ub": None, "scale_min": None}
+    scale_of = jax.jit(partial(block_scale, quant_dtype=dtype, power_of_two=True, reciprocal=False, **bounds))
     powers = np.float32(2.0) ** np.arange(-15, 110, dtype=np.float32)
     exact = np.float32(QMAX[dtype]) * powers
     np.testing.assert_array_equal(scale_of(exact[:, None]), powers)
@@ -137,9 +138,24 @@ def test_power_of_two_scales_are_the_least(dtype: str) -> None:
     np.testing.assert_array_equal(scale_of(-np.nextafter(exact, np.float32(np.inf))[:, None]), 2 * powers)
 
 
+@pytest.mark.parametrize("dtype", QMAX)
+def test_scales_from_the_reciprocal_are_the_rounded_products(dtype: str) -> None:
+    bounds: dict[str, Any] = {"scale_ub": None, "scale_min": 2.0**-126}
+    qmax = np.float32(QMAX[dtype])
+    edges = qmax * np.float32(2.0) ** np.arange(-110, 110, dtype=np.float32)
+    sides = [np.nextafter(edges, np.float32(end)) for end in (0, np.inf)]
+    amax = np.concatenate([np.geomspace(1e-30, 1e38, 1000, dtype=np.float32), edges, *sides])
+    product = np.maximum(amax * (np.float32(1) / qmax), np.float32(2.0**-126))
+    for power_of_two, want in ((False, product), (True, np.exp2(np.ceil(np.log2(product.astype(np.float64)))))):
+        scale_of = jax.jit(
+            partial(block_scale, quant_dtype=dtype, power_of_two=power_of_two, reciprocal=True, **bounds)
+        )
+        np.testing.assert_array_equal(scale_of(amax[:, None]), want)
+
+
 def test_scale_bounds() -> None:
     y = np.array([[0.0], [1.0], [1e6], [np.inf], [np.nan]], np.float32)
-    scale = partial(block_scale, quant_dtype="float8_e4m3fn", scale_min=None)
+    scale = partial(block_scale, quant_dtype="float8_e4m3fn", scale_min=None, reciprocal=False)
     np.testing.assert_array_equal(
         scale(y, power_of_two=True, scale_ub=0.3), np.array([2**-17, 2**-8, 0.5, np.inf, np.nan], np.float32)
     )

@@ -84,7 +84,7 @@ def test_gpu_tiles(shape: tuple[int, ...], group_size: int, scale_format: str, m
 def test_parts_of_a_large_result(monkeypatch: pytest.MonkeyPatch) -> None:
     x, num_rows = random_x(2, 23, 2, 3, 32), jnp.array([20, 7], jnp.int32)
     attrs: dict[str, Any] = {"quant_dtype": "int8", "scale_format": "float32", "scale_ub": None, "scale_min": None}
-    attrs |= {"limit": None, "materialize": False}
+    attrs |= {"limit": None, "materialize": False, "reciprocal": False}
     in_parts = partial(module._in_parts, tile=(4, 3, 32), interpret=True, **attrs)
     whole = jax.jit(in_parts)(x, num_rows)
     launched, launch = [], module._launch

@@ -47,6 +47,7 @@ def silu_mul_block_quant(
     scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
+    reciprocal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and scale, each rounded once; rows past num_rows are left unwritten."""
     lead, width = x.shape[:-1], x.shape[-1] // 2
@@ -72,6 +73,7 @@ def silu_mul_block_quant(
         group_size,
         group_size * max(1, TILE // group_size),
         np.float32(QMAX[quant_dtype]),
+        reciprocal,
         np.array(FORMATS[quant_dtype], dtype=np.uint32),
         scale_format != "float32",
         packed,
@@ -123,13 +125,14 @@ def _multiply(gate: Any, up: Any, limit: Any) -> None:
 
 
 @compiled
-def _scale(y: Any, qmax: Any, power_of_two: bool, upper: Any, floor: Any) -> Any:
+def _scale(y: Any, qmax: Any, reciprocal: bool, power_of_two: bool, upper: Any, floor: Any) -> Any:
     """The scale of one group; the bits of |y| are ordered as numbers, NaN above infinity."""
     largest = np.uint32(0)
     for i in range(y.size):
         magnitude = np.uint32(as_bits(y[i]) & np.uint32(0x7FFFFFFF))
         largest = magnitude if magnitude > largest else largest
-    scale = as_float(largest) / qmax
+    amax = as_float(largest)
+    scale = amax * (np.float32(1.0) / qmax) if reciprocal else amax / qmax
     if largest < np.uint32(0x7F800000):
         scale = max(min(scale, upper), floor)
         if power_of_two:
@@ -183,6 +186,7 @@ def _kernel(
     group: int,
     tile: int,
     qmax: Any,
+    reciprocal: bool,
     form: Any,
     power_of_two: bool,
     packed: bool,
@@ -229,7 +233,7 @@ def _kernel(
                     _activate(gate, up, limit)
                 for piece in range(columns // group):
                     first, last = piece * group, (piece + 1) * group
-                    scale = _scale(gate[first:last], qmax, power_of_two, upper, floor)
+                    scale = _scale(gate[first:last], qmax, reciprocal, power_of_two, upper, floor)
                     # What `up` held is used up: now the divisor of every column.
                     up[first:last] = least_divisor if scale < least_divisor else scale
                     number = column // group + piece

@@ -66,11 +66,15 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Scale:
-    """The largest |y| of each group, then divided by `divisor`, at most `high`, at least `low`, a power of two."""
+    """The largest |y| of each group, then divided by `divisor`, at most `high`, at least `low`, a power of two.
+
+    `reciprocal`: multiplied by the float32 nearest to 1 / divisor instead.
+    """
 
     y: Product
     group_size: int
     divisor: float | None = None
+    reciprocal: bool = False
     high: float | None = None
     low: float | None = None
     power_of_two: bool = False

@@ -88,6 +88,7 @@ def _match(label: Quantised, nodes: list[Node], families: _Families, materialize
         "scale_min": scale_min,
         "limit": scale.y.silu.gate.high,
         "materialize": materialize,
+        "reciprocal": scale.reciprocal,
     }
     return Match(x, attrs, q, places)
 

@@ -24,10 +24,12 @@ from polyfuse.runtime.fusion._graph import (
 )
 from polyfuse.runtime.fusion._labels import Const, IsNaN, Label, Magnitude, Product, Quantised, Ratio, Scale, Step
 from polyfuse.runtime.fusion._product import clamp_bounds
+from polyfuse.spec.silu_mul_block_quant import QMAX
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.int8)
+MULTIPLYING = ("cuda", "xpu")  # devices on which PyTorch divides by a number as by `Scale.reciprocal`
 
 
 def _abs(node: Node, args: Args, labels: Labels) -> Label | None:
@@ -74,16 +76,23 @@ def _div(node: Node, args: Args, labels: Labels) -> Label | None:
             return _divided(node, scale, value) if on_one_device else None
         case Scale(divisor=None) as scale, None if is_number(below):
             device = node.meta["val"].device.type
-            reason = "" if device == "cpu" else f"on {device}, amax / {below} is amax * (1 / {below})"
-            return _divided(node, scale, rounded(below, torch.float32), reason)
+            known = device in ("cpu", *MULTIPLYING)
+            reason = "" if known else f"on {device}, amax / {below} may be amax * (1 / {below})"
+            return _divided(node, scale, rounded(below, torch.float32), device in MULTIPLYING, reason)
     return None
 
 
-def _divided(node: Node, scale: Scale, divisor: float, reason: str = "") -> Scale | None:
+def _divided(node: Node, scale: Scale, divisor: float, reciprocal: bool = False, reason: str = "") -> Scale | None:
     if dtype_of(node) is not torch.float32 or divisor <= 0:
         return None
-    low = None if scale.low is None else float(np.float32(scale.low) / np.float32(divisor))
-    return replace(scale, divisor=divisor, low=low, inexact=scale.inexact or reason)
+    low = scale.low
+    if low is not None:
+        low = float(np.float32(low) * _inverse(divisor) if reciprocal else np.float32(low) / np.float32(divisor))
+    return replace(scale, divisor=divisor, reciprocal=reciprocal, low=low, inexact=scale.inexact or reason)
+
+
+def _inverse(divisor: float) -> np.float32:
+    return np.float32(1) / np.float32(divisor)
 
 
 def _ratio(node: Node, above: Node, below: Node, y: Product, scale: Scale) -> Ratio | None:
@@ -104,6 +113,10 @@ def _mul(node: Node, args: Args, labels: Labels) -> Label | None:
         match labels.get(a), labels.get(b):
             case Step("reciprocal") as label, None if is_number(b) and b == 1:
                 return label
+            case Scale(divisor=None) as scale, None if is_number(b):
+                inverse = rounded(b, torch.float32)
+                divisor = next((qmax for qmax in QMAX.values() if _inverse(qmax) == inverse), None)
+                return None if divisor is None else _divided(node, scale, divisor, reciprocal=True)
             case Product() as y, Step("reciprocal", scale):
                 ratio = _ratio(node, a, b, y, scale)
                 reason = "" if scale.power_of_two else "y * (1 / scale) is not y / scale"
@@ -200,7 +213,8 @@ def _exp2(node: Node, args: Args, labels: Labels) -> Label | None:
 def _has_sure_logarithm(scale: Scale) -> bool:
     """Whether no scale is so little above a power of two that its float32 logarithm is that of the power.
 
-    amax of 16-bit values has 11 bits at most, so that amax / divisor is a power of two or at least 2**-11 above one.
+    amax of 16-bit values has 11 bits at most, so that amax / divisor is a power of two or at least 2**-11 above one,
+    and amax * (1 / divisor) is that power or nearly as far above it.
     """
     bounds = [frexp(bound)[0] for bound in (scale.low, scale.high) if bound is not None]
     return scale.y.rounded in NARROW and not any(0.5 < mantissa < 0.5 + 2**-12 for mantissa in bounds)
