@@ -4,7 +4,7 @@ if __name__ != "polyfuse.conformance":
     raise ImportError(f"import polyfuse.conformance, not {__name__}")
 
 from polyfuse.conformance.cases import all_cases
-from polyfuse.conformance.compare import compare
+from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs, place
 from polyfuse.conformance.report import Report, Result
 from polyfuse.conformance.runner import run

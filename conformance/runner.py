@@ -12,7 +12,7 @@ import polyfuse
 from polyfuse.configs import Profile
 from polyfuse.configs import profile as load_profile
 from polyfuse.conformance.cases import all_cases
-from polyfuse.conformance.compare import compare
+from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs, place
 from polyfuse.conformance.report import Report, Result
 from polyfuse.dispatch import Backend, device_of, examine, family_of, registry, to_numpy

@@ -2,7 +2,7 @@
 
 import torch
 
-from polyfuse._projections import STRATEGIES, choose
+from polyfuse._torch.projections import STRATEGIES, choose
 from polyfuse.spec import Capability
 
 CAPABILITY = Capability(attrs={"strategy": ("auto", *STRATEGIES)}, differentiable=True)

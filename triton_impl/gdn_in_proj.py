@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse._projections import STRATEGIES, choose
+from polyfuse._torch.projections import STRATEGIES, choose
 from polyfuse.spec import Capability
 from polyfuse.triton_impl._common import INTERPRETED, on_device, round_to
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from polyfuse.reference._jnp import final_state, sequences
+from polyfuse.reference._jax.arithmetic import final_state, sequences
 from polyfuse.reference.jax.gdn_post_conv import gates, normalised
 from polyfuse.spec import Capability
 

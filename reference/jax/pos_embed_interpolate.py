@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from polyfuse.reference._interpolation import axis_taps, divide, patch
+from polyfuse.reference._jax.interpolation import axis_taps, divide, patch
 from polyfuse.spec import Capability, Unsupported, dtype_name
 
 CAPABILITY = Capability(differentiable=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from polyfuse.reference._jnp import block_scale, divisor, exponent_byte, quantised, silu_mul
+from polyfuse.reference._jax.arithmetic import block_scale, divisor, exponent_byte, quantised, silu_mul
 from polyfuse.spec import Capability, dtype_name
 
 CAPABILITY = Capability()

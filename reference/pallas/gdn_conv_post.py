@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from polyfuse.reference._jnp import final_state, sequences
+from polyfuse.reference._jax.arithmetic import final_state, sequences
 from polyfuse.reference.pallas.gdn_post_conv import CAPABILITY as CAPABILITY
 from polyfuse.reference.pallas.gdn_post_conv import fused
 

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from polyfuse.reference._interpolation import axis_taps, divide, patch
+from polyfuse.reference._jax.interpolation import axis_taps, divide, patch
 from polyfuse.spec import Capability, Unsupported, dtype_name
 
 # No TPU: Mosaic cannot gather table rows by a vector of row numbers.

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from polyfuse.reference._jnp import block_scale, divisor, exponent_byte, quantised, silu_mul
+from polyfuse.reference._jax.arithmetic import block_scale, divisor, exponent_byte, quantised, silu_mul
 from polyfuse.spec import Capability, dtype_name
 
 # Triton casts to float8_e4m3fn from compute capability 8.9 on.

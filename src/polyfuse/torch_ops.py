@@ -4,11 +4,11 @@
 """
 
 from polyfuse import _ops
-from polyfuse.dispatch import _torch_ops
+from polyfuse.dispatch import _torch_library
 
 __all__ = ["schemas"]
 
 
 def schemas() -> dict[str, str]:
     """The schema of every registered op, by name, in torch's notation."""
-    return {name: _torch_ops.schema(op) for name, op in _ops.TABLE.items()}
+    return {name: _torch_library.schema(op) for name, op in _ops.TABLE.items()}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import polyfuse
-from polyfuse.conformance.compare import compare
+from polyfuse.conformance.checks.values import compare
 from polyfuse.dispatch import from_numpy, registry, to_numpy
 from polyfuse.reference.silu_mul_block_quant import _scales, exact
 from polyfuse.spec.silu_mul_block_quant import QMAX

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from polyfuse.runtime import triton_attention as module
-from polyfuse.runtime.segments import masked_attention
+from polyfuse.runtime.encoder.segments import masked_attention
 from polyfuse.runtime.triton_attention import Launch, supported, triton_attention
 from polyfuse.spec import SpecError
 

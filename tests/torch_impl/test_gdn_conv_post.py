@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from polyfuse.conformance.compare import compare
+from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs
 from polyfuse.dispatch import from_numpy, to_numpy
 from polyfuse.reference.gdn_conv_post import exact

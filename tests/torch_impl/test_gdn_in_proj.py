@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import polyfuse
-from polyfuse import SpecError, Unsupported, _projections
+from polyfuse import SpecError, Unsupported
+from polyfuse._torch import projections as _projections
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
 from polyfuse.runtime import stack_weights

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from polyfuse.conformance.compare import compare
+from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs
 from polyfuse.dispatch import from_numpy, to_numpy
 from polyfuse.reference.pos_embed_interpolate import exact

@@ -65,7 +65,7 @@ def test_nothing_to_compute_is_no_launch(launches: list[Any]) -> None:
 
 
 def test_auto_without_a_measurement_launches_no_kernel(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polyfuse._projections._table", lambda device: {})
+    monkeypatch.setattr("polyfuse._torch.projections._table", lambda device: {})
     x, w1, w2 = operands(5)
     auto = polyfuse.gdn_in_proj(x, w1, w2, backend="triton")
     assert launches == []

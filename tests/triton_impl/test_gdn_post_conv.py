@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from polyfuse.conformance.compare import compare
+from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs
 from polyfuse.dispatch import from_numpy, to_numpy
 from polyfuse.reference.gdn_post_conv import exact, sigmoid, softplus

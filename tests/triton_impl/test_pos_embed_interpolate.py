@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from polyfuse.conformance.compare import compare
+from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs
 from polyfuse.dispatch import from_numpy, to_numpy
 from polyfuse.reference.pos_embed_interpolate import exact

@@ -71,7 +71,7 @@ def public(function: _Function) -> _Function:
     spec = OPS[function.__name__]
     _OPS[spec.name] = Op(spec, function)
     function.__doc__ = docstring(spec)
-    torch_ops = sys.modules.get("polyfuse.dispatch._torch_ops")
+    torch_ops = sys.modules.get("polyfuse.dispatch._torch_library")
     if torch_ops is not None:
         torch_ops.register(_OPS[spec.name])
     return function
@@ -87,7 +87,7 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
     op = _OPS[name]
     torch = sys.modules.get("torch")
     if torch is not None and torch.compiler.is_compiling():
-        from polyfuse.dispatch._torch_ops import traced
+        from polyfuse.dispatch._torch_library import traced
 
         if backend is not None:
             raise SpecError(

@@ -1,12 +1,12 @@
 """What makes the kernels pay in real models: parallel streams, and encoders in graphs."""
 
-from polyfuse._projections import stack_weights
-from polyfuse._streams import StreamModule, execute_in_parallel, register_stream_module
-from polyfuse.runtime.capture import EagerReplay, GraphRuntime, register_graph_runtime
-from polyfuse.runtime.data_parallel import DataParallelEncoder
-from polyfuse.runtime.encoder import EncoderGraphManager, EncoderStats
-from polyfuse.runtime.planner import plan_packing, suggest_budgets
-from polyfuse.runtime.protocol import BufferSpec, Capacity, EncoderRequest, GraphableEncoder, ItemSize, Rows
+from polyfuse._torch.projections import stack_weights
+from polyfuse._torch.streams import StreamModule, execute_in_parallel, register_stream_module
+from polyfuse.runtime.encoder.capture import EagerReplay, GraphRuntime, register_graph_runtime
+from polyfuse.runtime.encoder.data_parallel import DataParallelEncoder
+from polyfuse.runtime.encoder.manager import EncoderGraphManager, EncoderStats
+from polyfuse.runtime.encoder.protocol import BufferSpec, Capacity, EncoderRequest, GraphableEncoder, ItemSize, Rows
+from polyfuse.runtime.packing.planner import plan_packing, suggest_budgets
 
 __all__ = [
     "BufferSpec",

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 import transformers
 
 import polyfuse
-from polyfuse._projections import as_one_weight
+from polyfuse._torch.projections import as_one_weight
 from polyfuse.integrations.transformers import accelerate, restore
 from polyfuse.integrations.transformers._gated_delta_net import gated_delta_nets, is_fused
 

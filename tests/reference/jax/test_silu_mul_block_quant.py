@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
-from polyfuse.reference._jnp import block_scale, divisor, quantised, rint, round_to
+from polyfuse.reference._jax.arithmetic import block_scale, divisor, quantised, rint, round_to
 from polyfuse.reference.jax.silu_mul_block_quant import silu_mul_block_quant
 from polyfuse.spec import OPS
 from polyfuse.spec.silu_mul_block_quant import QMAX, SCALE_LAYOUTS

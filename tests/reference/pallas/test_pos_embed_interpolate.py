@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from polyfuse.conformance.cases import all_cases
-from polyfuse.conformance.compare import compare
+from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.runner import Trial
 from polyfuse.reference import pos_embed_interpolate as oracle
 from polyfuse.reference.pallas.pos_embed_interpolate import _GPU_TILE, CAPABILITY, _launch, pos_embed_interpolate

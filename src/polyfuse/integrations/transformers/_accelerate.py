@@ -11,7 +11,7 @@ from polyfuse.integrations.transformers._fp8_mlp import fp8_mlps
 from polyfuse.integrations.transformers._gated_delta_net import gated_delta_nets
 from polyfuse.integrations.transformers._graphs import ENCODERS, AcceleratedForward
 from polyfuse.integrations.transformers._pos_embed import InterpolatedEmbedding
-from polyfuse.runtime.encoder import EncoderGraphManager
+from polyfuse.runtime.encoder.manager import EncoderGraphManager
 from polyfuse.spec import fail
 
 Model = TypeVar("Model", bound=nn.Module)

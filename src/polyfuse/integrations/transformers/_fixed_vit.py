@@ -7,7 +7,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from polyfuse.integrations.transformers._packed import compiled
-from polyfuse.runtime.protocol import BufferSpec, Capacity, EncoderRequest, ItemSize, Rows
+from polyfuse.runtime.encoder.protocol import BufferSpec, Capacity, EncoderRequest, ItemSize, Rows
 from polyfuse.spec import fail
 
 

@@ -13,7 +13,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.functional import ScalingType, pad, scaled_mm
 
 import polyfuse
-from polyfuse._projections import as_one_weight
+from polyfuse._torch.projections import as_one_weight
 from polyfuse.spec import FLOATS
 
 # By class name, so that no model's code is imported that is not used.

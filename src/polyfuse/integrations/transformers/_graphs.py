@@ -12,9 +12,9 @@ from polyfuse.integrations.transformers._fixed_vit import FixedResolutionEncoder
 from polyfuse.integrations.transformers._pos_embed import request_embeddings
 from polyfuse.integrations.transformers._qwen2_5_vl import WindowedQwenEncoder
 from polyfuse.integrations.transformers._qwen_vl import QwenVisionEncoder
-from polyfuse.runtime.capture import graph_runtime
-from polyfuse.runtime.encoder import EncoderGraphManager
-from polyfuse.runtime.protocol import GraphableEncoder
+from polyfuse.runtime.encoder.capture import graph_runtime
+from polyfuse.runtime.encoder.manager import EncoderGraphManager
+from polyfuse.runtime.encoder.protocol import GraphableEncoder
 from polyfuse.spec import fail
 
 # By class name, so that no model's code is imported that is not used.

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from polyfuse.runtime.protocol import BufferSpec, EncoderRequest, ItemSize, Rows
-from polyfuse.runtime.segments import segment_attention
+from polyfuse.runtime.encoder.protocol import BufferSpec, EncoderRequest, ItemSize, Rows
+from polyfuse.runtime.encoder.segments import segment_attention
 from polyfuse.spec import fail
 
 EXAMPLE_SIDE = 16  # tokens

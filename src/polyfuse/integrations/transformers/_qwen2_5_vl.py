@@ -7,9 +7,9 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from polyfuse.integrations.transformers._packed import PackedTower, compiled, vision_block
-from polyfuse.runtime.protocol import BufferSpec, Capacity, EncoderRequest, Rows
-from polyfuse.runtime.segments import frame_boundaries, patch_positions
-from polyfuse.runtime.windows import max_windows, window_tables
+from polyfuse.runtime.encoder.protocol import BufferSpec, Capacity, EncoderRequest, Rows
+from polyfuse.runtime.encoder.segments import frame_boundaries, patch_positions
+from polyfuse.runtime.encoder.windows import max_windows, window_tables
 
 
 class WindowedQwenEncoder(PackedTower):

@@ -10,8 +10,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import polyfuse
 from polyfuse.integrations.transformers._packed import PackedTower, compiled, vision_block
 from polyfuse.integrations.transformers._pos_embed import embedding_options
-from polyfuse.runtime.protocol import BufferSpec, Capacity, EncoderRequest, Rows
-from polyfuse.runtime.segments import frame_boundaries, patch_positions
+from polyfuse.runtime.encoder.protocol import BufferSpec, Capacity, EncoderRequest, Rows
+from polyfuse.runtime.encoder.segments import frame_boundaries, patch_positions
 
 
 class QwenVisionEncoder(PackedTower):

@@ -25,7 +25,7 @@ from torch.fx import Graph
 
 import polyfuse.spec.silu_mul_block_quant as op
 from polyfuse._ops import TABLE
-from polyfuse.dispatch import _torch_ops
+from polyfuse.dispatch import _torch_library
 from polyfuse.runtime.fusion._replace import NAME, PLACED, fuse, is_inference
 from polyfuse.spec import SpecError, fail
 
@@ -180,4 +180,4 @@ def _as_tuple(passes: Any) -> tuple[Any, ...]:
 @lru_cache(maxsize=1)
 def _source() -> str:
     files = [*sorted(Path(__file__).parent.glob("*.py")), Path(op.__file__)]
-    return sha256(b"".join(f.read_bytes() for f in files) + _torch_ops.schema(TABLE[NAME]).encode()).hexdigest()
+    return sha256(b"".join(f.read_bytes() for f in files) + _torch_library.schema(TABLE[NAME]).encode()).hexdigest()

@@ -7,7 +7,7 @@ import torch
 from torch.fx import Graph, Node, map_arg
 
 from polyfuse._ops import TABLE
-from polyfuse.dispatch import _torch_ops
+from polyfuse.dispatch import _torch_library
 from polyfuse.runtime.fusion._graph import dtype_of, same, sizes
 from polyfuse.runtime.fusion._match import Match, find
 from polyfuse.runtime.fusion._reader import read
@@ -41,7 +41,7 @@ def _replace(graph: Graph, match: Match, first: Node) -> None:
     values = {**op.defaults, **match.attrs, "x": match.x}
     with graph.inserting_before(first), match.x.meta["val"].fake_mode:
         target = getattr(torch.ops.polyfuse, NAME).default
-        call = _call(graph, target, *_torch_ops.flatten(op, tuple(values[name] for name in op.names)))
+        call = _call(graph, target, *_torch_library.flatten(op, tuple(values[name] for name in op.names)))
         call.meta[PLACED] = _description(match)
         for i, places in enumerate((match.q, match.scale)):
             result = _call(graph, operator.getitem, call, i)

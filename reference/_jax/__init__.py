@@ -1,0 +1,1 @@
+"""What the JAX and the Pallas layer share."""

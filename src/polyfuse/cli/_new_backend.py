@@ -1,0 +1,113 @@
+"""`polyfuse new-backend`: a package for a backend of one's own, with a stub per op, from `templates/backend`."""
+
+import re
+from inspect import Parameter, signature
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+import polyfuse
+from polyfuse.dispatch import registry
+from polyfuse.spec import OPS, OpSpec, docstring, fail
+
+TEMPLATES = Path(__file__).parents[1] / "templates/backend"
+ARRAYS = {"torch": "torch.Tensor", "jax": "jax.Array", "numpy": "numpy.ndarray"}
+TYPES = {"int": "int", "float": "float", "bool": "bool", "enum": "str", "dtype": "str"}
+WIDTH = 120  # before a docstring's indentation; no line of a formula is longer
+
+
+def new_backend(name: str, folder: Path, family: str = "torch") -> list[Path]:
+    """Write the package `polyfuse-NAME` into a folder and return its files.
+
+    `name` is a lowercase identifier that no backend has; `folder` is new or empty; `family` is the kind of the
+    backend's arrays: torch, jax or numpy. Raises `SpecError`, and then has written nothing.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        fail("new-backend", "NAME", "a lowercase identifier", repr(name), "mychip")
+    if name in registry().names():
+        fail("new-backend", "NAME", f"none of the known backends {', '.join(registry().names())}", repr(name))
+    if family not in ARRAYS:
+        fail("new-backend", "--family", f"one of {', '.join(ARRAYS)}", repr(family))
+    if folder.exists() and not folder.is_dir():
+        fail("new-backend", "DIR", "a new or empty folder", f"the file {folder}")
+    if folder.exists() and any(folder.iterdir()):
+        fail("new-backend", "DIR", "a new or empty folder", f"{folder}, which holds {min(folder.iterdir()).name}")
+    files = {folder / path: text for path, text in render(name, family).items()}
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return list(files)
+
+
+def render(name: str, family: str) -> dict[str, str]:
+    """The files of the package: paths in it to their text. A template with OP in its path makes a file per op."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    ops = [_describe(spec, ARRAYS[family]) for spec in OPS.values()]
+    facts = {
+        "name": name,
+        "family": family,
+        "extra": "" if family == "numpy" else f"[{family}]",
+        "polyfuse_version": polyfuse.__version__,
+        "ops": ops,
+    }
+    files = {}
+    for template in environment.list_templates():
+        path = template.removesuffix(".j2").replace("NAME", name)
+        for op in ops if "OP" in path else [None]:
+            target = path.replace("OP", op["name"]) if op else path
+            files[target] = environment.get_template(template).render(facts, op=op)
+    return files
+
+
+def _describe(spec: OpSpec, array: str) -> dict[str, Any]:
+    """What the stub of an op says about it."""
+    lines = [line for line in docstring(spec).splitlines() if not line.startswith("    backend: ")]
+    dtypes = {t.name: _source(t.dtypes) for t in spec.tensors if not t.host_unless}
+    dtypes |= {a.name: _source(a.values) for a in spec.attrs if a.kind == "dtype"}
+    choices = {a.name: _source(a.values) for a in spec.attrs if a.kind == "enum"}
+    choices |= {a.name: _source((False, True)) for a in spec.attrs if a.kind == "bool"}
+    return {
+        "name": spec.name,
+        "version": spec.version,
+        "doc": "\n".join(_wrapped(line) for line in lines),
+        "parameters": _parameters(spec, array),
+        "result": array if len(spec.outputs) == 1 else f"tuple[{', '.join([array] * len(spec.outputs))}]",
+        "takes_host": any(t.host_unless for t in spec.tensors),
+        "dtypes": dtypes,
+        "choices": choices,
+    }
+
+
+def _parameters(spec: OpSpec, array: str) -> list[str]:
+    """The parameters of the public function, without `backend`, as source text."""
+    kinds = {t.name: f"Sequence[Sequence[int]] | {array}" if t.host_unless else array for t in spec.tensors}
+    kinds |= {a.name: TYPES[a.kind] for a in spec.attrs}
+    text: list[str] = []
+    for p in signature(getattr(polyfuse, spec.name)).parameters.values():
+        if p.name == "backend":
+            continue
+        if p.kind is Parameter.KEYWORD_ONLY and "*" not in text:
+            text.append("*")
+        kind = kinds[p.name] + (" | None" if p.default is None else "")
+        default = "" if p.default is Parameter.empty else f" = {_source(p.default)}"
+        text.append(f"{p.name}: {kind}{default}")
+    return text
+
+
+def _source(value: Any) -> str:
+    """A value as source text, with double quotes; no string of a spec contains a quote."""
+    return repr(value).replace("'", '"')
+
+
+def _wrapped(line: str) -> str:
+    """A long line of prose as several, the others further in; a line of a formula stays."""
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return "\n".join(wrap(line, WIDTH, subsequent_indent=indent)) if len(line) > WIDTH else line

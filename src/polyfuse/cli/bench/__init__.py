@@ -1,0 +1,1 @@
+"""`polyfuse bench` and `polyfuse soak`."""

@@ -1,0 +1,39 @@
+"""`polyfuse bench dispatch`."""
+
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from polyfuse.cli._terminal import console, default_device
+from polyfuse.cli.bench.encoder import device_option, out_option
+
+
+@click.command("dispatch")
+@click.option("--op", "op_names", multiple=True, help="An op; repeat for several. Default: all.")
+@device_option
+@out_option
+def bench_dispatch(op_names: tuple[str, ...], device: str | None, out: Path | None) -> None:
+    """Measure the host time that the dispatcher adds to a call: with a backend that does nothing, in nanoseconds.
+
+    \b
+    Example:
+      polyfuse bench dispatch --out benchmarks/results
+    """
+    from polyfuse.bench.dispatch import run_dispatch_bench
+    from polyfuse.dispatch import check_device
+    from polyfuse.dispatch._select import check_op
+
+    for op in op_names:
+        check_op(op)
+    device = device or default_device()
+    check_device("--device", device, ["torch"])
+    screen = console()
+    with screen.status("measuring"):
+        result = run_dispatch_bench(op_names, device)
+    table = Table("op", "arrays", "resolution ns", "whole call ns", title=f"Dispatch, tensors on {result.device}")
+    for row in result.rows:
+        table.add_row(row.op, str(row.arrays), f"{row.resolution_ns:.0f}", f"{row.call_ns:.0f}")
+    screen.print(table)
+    if out:
+        screen.print(f"written: {result.write(out)}", soft_wrap=True)

@@ -1,0 +1,293 @@
+"""`EncoderGraphManager`: any `GraphableEncoder` in graphs, one per token budget, all over the same static buffers.
+
+A request is partitioned into replays by predicted time (`polyfuse.runtime.packing`); each replay's rows are copied into
+the static inputs, its budget's graph is replayed, and the items' rows are copied out to their places in fresh results.
+"""
+
+import logging
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from polyfuse.configs import EncoderConfig, encoder_config
+from polyfuse.runtime.encoder.buffers import Tensors, allocate, check_request, gather, load, scatter, views
+from polyfuse.runtime.encoder.capture import GraphRuntime, Step, graph_runtime
+from polyfuse.runtime.encoder.protocol import Capacity, EncoderRequest, GraphableEncoder, ItemSize
+from polyfuse.runtime.packing.planner import Batch, Budget, Curve, plan_packing, predicted_time, suggest_budgets
+from polyfuse.spec import fail
+
+EAGER_POINTS = 6  # sizes at which eager calls are measured
+FRAMES = 64  # attention segments of a replay, if not configured
+
+log = logging.getLogger("polyfuse")
+
+
+@dataclass
+class EncoderStats:
+    """What a manager has done since it was made or cleared. Tokens are output tokens."""
+
+    requests: int = 0
+    items: int = 0
+    replays: Counter[int] = field(default_factory=Counter)  # per budget
+    eager_batches: int = 0
+    eager_items: int = 0
+    tokens: int = 0  # of items that were replayed
+    padding: int = 0  # replayed for nothing
+    capture_failures: int = 0
+    capture_seconds: float = 0.0  # with the measuring
+    pool_bytes: int = 0
+    buffer_bytes: int = 0
+    costs: dict[int, float] = field(default_factory=dict)  # seconds of a replay, per captured budget
+
+    @property
+    def waste(self) -> float:
+        """Padding as a share of all replayed tokens."""
+        return self.padding / max(1, self.padding + self.tokens)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"replays": dict(self.replays), "waste": self.waste}
+
+
+class EncoderGraphManager:
+    """Runs an encoder in graphs; safe to call from several threads and streams.
+
+    `settings` are `EncoderConfig`'s, by name; what is not given comes from environment variables and the config file
+    (see `polyfuse.configs.encoder_config`). `runtime` defaults to the one registered for the encoder's device. Memory
+    is taken at the first request, or by `capture()`. Raises `SpecError` for bad settings.
+    """
+
+    def __init__(self, encoder: GraphableEncoder, *, runtime: GraphRuntime | None = None, **settings: Any) -> None:
+        self.encoder = encoder
+        self.config: EncoderConfig = encoder_config(**settings)
+        self.runtime = runtime or graph_runtime(encoder.device)
+        self._lock = threading.RLock()
+        self._start()
+
+    def _start(self) -> None:
+        self._in, self._out = self.encoder.inputs, self.encoder.outputs  # their specs
+        self._capacities = self._plan_capacities()
+        self._replays: dict[int, Step] = {}
+        self._budgets: list[Budget] = []
+        self._eager_seconds: Curve | None = None
+        self._inputs: Tensors = {}
+        self._outputs: Tensors = {}
+        self._stats = EncoderStats()
+        self._logged = 0
+
+    def _plan_capacities(self) -> dict[int, Capacity]:
+        """Capacity of every budget, largest first."""
+        config, step = self.config, self.encoder.token_multiple
+        budgets = config.budgets or suggest_budgets(
+            smallest=config.smallest, largest=config.largest, max_graphs=config.max_graphs, multiple_of=step
+        )
+        if wrong := [b for b in budgets if b % step]:
+            fail(self.encoder.name, "budgets", f"multiples of {step}, its items' tokens", wrong)
+        capacities = {}
+        for tokens in sorted(set(budgets), reverse=True):
+            items = min(config.max_items, tokens // step)
+            frames = config.max_frames or max(FRAMES, items)
+            capacities[tokens] = Capacity(tokens, items, min(tokens, frames))
+        return capacities
+
+    @property
+    def stats(self) -> EncoderStats:
+        """A copy of the counts so far, with present sizes."""
+        with self._lock:
+            buffers = (*self._inputs.values(), *self._outputs.values())
+            return replace(
+                self._stats,
+                replays=Counter(self._stats.replays),
+                pool_bytes=self.runtime.pool_bytes(),
+                buffer_bytes=sum(buffer.nbytes for buffer in buffers),
+                costs={b.tokens: b.cost for b in self._budgets if b.tokens in self._replays},
+            )
+
+    def clear(self) -> None:
+        """Drop every graph, buffer and count; the next request captures again."""
+        with self._lock:
+            self._start()
+            self.runtime.reset()
+
+    def capture(self) -> None:
+        """Allocate the buffers, capture the budgets (lazily: the largest) and measure. Does nothing the second time.
+
+        A budget that cannot be captured, or with which the pool exceeds `memory_bytes`, is dropped with a warning.
+        """
+        with self._lock:
+            if self._eager_seconds is not None:
+                return
+            started = time.perf_counter()
+            largest = next(iter(self._capacities.values()))
+            with torch.inference_mode(False):
+                self._inputs = allocate(self._in, largest.tokens, largest.items, self.encoder.device)
+                self._outputs = allocate(self._out, largest.tokens, largest.items, self.encoder.device)
+            for tokens in list(self._capacities):
+                if self._capture(tokens) and self.config.capture == "lazy":
+                    break
+            self._calibrate()
+            self._stats.capture_seconds += time.perf_counter() - started
+
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns for these arguments, in tensors of the caller's own.
+
+        Raises `SpecError` for bad input, before anything is copied or changed.
+        """
+        request = self.encoder.request(*args, **kwargs)
+        return self.encoder.result(self.run(request), request)
+
+    def run(self, request: EncoderRequest, indices: Sequence[int] | None = None) -> Tensors:
+        """The outputs of the named items (default: all), packed in that order, in fresh tensors."""
+        check_request(self.encoder.name, self._in, request)
+        items = range(len(request.sizes)) if indices is None else indices
+        sizes = [request.sizes[i] for i in items]
+        limit = self.config.max_frames
+        if limit is not None and (most := max((size.frames for size in sizes), default=0)) > limit:
+            fail(self.encoder.name, "frames", f"at most max_frames={limit} in an item", most)
+        with self._lock:
+            batches = self._plan(sizes)
+            self._stats.requests += 1
+            self._stats.items += len(sizes)
+            if len(batches) == 1 and batches[0].budget is None:
+                return self._eager(request, items)
+            results = allocate(self._out, sum(size.tokens for size in sizes), len(sizes), self.encoder.device)
+            for batch in batches:
+                members = [items[i] for i in batch.indices]
+                if batch.budget is None:
+                    scatter(self._eager(request, members), results, self._out, sizes, batch.indices)
+                    continue
+                with self.runtime.after_last():
+                    self._replay(request, members, batch.budget.tokens)
+                    scatter(self._outputs, results, self._out, sizes, batch.indices)
+            self._log()
+            return results
+
+    def predict(self, sizes: Sequence[ItemSize]) -> float:
+        """Predicted seconds of a request of these items."""
+        with self._lock:
+            return predicted_time(self._plan(sizes), sizes, self._eager_curve())
+
+    def _eager_curve(self) -> Curve:
+        self.capture()
+        if self._eager_seconds is None:
+            raise RuntimeError("capture() left no measurements")
+        return self._eager_seconds
+
+    def _plan(self, sizes: Sequence[ItemSize]) -> list[Batch]:
+        """Batches of captured budgets only: a budget that is chosen for the first time is captured now."""
+        eager = self._eager_curve()
+        while True:
+            batches = plan_packing(sizes, self._budgets, eager, policy=self.config.policy)
+            missing = {batch.budget.tokens for batch in batches if batch.budget} - set(self._replays)
+            if not missing:
+                return batches
+            started = time.perf_counter()
+            for tokens in sorted(missing, reverse=True):
+                if self._capture(tokens):
+                    self._set_cost(tokens, self._measure(tokens))
+            self._stats.capture_seconds += time.perf_counter() - started
+
+    def _capture(self, tokens: int) -> bool:
+        capacity = self._capacities[tokens]
+        inputs = views(self._inputs, self._in, capacity)
+        outputs = views(self._outputs, self._out, capacity)
+
+        def step() -> None:
+            computed = self._forward(inputs, capacity)
+            for name, out in outputs.items():
+                if computed[name].shape != out.shape:
+                    fail(self.encoder.name, name, f"an output {list(out.shape)}", list(computed[name].shape))
+                out.copy_(computed[name])
+
+        try:
+            with self.runtime.after_last():
+                self._load_example(tokens)
+                replay = self.runtime.capture(step)
+        except Exception as error:  # whatever stops a capture, the encoder still runs
+            return self._drop(tokens, f"{type(error).__name__}: {error}")
+        size, limit = self.runtime.pool_bytes(), self.config.memory_bytes
+        if limit is not None and size > limit:
+            if not self._replays:
+                self.runtime.reset()
+            return self._drop(tokens, f"the pool takes {size} bytes with it, memory_bytes is {limit}")
+        self._replays[tokens] = replay
+        return True
+
+    def _drop(self, tokens: int, reason: str) -> bool:
+        del self._capacities[tokens]
+        self._budgets = [b for b in self._budgets if b.tokens != tokens]
+        self._stats.capture_failures += 1
+        text = f"{self.encoder.name}: no graph for the budget of {tokens} tokens: {reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        return False
+
+    def _calibrate(self) -> None:
+        """Time eager calls of a few sizes, and every captured budget; what is not captured yet is interpolated."""
+        budgets = sorted(self._capacities) or [self.config.largest]
+        points = dict.fromkeys([*budgets[:: max(1, len(budgets) // EAGER_POINTS)], budgets[-1]])
+        eager = Curve([(tokens, self._seconds(self._example_call(tokens))) for tokens in points])
+        measured = {tokens: self._measure(tokens) for tokens in sorted(self._replays)}
+        curve = Curve(list(measured.items())) if measured else eager
+        self._budgets = [Budget(*capacity, measured.get(t, curve(t))) for t, capacity in self._capacities.items()]
+        self._eager_seconds = eager
+
+    def _example_call(self, tokens: int) -> Step:
+        example = self.encoder.example(tokens)
+        sizes, items = example.sizes, range(len(example.sizes))
+        total = Capacity(tokens, len(sizes), sum(size.frames for size in sizes))
+        inputs = gather(self._in, example, items, self.encoder.device)
+
+        def step() -> None:
+            self._forward(inputs, total)
+
+        return step
+
+    def _measure(self, tokens: int) -> float:
+        with self.runtime.after_last():
+            self._load_example(tokens)
+            return self._seconds(self._replays[tokens])
+
+    def _set_cost(self, tokens: int, cost: float) -> None:
+        self._budgets = [b._replace(cost=cost) if b.tokens == tokens else b for b in self._budgets]
+
+    def _seconds(self, step: Step) -> float:
+        step()
+        return self.runtime.seconds(step)
+
+    def _load_example(self, tokens: int) -> None:
+        """Fill a budget's inputs with as much of a typical request as fits."""
+        capacity, example = self._capacities[tokens], self.encoder.example(tokens)
+        fitting = range(min(len(example.sizes), capacity.items, capacity.frames))
+        load(views(self._inputs, self._in, capacity), self._in, example, fitting)
+
+    def _forward(self, inputs: Tensors, capacity: Capacity) -> Tensors:
+        # One mode for all calls, whatever the caller's: compiled blocks are specialised on it.
+        with torch.inference_mode(False), torch.no_grad():
+            return dict(self.encoder.forward(inputs, capacity))
+
+    def _eager(self, request: EncoderRequest, items: Sequence[int]) -> Tensors:
+        sizes = [request.sizes[i] for i in items]
+        exact = Capacity(sum(s.tokens for s in sizes), len(sizes), sum(s.frames for s in sizes))
+        self._stats.eager_batches += 1
+        self._stats.eager_items += len(sizes)
+        return self._forward(gather(self._in, request, items, self.encoder.device), exact)
+
+    def _replay(self, request: EncoderRequest, items: Sequence[int], tokens: int) -> None:
+        capacity, used = self._capacities[tokens], sum(request.sizes[i].tokens for i in items)
+        load(views(self._inputs, self._in, capacity), self._in, request, items)
+        self._replays[tokens]()
+        self._stats.replays[tokens] += 1
+        self._stats.tokens += used
+        self._stats.padding += tokens - used
+
+    def _log(self) -> None:
+        every, replays = self.config.log_every, self._stats.replays.total()
+        if every and replays - self._logged >= every:
+            self._logged = replays
+            log.info("%s: %s", self.encoder.name, self.stats.as_dict())

@@ -1,0 +1,155 @@
+"""The command line as a user meets it."""
+
+import json
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+import polyfuse
+from polyfuse.cli import main
+from polyfuse.dispatch import registry
+
+OP = "pos_embed_interpolate"
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    polyfuse.refresh()
+    yield
+    polyfuse.refresh()
+
+
+def invoke(*args, env=None):
+    return CliRunner().invoke(main, list(args), env=env)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "info",
+        "ops",
+        "explain",
+        "conformance",
+        "bench",
+        "bench dispatch",
+        "bench encoder",
+        "soak",
+        "soak encoder",
+        "demo",
+        "new-backend",
+    ],
+)
+def test_every_command_has_help_with_an_example(command):
+    result = invoke(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Example:" in result.output
+    assert f"polyfuse {command}" in result.output.split("Example:")[1]
+
+
+def test_explain_names_winner_losers_and_source():
+    result = invoke("explain", OP, env={"POLYFUSE_BACKEND": "triton"})
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert any("triton" in x and "chosen" in x and "environment variable POLYFUSE_BACKEND" in x for x in lines)
+    assert any("torch" in x and "not named by environment variable POLYFUSE_BACKEND" in x for x in lines)
+    assert any("pallas" in x and "takes jax arrays" in x for x in lines)
+    assert "preference: triton  from environment variable POLYFUSE_BACKEND" in result.output
+
+
+def test_explain_as_json():
+    data = json.loads(invoke("explain", OP, "--json", "--family", "jax").output)
+    assert data["winner"] == "jax"
+    assert {c["name"] for c in data["candidates"]} == {"numpy", "jax", "pallas", "torch", "triton"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["explain", "nope"], f"op: expected one of {OP}"),
+        (["explain", OP, "--family", "tf"], "--family: expected one of torch, jax, numpy, got 'tf'"),
+        (["conformance", "--op", "nope"], "got 'nope'"),
+        (
+            ["conformance", "--backend", "nope"],
+            "backend: expected one of numpy, jax, pallas, torch, triton, got 'nope'",
+        ),
+        (["conformance", "--profile", "nope"], "profile: expected one of full, quick, standard, got 'nope'"),
+        (["conformance", "--plugin", "nope:X"], "expected an importable MODULE:OBJECT, got 'nope:X'"),
+        (["conformance", "--plugin", "math:pi"], "math:pi is not a polyfuse.dispatch.Backend but float"),
+        (["conformance", "--device", "nope"], "--device: expected a device of this machine, such as cpu, got 'nope'"),
+        (["conformance", "--backend", "numpy", "--device", "nope"], "--device: expected a device of this machine"),
+        (["conformance", "--backend", "jax", "--device", "tpu"], "got 'tpu' (jax: "),
+        (["conformance", "--device", "hpu"], "got 'hpu' (torch: "),
+        (["explain", OP, "--device", "nope"], "--device: expected a device of this machine"),
+        (["bench", "--device", "nope"], "--device: expected a device of this machine"),
+        (["bench", "dispatch", "--device", "nope"], "--device: expected a device of this machine"),
+        (["bench", "dispatch", "--op", "nope"], f"op: expected one of {OP}"),
+        (["bench", "--model", "nope"], "--model: expected one of qwen3"),
+        (["bench", "encoder", "--model", "nope"], "'nope' is not one of 'qwen3_vl', 'qwen3_5', 'qwen2_5_vl', 'siglip'"),
+        (["bench", "encoder", "--part", "nope"], "'nope' is not one of 'tower', 'trace'"),
+        (["bench", "encoder", "--policy", "nope"], "'nope' is not one of 'greedy', 'optimal'"),
+        (["bench", "encoder", "--trace", "nope"], "File 'nope' does not exist"),
+        (["bench", "encoder", "--trace", __file__], "load_trace: path: expected a JSON file"),
+        (["bench", "encoder", "--data-parallel"], "--data-parallel: expected a process started by torchrun, got none"),
+        (["soak", "encoder", "--batches", "0"], "0 is not in the range x>=1"),
+        (["soak", "encoder", "--model", "nope"], "'nope' is not one of 'qwen3_vl'"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(args, message):
+    result = invoke(*args)
+    assert result.exit_code == 2
+    errors = [x for x in result.output.splitlines() if x.startswith("Error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "polyfuse.cli._demo", None)
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    monkeypatch.delitem(sys.modules, "polyfuse.cli._demo")
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    result = invoke("demo", "--fast")
+    assert result.exit_code == 2
+    assert "this command needs skimage" in result.output
+    assert "pip install 'polyfuse[all]'" in result.output
+
+
+def test_a_broken_config_file_is_one_line(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("backnd: torch\n")
+    result = invoke("explain", OP, env={"POLYFUSE_CONFIG": str(path)})
+    assert result.exit_code == 2
+    assert f"Error: {path}: backnd: Extra inputs are not permitted, got 'torch'" in result.output
+
+
+def test_conformance_writes_its_report(tmp_path):
+    result = invoke(
+        "conformance", "--op", OP, "--backend", "numpy", "--profile", "quick", "--report", str(tmp_path / "r")
+    )
+    assert result.exit_code == 0, result.output
+    assert "0 failed" in result.output
+    assert "numpy: 1 of 1 ops conformant" in result.output
+    data = json.loads((tmp_path / "r" / "conformance.json").read_text())
+    assert data["ok"] is True
+    assert data["counts"]["passed"] > 20
+
+
+def test_bench_dispatch_measures_and_writes(tmp_path):
+    result = invoke("bench", "dispatch", "--device", "cpu", "--op", OP, "--op", "gdn_in_proj", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("dispatch_*.json")
+    data = json.loads(path.read_text())
+    assert data.keys() == {"device", "versions", "rows"}
+    assert [(row["op"], row["arrays"]) for row in data["rows"]] == [(OP, 1), ("gdn_in_proj", 3)]
+    for row in data["rows"]:
+        assert row["resolution_ns"] > 0
+        assert row["call_ns"] > 0
+        assert f"{row['call_ns']:.0f}" in result.output
+    assert "nothing" not in registry().names()
+
+
+def test_ops_prints_the_page_of_an_op():
+    assert "v1" in invoke("ops").output
+    page = invoke("ops", OP).output
+    assert page.startswith(f"# `{OP}`")
+    assert "(N-1)/(h-1)" in page or "source = i * (N - 1) / (n - 1)" in page

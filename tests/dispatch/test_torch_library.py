@@ -1,0 +1,124 @@
+"""`torch.ops.polyfuse.*`: schema, fake kernel, opcheck, and full-graph compilation."""
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import polyfuse
+from polyfuse.conformance import make_inputs, place
+from polyfuse.conformance.runner import Trial
+from polyfuse.dispatch import _torch_library, declared
+from polyfuse.spec import OPS
+from polyfuse.torch_ops import schemas
+
+_OPS = declared()
+
+GRID = ((1, 4, 6), (2, 2, 2))
+
+
+def arguments(op, case):
+    return place(make_inputs(OPS[op], case), "torch", "cpu")
+
+
+def test_no_string_enters_the_schema():
+    assert set(schemas()) == set(OPS)
+    for text in schemas().values():
+        assert "str " not in text
+    assert str(torch.ops.polyfuse.pos_embed_interpolate.default._schema) == (
+        "polyfuse::pos_embed_interpolate(Tensor table, Tensor? grid_thw, SymInt[]? grid_thw_values, SymInt merge_size, "
+        "int mode, bool align_corners, Tensor? base, int out_dtype, SymInt? out_rows) -> Tensor"
+    )
+
+
+def finite(op, case):
+    """opcheck takes NaN, and elements that are not written, for a difference."""
+    return case.repeat == 1 and all(np.isfinite(e.low).all() for e in Trial(op, case, 0).exact().values())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op):
+    for case in [c for c in OPS[op].cases() if finite(op, c)][::9]:
+        values = arguments(op, case)
+        args = _torch_library.flatten(_OPS[op], tuple(values[n] for n in _OPS[op].names))
+        torch.library.opcheck(getattr(torch.ops.polyfuse, op).default, args)
+
+
+@pytest.mark.parametrize("form", ["host", "tensor", "out_rows"])
+def test_compiles_into_one_full_graph(form):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    grid = GRID if form == "host" else torch.tensor(GRID)
+    rows = 40 if form == "out_rows" else None
+
+    def model(table, x):
+        return polyfuse.pos_embed_interpolate(table * 2, grid, base=x, out_rows=rows, mode="bicubic") + 1
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for width in (8, 16):
+        table, x = torch.randn(36, width), torch.randn(rows or 32, width)
+        assert torch.equal(compiled(table, x), model(table, x))
+    assert counter.frame_count == 1
+    names = [n.target for n in counter.graphs[0].graph.nodes if n.op == "call_function"]
+    assert (
+        torch.ops.polyfuse.pos_embed_interpolate in names or torch.ops.polyfuse.pos_embed_interpolate.default in names
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_compiles_into_one_full_graph(op):
+    torch._dynamo.reset()
+    case = next(c for c in OPS[op].cases() if c.repeat == 1 and not c.fill and not c.layout)
+    values = arguments(op, case)
+    arrays = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
+    options = {k: v for k, v in values.items() if k not in arrays}
+    compiled = torch.compile(
+        lambda arrays: getattr(polyfuse, op)(**arrays, **options), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    wanted, results = getattr(polyfuse, op)(**values), compiled(arrays)
+    pairs = zip(*((r if isinstance(r, tuple) else (r,)) for r in (results, wanted)), strict=True)
+    for result, want in pairs:
+        assert (result.shape, result.dtype, result.stride()) == (want.shape, want.dtype, want.stride())
+        assert result.flatten().view(torch.uint8).equal(want.flatten().view(torch.uint8))
+
+
+def test_a_bad_call_is_refused_while_compiling():
+    compiled = torch.compile(lambda t: polyfuse.pos_embed_interpolate(t, ((1, 3, 4),)), fullgraph=True)
+    with pytest.raises(Exception, match="divisible by merge_size=2, got"):
+        compiled(torch.randn(36, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "torch"}, "a compiled graph holds no names; try polyfuse.use_backend around it"),
+        ({"mode": "cubic"}, "mode: expected one of bilinear, bicubic, got"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused(options, message):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda t: polyfuse.pos_embed_interpolate(t, GRID, **options), backend="eager", fullgraph=True
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
+        compiled(torch.randn(36, 8))
+    assert message in str(caught.value.__cause__)
+
+
+def test_a_compiled_graph_follows_use_backend():
+    compiled = torch.compile(lambda t: polyfuse.pos_embed_interpolate(t, GRID), backend="eager", fullgraph=True)
+    table = torch.randn(36, 8)
+    with polyfuse.use_backend("triton"):
+        out = compiled(table)
+        assert torch.equal(out, polyfuse.pos_embed_interpolate(table, GRID, backend="triton"))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_gradient_through_a_graph_raises_and_is_not_lost(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: polyfuse.pos_embed_interpolate(t, GRID).sum(), backend=backend, fullgraph=True)
+    table = torch.randn(36, 8, requires_grad=True)
+    with pytest.raises(Exception, match=r"it has no backward; try torch\.no_grad\(\)"):
+        compiled(table).backward()
+    with torch.no_grad():
+        assert torch.isfinite(compiled(table))
