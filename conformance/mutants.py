@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from polyfuse.reference import gdn_conv_post, gdn_post_conv, pos_embed_interpolate, silu_mul_block_quant
+from polyfuse.reference import gdn_conv_prep, gdn_post_conv, pos_embed_interpolate, silu_mul_block_quant
 from polyfuse.reference._numerics import numpy_dtype, round_to, to_f64
 from polyfuse.spec import OPS, bind, dtype_name
 from polyfuse.spec.silu_mul_block_quant import QMAX
@@ -135,12 +135,12 @@ def _naive_softplus(right: Any) -> Any:
     return softplus
 
 
-# gdn_conv_post
+# gdn_conv_prep
 
 
 def _rounded_before_the_norm(**values: Any) -> Any:
     """The conv and its SiLU as one kernel, what follows as another."""
-    *parts, g, beta, state = _right("gdn_conv_post", {**values, "l2norm": False})
+    *parts, g, beta, state = _right("gdn_conv_prep", {**values, "l2norm": False})
     rows = np.concatenate([part.reshape(len(part), int(np.prod(part.shape[1:]))) for part in parts], axis=1)
     heads = ("num_k_heads", "head_k_dim", "head_v_dim", "l2norm", "l2norm_eps")
     gates = {name: values[name] for name in ("a", "b", "A_log", "dt_bias")}
@@ -284,19 +284,19 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
     ),
     _CONV: _named(
         _CONV,
-        state_leaks_across_sequences=_patch(_CONV, gdn_conv_post, "windows", _one_sequence),
+        state_leaks_across_sequences=_patch(_CONV, gdn_conv_prep, "windows", _one_sequence),
         initial_state_ignored=_change(_CONV, lambda v: {"initial_state": None}),
         initial_state_newest_first=_change(_CONV, _newest_first),
         final_state_without_the_initial_one=_patch(
-            _CONV, gdn_conv_post, "final_state", lambda right: lambda x, state, *rest: right(x, None, *rest)
+            _CONV, gdn_conv_prep, "final_state", lambda right: lambda x, state, *rest: right(x, None, *rest)
         ),
         final_state_one_row_early=_patch(
-            _CONV, gdn_conv_post, "final_state", lambda right: lambda x, *rest: right(np.roll(x, 1, axis=0), *rest)
+            _CONV, gdn_conv_prep, "final_state", lambda right: lambda x, *rest: right(np.roll(x, 1, axis=0), *rest)
         ),
         taps_reversed=_change(_CONV, lambda v: {"weight": v["weight"][:, ::-1]}),
         oldest_tap_dropped=_change(_CONV, _oldest_tap_dropped),
         bias_dropped=_change(_CONV, lambda v: {"bias": None}),
-        silu_dropped=_patch(_CONV, gdn_conv_post, "sigmoid", lambda right: np.ones_like),
+        silu_dropped=_patch(_CONV, gdn_conv_prep, "sigmoid", lambda right: np.ones_like),
         rounded_before_the_norm=_rounded_before_the_norm,
         l2norm_ignored=_change(_CONV, lambda v: {"l2norm": False}),
         dt_bias_dropped=_change(_CONV, lambda v: {"dt_bias": np.zeros_like(v["dt_bias"])}),

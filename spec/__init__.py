@@ -26,7 +26,7 @@ from polyfuse.spec._types import (
     TensorSpec,
 )
 from polyfuse.spec._validate import bind, dtype_name, fail
-from polyfuse.spec.gdn_conv_post import SPEC as _gdn_conv_post
+from polyfuse.spec.gdn_conv_prep import SPEC as _gdn_conv_prep
 from polyfuse.spec.gdn_in_proj import SPEC as _gdn_in_proj
 from polyfuse.spec.gdn_post_conv import SPEC as _gdn_post_conv
 from polyfuse.spec.pos_embed_interpolate import SPEC as _pos_embed_interpolate
@@ -34,7 +34,7 @@ from polyfuse.spec.silu_mul_block_quant import SPEC as _silu_mul_block_quant
 
 OPS: dict[str, OpSpec] = {
     spec.name: spec
-    for spec in (_pos_embed_interpolate, _gdn_post_conv, _gdn_conv_post, _silu_mul_block_quant, _gdn_in_proj)
+    for spec in (_pos_embed_interpolate, _gdn_post_conv, _gdn_conv_prep, _silu_mul_block_quant, _gdn_in_proj)
 }
 
 __all__ = [

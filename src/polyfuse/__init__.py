@@ -6,7 +6,7 @@ from polyfuse.spec import BackendError, SpecError, Unsupported
 
 if TYPE_CHECKING:
     from polyfuse._ops import (
-        gdn_conv_post,
+        gdn_conv_prep,
         gdn_in_proj,
         gdn_post_conv,
         pos_embed_interpolate,
@@ -22,7 +22,7 @@ __all__ = [
     "Unsupported",
     "call_counts",
     "explain",
-    "gdn_conv_post",
+    "gdn_conv_prep",
     "gdn_in_proj",
     "gdn_post_conv",
     "pos_embed_interpolate",

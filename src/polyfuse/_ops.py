@@ -47,7 +47,7 @@ def gdn_post_conv(
 
 
 @public
-def gdn_conv_post(
+def gdn_conv_prep(
     x: Any,
     weight: Any,
     a: Any,
@@ -69,7 +69,7 @@ def gdn_conv_post(
 ) -> Any:
     tensors = (x, weight, a, b, A_log, dt_bias, bias, initial_state, cu_seqlens)
     heads = (num_k_heads, head_k_dim, head_v_dim)
-    return run("gdn_conv_post", (*tensors, *heads, l2norm, l2norm_eps, output_g_exp, output_final_state), backend)
+    return run("gdn_conv_prep", (*tensors, *heads, l2norm, l2norm_eps, output_g_exp, output_final_state), backend)
 
 
 @public

@@ -20,7 +20,7 @@ from polyfuse.bench.text_models import MODELS, TextModel
 from polyfuse.cli import main
 from polyfuse.configs import model_configs
 
-OPS = "gdn_in_proj", "gdn_conv_post", "silu_mul_block_quant"
+OPS = "gdn_in_proj", "gdn_conv_prep", "silu_mul_block_quant"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -95,7 +95,7 @@ def test_layers(run):
     assert [(r["phase"], r["batch"], r["tokens"]) for r in rows] == [("prefill", 1, 16), ("decode", 2, 1)]
     for row in rows:
         parts = {part["part"]: part for part in row["parts"]}
-        assert list(parts) == ["gdn_in_proj", "gdn_conv_post", "l2norm", "rest"]
+        assert list(parts) == ["gdn_in_proj", "gdn_conv_prep", "l2norm", "rest"]
         assert sum(part["share"] for part in parts.values()) == pytest.approx(1)
         for variant in ("untouched_us", "accelerated_us"):
             assert sum(part[variant] for part in parts.values()) == pytest.approx(row[variant], abs=0.01)
@@ -129,13 +129,13 @@ def test_delta_rule_is_named(subject):
 
 
 def test_shares():
-    before = {"all": 10.0, "gdn_in_proj": 2.0, "gdn_conv_post": 5.0, "l2norm": 1.0}
-    row = layer_row("prefill", 1, 8, before, {"all": 5.0, "gdn_in_proj": 1.0, "gdn_conv_post": 2.0}, 7.0)
+    before = {"all": 10.0, "gdn_in_proj": 2.0, "gdn_conv_prep": 5.0, "l2norm": 1.0}
+    row = layer_row("prefill", 1, 8, before, {"all": 5.0, "gdn_in_proj": 1.0, "gdn_conv_prep": 2.0}, 7.0)
     assert (row.untouched_us, row.accelerated_us, row.delta_rule_us) == (10.0, 5.0, 7.0)
     parts = {p.part: (p.untouched_us, p.accelerated_us, p.saved_us, p.share) for p in row.parts}
     assert parts == {
         "gdn_in_proj": (2.0, 1.0, 1.0, 0.2),
-        "gdn_conv_post": (5.0, 2.0, 3.0, 0.6),
+        "gdn_conv_prep": (5.0, 2.0, 3.0, 0.6),
         "l2norm": (1.0, 0.0, 1.0, 0.2),
         "rest": (2.0, 2.0, 0.0, 0.0),
     }
@@ -147,9 +147,9 @@ def test_parts_are_what_they_say(subject, clock, calls, phase, batch, tokens):
         row = measure_layer(subject, phase, batch, tokens)
     assert (row.untouched_us, row.accelerated_us, row.delta_rule_us) == (1.0, 6.0, 5000.0)
     parts = {p.part: (p.untouched_us, p.accelerated_us) for p in row.parts}
-    assert parts == {"gdn_in_proj": (2.0, 7.0), "gdn_conv_post": (3.0, 8.0), "l2norm": (4.0, 0.0), "rest": (-8.0, -9.0)}
+    assert parts == {"gdn_in_proj": (2.0, 7.0), "gdn_conv_prep": (3.0, 8.0), "l2norm": (4.0, 0.0), "rest": (-8.0, -9.0)}
     # The layer; the projection alone; the projection once, and what follows it.
-    assert calls == ["gdn_in_proj", "gdn_conv_post", "gdn_in_proj", "gdn_in_proj", "gdn_conv_post"]
+    assert calls == ["gdn_in_proj", "gdn_conv_prep", "gdn_in_proj", "gdn_in_proj", "gdn_conv_prep"]
     assert "forward" not in vars(subject.layer.out_proj)
 
 

@@ -75,7 +75,7 @@ class LayerRow:
     """One Gated DeltaNet layer without its delta rule, and, with FP8 weights, the MLP after it.
 
     The parts are timed alone: the input projections (`gdn_in_proj`); what is between them and the delta rule
-    (`gdn_conv_post`), of which `l2norm` is that of q and k, in their dtype, which the delta rule does in the untouched
+    (`gdn_conv_prep`), of which `l2norm` is that of q and k, in their dtype, which the delta rule does in the untouched
     model; the MLP. `rest` is what is left, so shares sum to 1. `delta_rule_us` is wall time of the delta rule.
     """
 
@@ -229,7 +229,7 @@ def measure_strategies(subject: TextModel, counts: Sequence[int]) -> Iterator[St
 
 
 def measure_conv(subject: TextModel, lengths: Sequence[int], compiled: bool) -> Iterator[ConvRow]:
-    """`gdn_conv_post` against a conv of its own before `gdn_post_conv`, for one sequence of each length."""
+    """`gdn_conv_prep` against a conv of its own before `gdn_post_conv`, for one sequence of each length."""
     layer = subject.layer
     weight = layer.conv1d.weight.squeeze(1)
     heads = {name: getattr(layer, name) for name in ("num_k_heads", "head_k_dim", "head_v_dim")}
@@ -240,7 +240,7 @@ def measure_conv(subject: TextModel, lengths: Sequence[int], compiled: bool) -> 
     for tokens in lengths:
         x = subject.random(tokens, layer.conv_dim)
         gates = *(subject.random(tokens, layer.num_v_heads) for _ in range(2)), layer.A_log, layer.dt_bias
-        one_pass = subject.device_us(partial(polyfuse.gdn_conv_post, x, weight, *gates, **heads))
+        one_pass = subject.device_us(partial(polyfuse.gdn_conv_prep, x, weight, *gates, **heads))
         yield ConvRow(tokens, "one pass", round(one_pass, 3), 1.0)
         for name, conv in convs.items():
 
@@ -265,7 +265,7 @@ def measure_layer(subject: TextModel, phase: str, batch: int, tokens: int) -> La
                 us = {"all": subject.device_us(call)}
             us["gdn_in_proj"] = subject.device_us(partial(subject.projected, x, variant))
             with subject.no_projections(x, variant), subject.no_delta_rule(normalises=False):
-                us["gdn_conv_post"] = subject.device_us(call)
+                us["gdn_conv_prep"] = subject.device_us(call)
             if variant == "untouched":
                 ((arguments, options),) = seen
                 us["l2norm"] = subject.device_us(partial(subject.l2norm, *arguments[:2]))

@@ -90,7 +90,7 @@ def spy(seen: list[Any], name: str, function: Any) -> Any:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the ops in the order of their calls."""
     seen: list[str] = []
-    for name in ("gdn_in_proj", "gdn_conv_post"):
+    for name in ("gdn_in_proj", "gdn_conv_prep"):
         monkeypatch.setattr(polyfuse, name, spy(seen, name, getattr(polyfuse, name)))
     return seen
 
@@ -102,7 +102,7 @@ def test_logits_are_transformers_within_rounding(family: str, shape: tuple[int, 
     before = logits(model, tokens(*shape))
     assert accelerate(model) is model
     assert change(before, logits(model, tokens(*shape))) <= BOUND
-    assert calls == ["gdn_in_proj", "gdn_conv_post"] * 2
+    assert calls == ["gdn_in_proj", "gdn_conv_prep"] * 2
     with torch.no_grad():
         model.model.layers[0].linear_attn.conv1d.weight[-1] *= 1.01
     assert change(before, logits(model, tokens(*shape))) > BOUND

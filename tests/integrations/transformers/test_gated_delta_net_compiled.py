@@ -74,7 +74,7 @@ def test_ten_layers_share_one_graph_with_one_node_for_each_op() -> None:
         assert change(last(hidden()), after) <= BOUND < change(before, after)
     assert counter.frame_count == 1
     nodes = [node for node in counter.graphs[0].graph.nodes if "polyfuse." in str(node.target)]
-    assert [str(node.target) for node in nodes] == ["polyfuse.gdn_in_proj", "polyfuse.gdn_conv_post"]
+    assert [str(node.target) for node in nodes] == ["polyfuse.gdn_in_proj", "polyfuse.gdn_conv_prep"]
     assert not [value for node in nodes for value in (*node.args, *node.kwargs.values()) if isinstance(value, str)]
 
 

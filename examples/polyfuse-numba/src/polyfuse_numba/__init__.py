@@ -10,7 +10,7 @@ BACKEND = Backend(
     implements={
         "pos_embed_interpolate": 1,
         "gdn_post_conv": 1,
-        "gdn_conv_post": 1,
+        "gdn_conv_prep": 1,
         "silu_mul_block_quant": 1,
         "gdn_in_proj": 1,
     },

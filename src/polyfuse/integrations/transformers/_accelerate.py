@@ -32,7 +32,7 @@ def accelerate(model: Model, graphs: Mapping[str, Any] | bool | None = None) -> 
       grid is not read back to the host, and an invalid one gives NaN. A call that passes `interp_indices` or
       `interp_weights` keeps them.
     - The Gated DeltaNet layers of Qwen3-Next and Qwen3.5 (dense and MoE): inference then runs on `polyfuse.gdn_in_proj`
-      and `polyfuse.gdn_conv_post`, with the model's own delta rule and cache, and no state passes from one packed
+      and `polyfuse.gdn_conv_prep`, with the model's own delta rule and cache, and no state passes from one packed
       sequence to another. They work from a second copy of their input projections' weights, which follows the weights
       themselves, but under torch.compile, and after a write through `.data`, only once this function is called again.
     - MLPs with FP8 weights: inference then quantises the activation in one kernel with SiLU and product, bit for bit as

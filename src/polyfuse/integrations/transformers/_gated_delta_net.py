@@ -1,4 +1,4 @@
-"""The Gated DeltaNet layers of Qwen3-Next and Qwen3.5 on `gdn_in_proj` and `gdn_conv_post`."""
+"""The Gated DeltaNet layers of Qwen3-Next and Qwen3.5 on `gdn_in_proj` and `gdn_conv_prep`."""
 
 import sys
 from inspect import getclosurevars
@@ -75,7 +75,7 @@ def forward(
     if packed is None and batch > 1:
         boundaries = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=qkv.device)
     width = module.conv_kernel_size
-    *inputs, _ = polyfuse.gdn_conv_post(
+    *inputs, _ = polyfuse.gdn_conv_prep(
         qkv,
         module.conv1d.weight.squeeze(1),
         a,

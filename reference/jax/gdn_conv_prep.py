@@ -1,4 +1,4 @@
-"""`gdn_conv_post` in jax.numpy; the formula is the docstring of `polyfuse.spec.gdn_conv_post`.
+"""`gdn_conv_prep` in jax.numpy; the formula is the docstring of `polyfuse.spec.gdn_conv_prep`.
 
 Every array may be traced, vmapped, sharded over its rows, and differentiated.
 """
@@ -28,7 +28,7 @@ CAPABILITY = Capability(differentiable=True)
         "output_final_state",
     ),
 )
-def gdn_conv_post(
+def gdn_conv_prep(
     x: jax.Array,
     weight: jax.Array,
     a: jax.Array,

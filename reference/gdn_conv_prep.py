@@ -1,4 +1,4 @@
-"""The oracle of `gdn_conv_post`; the formula is the docstring of `polyfuse.spec.gdn_conv_post`."""
+"""The oracle of `gdn_conv_prep`; the formula is the docstring of `polyfuse.spec.gdn_conv_prep`."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from polyfuse.reference._numerics import F64, Exact, round_to, to_f64
 from polyfuse.reference.gdn_post_conv import gates, sigmoid
 from polyfuse.spec import FP32_ROUNDOFF, FP32_TINY, Capability, dtype_name
-from polyfuse.spec.gdn_conv_post import CONV_STEPS, SILU_SLOPE, SILU_STEPS, SPEC
+from polyfuse.spec.gdn_conv_prep import CONV_STEPS, SILU_SLOPE, SILU_STEPS, SPEC
 
 CAPABILITY = Capability(devices=("cpu",))
 
@@ -88,7 +88,7 @@ def exact(
     return results
 
 
-def gdn_conv_post(
+def gdn_conv_prep(
     x: Array,
     weight: Array,
     a: Array,

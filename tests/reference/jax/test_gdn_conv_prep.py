@@ -1,4 +1,4 @@
-"""`gdn_conv_post` in jax.numpy: right on every case, and under jit, vmap, grad and sharding."""
+"""`gdn_conv_prep` in jax.numpy: right on every case, and under jit, vmap, grad and sharding."""
 
 from functools import cache, partial
 from typing import Any
@@ -13,10 +13,10 @@ from jax.test_util import check_grads
 from polyfuse.conformance.cases import all_cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
-from polyfuse.reference.jax.gdn_conv_post import gdn_conv_post
+from polyfuse.reference.jax.gdn_conv_prep import gdn_conv_prep
 from polyfuse.spec import OPS, Case
 
-OP = "gdn_conv_post"
+OP = "gdn_conv_prep"
 CASES = [case for case in OPS[OP].cases() if case.repeat == 1]
 HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 8, "output_final_state": True}
 HEADS_V = 4
@@ -34,7 +34,7 @@ FAST = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" e
 
 @cache
 def compiled(**attrs: Any) -> Any:
-    return jax.jit(partial(gdn_conv_post, **attrs), compiler_options=FAST)
+    return jax.jit(partial(gdn_conv_prep, **attrs), compiler_options=FAST)
 
 
 def run(values: dict[str, Any]) -> Any:
@@ -60,7 +60,7 @@ def random_arguments(length: int) -> tuple[jax.Array, ...]:
 def op(*arrays: jax.Array, **attrs: Any) -> Any:
     """On what `random_arguments` gives."""
     *required, bias, state = arrays
-    return gdn_conv_post(*required, bias=bias, initial_state=state, **HEADS | attrs)
+    return gdn_conv_prep(*required, bias=bias, initial_state=state, **HEADS | attrs)
 
 
 compiled_op = jax.jit(op, compiler_options=FAST)
@@ -97,7 +97,7 @@ def test_final_state_is_a_copy() -> None:
     x, state = patterns[3:], np.stack([patterns[i : i + 3].T for i in range(61)])  # [61, C], [61, C, 3]
     gates, heads, attrs = jnp.zeros((61, 32)), jnp.zeros(32), dict.fromkeys(("head_k_dim", "head_v_dim"), 16)
     starts = jnp.arange(62)
-    *_, last = gdn_conv_post(
+    *_, last = gdn_conv_prep(
         jnp.asarray(x),
         jnp.zeros((1024, 4)),
         *(gates, gates, heads, heads),
@@ -185,7 +185,7 @@ def test_gradients_at_the_ends_of_the_line() -> None:
     @jax.grad
     def gradient(x: jax.Array) -> jax.Array:
         attrs = {"num_k_heads": 1, "head_k_dim": 1, "head_v_dim": 1}
-        q, _, v, *_ = gdn_conv_post(x, weight, zero, zero, zero[0], zero[0], **attrs)
+        q, _, v, *_ = gdn_conv_prep(x, weight, zero, zero, zero[0], zero[0], **attrs)
         return q.sum() + v.sum()
 
     result = gradient(x)

@@ -1,4 +1,4 @@
-"""The plain PyTorch backend of `gdn_conv_post`: any device, differentiable."""
+"""The plain PyTorch backend of `gdn_conv_prep`: any device, differentiable."""
 
 from functools import reduce
 from operator import iadd
@@ -11,7 +11,7 @@ from polyfuse.torch_impl.gdn_post_conv import gates, l2_normalised, rounded, sig
 CAPABILITY = Capability(differentiable=True)
 
 
-def gdn_conv_post(
+def gdn_conv_prep(
     x: torch.Tensor,
     weight: torch.Tensor,
     a: torch.Tensor,

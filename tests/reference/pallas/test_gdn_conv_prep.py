@@ -1,4 +1,4 @@
-"""`gdn_conv_post` in Pallas: right on the cases, interpreted with a CPU's and with a GPU's tiles, and it lowers."""
+"""`gdn_conv_prep` in Pallas: right on the cases, interpreted with a CPU's and with a GPU's tiles, and it lowers."""
 
 from functools import cache, partial
 from typing import Any
@@ -13,10 +13,10 @@ from jax.sharding import Mesh, PartitionSpec
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
 from polyfuse.reference.pallas import gdn_post_conv as tiles
-from polyfuse.reference.pallas.gdn_conv_post import gdn_conv_post
+from polyfuse.reference.pallas.gdn_conv_prep import gdn_conv_prep
 from polyfuse.spec import OPS, Case, Unsupported
 
-OP = "gdn_conv_post"
+OP = "gdn_conv_prep"
 # Half a second each, most of it compiling: `polyfuse conformance` runs them all.
 CASES = [case for case in OPS[OP].cases() if case.repeat == 1][::4]
 HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 8, "output_final_state": True}
@@ -35,7 +35,7 @@ FAST = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" e
 
 @cache
 def compiled(**attrs: Any) -> Any:
-    return jax.jit(partial(gdn_conv_post, **attrs), compiler_options=FAST)
+    return jax.jit(partial(gdn_conv_prep, **attrs), compiler_options=FAST)
 
 
 def run(values: dict[str, Any]) -> Any:
@@ -61,7 +61,7 @@ def random_arguments(length: int) -> tuple[jax.Array, ...]:
 def op(*arrays: jax.Array, **attrs: Any) -> Any:
     """On what `random_arguments` gives."""
     *required, bias, state = arrays
-    return gdn_conv_post(*required, bias=bias, initial_state=state, **HEADS | attrs)
+    return gdn_conv_prep(*required, bias=bias, initial_state=state, **HEADS | attrs)
 
 
 compiled_op = jax.jit(op, compiler_options=FAST)
@@ -164,7 +164,7 @@ def test_no_value_heads_is_declined() -> None:
     x, weight, *_ = random_arguments(3)
     none = jnp.zeros((3, 0))
     with pytest.raises(Unsupported, match="HV=0: a kernel cannot have an empty output"):
-        gdn_conv_post(x[:, :64], weight[:64], none, none, none[0], none[0], **HEADS)
+        gdn_conv_prep(x[:, :64], weight[:64], none, none, none[0], none[0], **HEADS)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -194,7 +194,7 @@ def test_lowers_to_one_kernel(
     if packed:
         arrays["cu_seqlens"] = jax.ShapeDtypeStruct((257,), "int32")
     attrs = {"num_k_heads": heads, "head_k_dim": size, "head_v_dim": size_v, "output_final_state": packed}
-    assert triton_kernels(partial(gdn_conv_post, **attrs), arrays) == 1
+    assert triton_kernels(partial(gdn_conv_prep, **attrs), arrays) == 1
 
 
 def triton_kernels(op: Any, arrays: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""`gdn_conv_post`: a Gated DeltaNet layer from its projection to its delta rule, in one pass.
+"""`gdn_conv_prep`: a Gated DeltaNet layer from its projection to its delta rule, in one pass.
 
 A row of `x` is [q | k | v] as the projection wrote it. A causal depthwise convolution of width W over the rows of each
 sequence, a SiLU, then all of `gdn_post_conv`:
@@ -25,7 +25,7 @@ from polyfuse.spec._types import FLOATS, INTS, AttrSpec, Call, Case, Cost, Error
 from polyfuse.spec._validate import fail, itemsize
 from polyfuse.spec.gdn_post_conv import SPEC as POST_CONV
 
-NAME = "gdn_conv_post"
+NAME = "gdn_conv_prep"
 
 MAX_WIDTH = 4
 

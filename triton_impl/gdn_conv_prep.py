@@ -1,4 +1,4 @@
-"""The Triton backend of `gdn_conv_post`: one launch for all six outputs.
+"""The Triton backend of `gdn_conv_prep`: one launch for all six outputs.
 
 The first programs compute the gates, the next ones the final states. Each of the others walks down a strip of rows with
 some heads of q, k or v, and keeps the rows that the conv looks back at in registers.
@@ -15,7 +15,7 @@ from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import on_device, round_to, widen
 from polyfuse.triton_impl._gdn import Launcher, gate_tile, l2_normalise, silu
 
-NAME = "gdn_conv_post"
+NAME = "gdn_conv_prep"
 
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
 
@@ -393,7 +393,7 @@ def _tile(length: int, sequences: int, H: int, K: int, HV: int, V: int) -> tuple
     return rows, heads, heads_v, gate_tokens, columns
 
 
-def gdn_conv_post(
+def gdn_conv_prep(
     x: torch.Tensor,
     weight: torch.Tensor,
     a: torch.Tensor,

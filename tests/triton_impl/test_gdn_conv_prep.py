@@ -8,11 +8,11 @@ from polyfuse.conformance.inputs import make_inputs
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import from_numpy, registry, to_numpy
 from polyfuse.spec import OPS, Case
-from polyfuse.triton_impl import gdn_conv_post as module
+from polyfuse.triton_impl import gdn_conv_prep as module
 from polyfuse.triton_impl._common import INTERPRETED
-from polyfuse.triton_impl.gdn_conv_post import gdn_conv_post
+from polyfuse.triton_impl.gdn_conv_prep import gdn_conv_prep
 
-OP = "gdn_conv_post"
+OP = "gdn_conv_prep"
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
 HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 8}
 ENDS = [0, 9, 9, 11, 30, 31, 44]
@@ -59,9 +59,9 @@ def test_packed_sequences_are_separate_ones(strips: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "STRIPS", strips)
     module._tile.cache_clear()
     args = arguments()
-    together = gdn_conv_post(**args)
+    together = gdn_conv_prep(**args)
     for i in (0, 3, 4):
-        alone = gdn_conv_post(**of_sequence(args, i, slice(None)))
+        alone = gdn_conv_prep(**of_sequence(args, i, slice(None)))
         part = [*(r[ENDS[i] : ENDS[i + 1]] for r in together[:5]), together[5][i : i + 1]]
         assert all(same(alone, part)), i
     assert bits(together[5][1]) == bits(args["initial_state"][1])
@@ -71,19 +71,19 @@ def test_packed_sequences_are_separate_ones(strips: int, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("cut", [1, 3])
 def test_a_sequence_in_two_calls(cut: int) -> None:
     args = arguments()
-    whole = gdn_conv_post(**of_sequence(args, 3, slice(None)))
-    first = gdn_conv_post(**of_sequence(args, 3, slice(cut)))
-    second = gdn_conv_post(**of_sequence(args, 3, slice(cut, None)) | {"initial_state": first[5]})
+    whole = gdn_conv_prep(**of_sequence(args, 3, slice(None)))
+    first = gdn_conv_prep(**of_sequence(args, 3, slice(cut)))
+    second = gdn_conv_prep(**of_sequence(args, 3, slice(cut, None)) | {"initial_state": first[5]})
     joined = [*(torch.cat([one, two]) for one, two in zip(first[:5], second[:5], strict=True)), second[5]]
     assert all(same(joined, whole))
 
 
 def test_nan_stays_in_its_sequence() -> None:
     args = arguments()
-    clean = gdn_conv_post(**args)
+    clean = gdn_conv_prep(**args)
     args["x"] = args["x"].clone()
     args["x"][11:30] = torch.nan
-    dirty = gdn_conv_post(**args)
+    dirty = gdn_conv_prep(**args)
     for rows in (slice(0, 11), slice(30, 44)):
         assert all(same([r[rows] for r in dirty[:5]], [r[rows] for r in clean[:5]]))
     assert dirty[2][11:30].isnan().all()
@@ -97,25 +97,25 @@ def test_layouts_change_no_bit(name: str, dtype: torch.dtype) -> None:
     last = args[name].ndim - 1
     turned = args[name].transpose(last - 1, last).contiguous().transpose(last - 1, last)
     assert turned.stride() != args[name].stride()
-    assert all(same(gdn_conv_post(**args | {name: turned}), gdn_conv_post(**args)))
+    assert all(same(gdn_conv_prep(**args | {name: turned}), gdn_conv_prep(**args)))
 
 
 def test_rows_of_single_sequences_are_a_decode_step() -> None:
     """44 sequences of one row each: the launch that takes single rows."""
     args = arguments(cu_seqlens=torch.arange(45, device=DEVICE))
     state = args["initial_state"].repeat(8, 1, 1)[:44]
-    together = gdn_conv_post(**args | {"initial_state": state})
+    together = gdn_conv_prep(**args | {"initial_state": state})
     assert module._tile(44, 44, 2, 16, 4, 8)[0] == 1
     for i in (0, 17, 43):
         one: dict[str, Any] = {key: args[key][i : i + 1] for key in ("x", "a", "b")}
-        alone = gdn_conv_post(**args | one | {"cu_seqlens": None, "initial_state": state[i : i + 1]})
+        alone = gdn_conv_prep(**args | one | {"cu_seqlens": None, "initial_state": state[i : i + 1]})
         assert all(same(alone, [r[i : i + 1] for r in together]))
 
 
 def test_no_rows() -> None:
     args = arguments(cu_seqlens=torch.zeros(7, dtype=torch.int32, device=DEVICE))
     none: dict[str, Any] = {name: args[name][:0] for name in ("x", "a", "b")}
-    *empty, state = gdn_conv_post(**args | none)
+    *empty, state = gdn_conv_prep(**args | none)
     assert [len(r) for r in empty] == [0] * 5
     assert bits(state) == bits(args["initial_state"])
-    assert not gdn_conv_post(**args | none | {"initial_state": None})[5].any()
+    assert not gdn_conv_prep(**args | none | {"initial_state": None})[5].any()

@@ -1,4 +1,4 @@
-"""`gdn_conv_post` as one Pallas kernel; the formula is the docstring of `polyfuse.spec.gdn_conv_post`.
+"""`gdn_conv_prep` as one Pallas kernel; the formula is the docstring of `polyfuse.spec.gdn_conv_prep`.
 
 The kernel of `gdn_post_conv`, which computes y here where it loads it there. Where each row's sequence begins is found
 before it, and the final state beside it, in jax.numpy.
@@ -17,7 +17,7 @@ from polyfuse.reference.pallas.gdn_post_conv import CAPABILITY as CAPABILITY
 from polyfuse.reference.pallas.gdn_post_conv import fused
 
 
-def gdn_conv_post(
+def gdn_conv_prep(
     x: jax.Array,
     weight: jax.Array,
     a: jax.Array,
@@ -37,7 +37,7 @@ def gdn_conv_post(
     output_final_state: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]."""
-    return _conv_post(
+    return _conv_prep(
         x,
         weight,
         bias,
@@ -55,7 +55,7 @@ def gdn_conv_post(
 
 
 @partial(jax.jit, static_argnames=("output_final_state", "heads", "size", "size_v", "l2norm", "eps", "output_g_exp"))
-def _conv_post(
+def _conv_prep(
     x: jax.Array,
     weight: jax.Array,
     bias: jax.Array | None,
@@ -72,7 +72,7 @@ def _conv_post(
         sources["bias"] = bias
     if state is not None:
         sources["state"] = state
-    results = fused(_load, _specs, sources, gates, name="gdn_conv_post", dtype=x.dtype, **attrs)
+    results = fused(_load, _specs, sources, gates, name="gdn_conv_prep", dtype=x.dtype, **attrs)
     return *results, final_state(x, state, cu_seqlens, weight.shape[1] - 1, output_final_state)
 
 

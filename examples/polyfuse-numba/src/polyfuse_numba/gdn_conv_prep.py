@@ -1,4 +1,4 @@
-"""`gdn_conv_post`; the formula is the docstring of `polyfuse.spec.gdn_conv_post`."""
+"""`gdn_conv_prep`; the formula is the docstring of `polyfuse.spec.gdn_conv_prep`."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ CAPABILITY = Capability(devices=("cpu",))
 TILE = 1024  # columns, of which the inputs of a window and the weights stay in the first-level cache
 
 
-def gdn_conv_post(
+def gdn_conv_prep(
     x: torch.Tensor,
     weight: torch.Tensor,
     a: torch.Tensor,

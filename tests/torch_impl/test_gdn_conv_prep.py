@@ -9,11 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs
 from polyfuse.dispatch import from_numpy, to_numpy
-from polyfuse.reference.gdn_conv_post import exact
+from polyfuse.reference.gdn_conv_prep import exact
 from polyfuse.spec import OPS, Case, bind
-from polyfuse.torch_impl.gdn_conv_post import gdn_conv_post
+from polyfuse.torch_impl.gdn_conv_prep import gdn_conv_prep
 
-SPEC = OPS["gdn_conv_post"]
+SPEC = OPS["gdn_conv_prep"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 HEADS = {"num_k_heads": 16, "head_k_dim": 128, "head_v_dim": 128, "output_final_state": True}
 ODD = {"num_k_heads": 3, "head_k_dim": 25, "head_v_dim": 41, "output_final_state": True}
@@ -48,7 +48,7 @@ def bits(x: torch.Tensor) -> bytes:
 
 
 def assert_right(args: dict[str, Any], values: dict[str, Any]) -> None:
-    results, wanted = gdn_conv_post(**args), exact(**values)
+    results, wanted = gdn_conv_prep(**args), exact(**values)
     for output, result in zip(bind(SPEC, values).outputs, results, strict=True):
         assert compare(output.name, to_numpy(result), wanted[output.name], output.dtype) is None
         assert result.stride() == (output.strides or result.contiguous().stride())
@@ -75,8 +75,8 @@ def test_no_value_heads() -> None:
     columns = {name: args[name][:24] for name in ("weight", "bias")}
     heads = {name: args[name][..., :0] for name in ("a", "b", "A_log", "dt_bias")}
     less = {"x": args["x"][:, :24], "initial_state": args["initial_state"][:, :24]}
-    q, k, v, g, beta, state = gdn_conv_post(**args | columns | heads | less)
-    want_q, want_k, _, _, _, want_state = gdn_conv_post(**args)
+    q, k, v, g, beta, state = gdn_conv_prep(**args | columns | heads | less)
+    want_q, want_k, _, _, _, want_state = gdn_conv_prep(**args)
     assert (v.shape, g.shape, beta.shape) == ((23, 0, 4), (23, 0), (23, 0))
     for result, want in ((q, want_q), (k, want_k), (state, want_state[:, :24])):
         assert bits(result) == bits(want)
@@ -85,7 +85,7 @@ def test_no_value_heads() -> None:
 def test_a_strided_cu_seqlens() -> None:
     args = arguments(packed(23, 4, "float32", SMALL))
     strided: dict[str, Any] = {"cu_seqlens": torch.stack([args["cu_seqlens"]] * 2, dim=1)[:, 0]}
-    for result, want in zip(gdn_conv_post(**args | strided), gdn_conv_post(**args), strict=True):
+    for result, want in zip(gdn_conv_prep(**args | strided), gdn_conv_prep(**args), strict=True):
         assert bits(result) == bits(want)
 
 
@@ -102,13 +102,13 @@ def test_packed_sequences_equal_separate_ones(heads: dict[str, Any], device: str
     """Bit for bit, so a row does not depend on the batch either; nor on the layout of x."""
     args = arguments(packed(23, 2 * heads["num_k_heads"], dtype, heads), device)
     columns_first: dict[str, Any] = {name: args[name].t().contiguous().t() for name in (*ROWS, "weight")}
-    *whole, state = gdn_conv_post(**args)
+    *whole, state = gdn_conv_prep(**args)
     ends = args["cu_seqlens"].tolist()
     for i, (start, end) in enumerate(pairwise(ends)):
         for source in (args, args | columns_first):
             some: dict[str, Any] = {name: source[name][start:end] for name in ROWS}
             alone = {"cu_seqlens": None, "initial_state": args["initial_state"][i : i + 1]}
-            *rows, last = gdn_conv_post(**source | some | alone)
+            *rows, last = gdn_conv_prep(**source | some | alone)
             assert bits(last[0]) == bits(state[i])
             for result, want in zip(rows, whole, strict=True):
                 assert bits(result) == bits(want[start:end])
@@ -120,10 +120,10 @@ def test_a_sequence_goes_on_from_its_final_state(width: int, cut: int) -> None:
     dims = {"L": 23, "HV": 6, "W": width, "S": 1}
     args = arguments(make_inputs(SPEC, Case("whole", dims, ODD, BF16, present=STATE)))
     first: dict[str, Any] = {name: args[name][:cut] for name in ROWS}
-    *head, state = gdn_conv_post(**args | first)
+    *head, state = gdn_conv_prep(**args | first)
     second: dict[str, Any] = {name: args[name][cut:] for name in ROWS} | {"initial_state": state}
-    *tail, last = gdn_conv_post(**args | second)
-    *whole, want_last = gdn_conv_post(**args)
+    *tail, last = gdn_conv_prep(**args | second)
+    *whole, want_last = gdn_conv_prep(**args)
     assert bits(last) == bits(want_last)
     for *parts, want in zip(head, tail, whole, strict=True):
         assert bits(torch.cat(parts)) == bits(want)
@@ -131,13 +131,13 @@ def test_a_sequence_goes_on_from_its_final_state(width: int, cut: int) -> None:
 
 def test_nan_stays_in_its_sequence() -> None:
     args = arguments(packed(23, 4, "float32", SMALL))
-    clean = gdn_conv_post(**args)
+    clean = gdn_conv_prep(**args)
     for i, (start, end) in enumerate([(0, 2), (2, 2), (2, 7), (7, 10), (10, 11), (11, 17), (17, 21), (21, 23)]):
         spoiled: dict[str, Any] = {name: args[name].clone() for name in (*ROWS, "initial_state")}
         for name in ROWS:
             spoiled[name][start:end] = torch.nan
         spoiled["initial_state"][i] = torch.nan
-        results = gdn_conv_post(**args | spoiled)
+        results = gdn_conv_prep(**args | spoiled)
         for result, want in zip(results[:5], clean[:5], strict=True):
             assert result[start:end].isnan().all()
             assert bits(result[:start]) == bits(want[:start])
@@ -152,7 +152,7 @@ def test_results_share_no_memory(l2norm: bool, dtype: str) -> None:
     """With one row and a state of one input every part is contiguous: still none may be a view of another."""
     dims = {"L": 1, "HV": 2, "W": 2, "S": 1}
     args = arguments(make_inputs(SPEC, Case("one", dims, SMALL | {"l2norm": l2norm}, {"T": dtype}, present=STATE)))
-    everything = [x for x in args.values() if isinstance(x, torch.Tensor)] + list(gdn_conv_post(**args))
+    everything = [x for x in args.values() if isinstance(x, torch.Tensor)] + list(gdn_conv_prep(**args))
     assert len({x.untyped_storage().data_ptr() for x in everything}) == 14
 
 
@@ -170,7 +170,7 @@ def test_gradients_agree_with_finite_differences_of_the_oracle(l2norm: bool, pre
     floats = [name for name, x in args.items() if isinstance(x, torch.Tensor) and x.is_floating_point()]
     for name in floats:
         args[name].requires_grad_()
-    torch.autograd.backward(gdn_conv_post(**args), [torch.from_numpy(u).float() for u in upstream.values()])
+    torch.autograd.backward(gdn_conv_prep(**args), [torch.from_numpy(u).float() for u in upstream.values()])
 
     def loss(changed: dict[str, Any]) -> float:
         return sum(float((exact(**changed)[name].value * u).sum()) for name, u in upstream.items())
@@ -186,7 +186,7 @@ def test_gradients_agree_with_finite_differences_of_the_oracle(l2norm: bool, pre
 def test_gradients_at_the_ends_of_the_line() -> None:
     x = torch.tensor([[0, 0, -1000.0], [0, 0, 0.0], [0, 0, 1000.0]], requires_grad=True)
     weight, zero = torch.tensor([[0.0, 1.0]]).expand(3, 2), torch.zeros(3, 1)
-    v = gdn_conv_post(x, weight, zero, zero, zero[0], zero[0], num_k_heads=1, head_k_dim=1, head_v_dim=1)[2]
+    v = gdn_conv_prep(x, weight, zero, zero, zero[0], zero[0], num_k_heads=1, head_k_dim=1, head_v_dim=1)[2]
     v.sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [[0, 0, 0], [0, 0, 0.5], [0, 0, 1]]
@@ -198,14 +198,14 @@ def test_nothing_is_read_back() -> None:
     with FakeTensorMode() as mode:
         args = arguments(values)
         args |= {k: mode.from_tensor(v) for k, v in args.items() if isinstance(v, torch.Tensor)}
-        results = gdn_conv_post(**args)
+        results = gdn_conv_prep(**args)
     described = [(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in results]
     assert described == [(output.shape, output.dtype) for output in bind(SPEC, values).outputs]
 
 
 def test_compiles_as_one_graph() -> None:
-    compiled = torch.compile(gdn_conv_post, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(gdn_conv_prep, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (23, 25):
         args = arguments(packed(length, 4, "bfloat16", SMALL))
-        for result, want in zip(compiled(**args), gdn_conv_post(**args), strict=True):
+        for result, want in zip(compiled(**args), gdn_conv_prep(**args), strict=True):
             assert bits(result) == bits(want)
