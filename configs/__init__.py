@@ -5,6 +5,7 @@ if __name__ != "polyfuse.configs":
 
 from polyfuse.configs._load import (
     EncoderConfig,
+    ModelCase,
     ModelConfig,
     Profile,
     UserConfig,
@@ -18,6 +19,7 @@ from polyfuse.configs._load import (
 
 __all__ = [
     "EncoderConfig",
+    "ModelCase",
     "ModelConfig",
     "Profile",
     "UserConfig",

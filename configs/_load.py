@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from polyfuse.spec import OPS, Case, SpecError
+from polyfuse.spec import OPS, SpecError
 
 ROOT = Path(__file__).parent
 
@@ -76,7 +76,7 @@ class UserConfig(_Strict):
 
 
 class ModelCase(_Strict):
-    """One real shape of an op in a model; the fields are those of `polyfuse.spec.Case`."""
+    """One real shape of an op in a model; the fields are those of `polyfuse.conformance.Case`."""
 
     name: str
     dims: dict[str, int | list[int]] = {}
@@ -86,20 +86,6 @@ class ModelCase(_Strict):
     present: list[str] = []
     fill: dict[str, str] = {}
     as_tensor: list[str] = []
-
-    def case(self, model: str) -> Case:
-        host = {k: tuple(map(tuple, v)) for k, v in self.host.items()}
-        dims = {k: tuple(v) if isinstance(v, list) else v for k, v in self.dims.items()}
-        return Case(
-            f"{model}-{self.name}",
-            dims,
-            self.attrs,
-            self.dtypes,
-            host,
-            as_tensor=tuple(self.as_tensor),
-            present=tuple(self.present),
-            fill=self.fill,
-        )
 
 
 class ModelConfig(_Strict):

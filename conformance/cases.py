@@ -1,17 +1,36 @@
-"""The conformance cases of an op: those of its spec, then the real shapes of the model files."""
+"""The conformance cases of an op: its own, then the real shapes of the model files."""
 
-from polyfuse.configs import model_configs
-from polyfuse.spec import OPS, Case
+from polyfuse.configs import ModelCase, model_configs
+from polyfuse.conformance.case import Case
+from polyfuse.conformance.ops import suite
 
 
-def all_cases(op: str, *, models: bool = True) -> tuple[Case, ...]:
-    """Every case of an op, names unique."""
-    cases = list(OPS[op].cases())
-    if models:
-        for name, config in model_configs().items():
-            cases += [case.case(name) for case in config.ops.get(op, [])]
-    names = [c.name for c in cases]
+def cases(op: str) -> tuple[Case, ...]:
+    """The op's own cases, those of `conformance.ops.<op>`."""
+    return tuple(suite(op).cases())
+
+
+def all_cases(op: str) -> tuple[Case, ...]:
+    """The op's own cases and those of the model files, names unique."""
+    found = list(cases(op))
+    for model, config in model_configs().items():
+        found += [model_case(model, shape) for shape in config.ops.get(op, [])]
+    names = [c.name for c in found]
     twice = {n for n in names if names.count(n) > 1}
     if twice:
         raise ValueError(f"{op}: case names used twice: {', '.join(sorted(twice))}")
-    return tuple(cases)
+    return tuple(found)
+
+
+def model_case(model: str, shape: ModelCase) -> Case:
+    """One real shape of a model file as a case."""
+    return Case(
+        f"{model}-{shape.name}",
+        {name: tuple(size) if isinstance(size, list) else size for name, size in shape.dims.items()},
+        shape.attrs,
+        shape.dtypes,
+        {name: tuple(map(tuple, rows)) for name, rows in shape.host.items()},
+        as_tensor=tuple(shape.as_tensor),
+        present=tuple(shape.present),
+        fill=shape.fill,
+    )

@@ -1,6 +1,5 @@
 """Run an op's cases on backends and compare each output with the oracle."""
 
-import importlib
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +10,14 @@ import numpy as np
 import polyfuse
 from polyfuse.configs import Profile
 from polyfuse.configs import profile as load_profile
-from polyfuse.conformance.cases import all_cases
+from polyfuse.conformance.case import Case
+from polyfuse.conformance.cases import all_cases, cases
 from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs, place
 from polyfuse.conformance.report import Report, Result
 from polyfuse.dispatch import Backend, device_of, examine, family_of, registry, to_numpy
-from polyfuse.reference._numerics import Exact
-from polyfuse.spec import OPS, BackendError, Call, Case, Unsupported, bind
+from polyfuse.reference import Exact, oracle
+from polyfuse.spec import OPS, BackendError, Call, Unsupported, bind
 
 Progress = Callable[[Report, int], None]
 
@@ -40,9 +40,9 @@ def run(
     settings = load_profile(profile)
     chosen = [registry().get(name) for name in backends] if backends else _all_backends()
     report = Report(device_name(device), profile, settings.seed)
-    cases = {op: selected(op, profile, settings) for op in ops or OPS}
-    total = sum(len(c) for c in cases.values()) * len(chosen)
-    for op, its_cases in cases.items():
+    wanted = {op: selected(op, profile, settings) for op in ops or OPS}
+    total = sum(len(c) for c in wanted.values()) * len(chosen)
+    for op, its_cases in wanted.items():
         for case, left_out in its_cases:
             trial = Trial(op, case, settings.seed)
             for backend in chosen:
@@ -62,11 +62,9 @@ def run(
 def selected(op: str, profile: str, settings: Profile) -> list[tuple[Case, str]]:
     """Every case of an op, with why the profile does not run it or an empty text."""
     left_out = f"the profile {profile} runs one in {settings.sample} of the spec's cases"
-    own = len(OPS[op].cases())
-    return [
-        (case, left_out if number < own and number % settings.sample else "")
-        for number, case in enumerate(all_cases(op, models=settings.models))
-    ]
+    own = len(cases(op))
+    chosen = all_cases(op) if settings.models else cases(op)
+    return [(case, left_out if number < own and number % settings.sample else "") for number, case in enumerate(chosen)]
 
 
 class Trial:
@@ -85,8 +83,7 @@ class Trial:
 
     def exact(self) -> dict[str, Exact]:
         if self._exact is None:
-            oracle = importlib.import_module(f"polyfuse.reference.{self.op}")
-            self._exact = dict(oracle.exact(**self.inputs()[0]))
+            self._exact = oracle(self.op).intervals(**self.inputs()[0])
         return self._exact
 
     def on(self, backend: Backend, device: str = "cpu", limits: Profile | None = None) -> tuple[str, str]:

@@ -1,12 +1,16 @@
-"""Exact rounding of float64 values onto low-precision grids, and the oracle's result type."""
+"""Exact rounding of float64 values onto low-precision grids, and the interval of a right result."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 F64 = NDArray[np.float64]
+Array = NDArray[Any]
+
+FP32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,19 @@ class Exact:
         return cls(value, value - error, value + error)
 
     @classmethod
-    def copy(cls, value: F64) -> "Exact":
-        return cls(value, value, value, bits=True)
+    def copy(cls, value: F64, relative: float) -> "Exact":
+        """A copy, whose bound grants a relative error of 0."""
+        return cls.around(value, relative * np.abs(value)) if relative else cls(value, value, value, bits=True)
+
+    def widened(self, relative: float) -> "Exact":
+        """The interval with a further relative error of the value on both sides."""
+        if not relative:
+            return self
+        error = np.where(np.isfinite(self.value), relative * np.abs(self.value), 0.0)
+        return Exact(self.value, self.low - error, self.high + error)
 
 
-def to_f64(array: NDArray[np.generic]) -> F64:
+def to_f64(array: Array) -> F64:
     """Widen any float array (ml_dtypes ones too) to float64, exactly."""
     return np.asarray(array).astype(np.float64)
 
@@ -45,7 +57,7 @@ def numpy_dtype(name: str) -> np.dtype[np.generic]:
     return np.dtype(getattr(ml_dtypes, name, None) or name)
 
 
-def round_to(value: F64, dtype: str) -> NDArray[np.generic]:
+def round_to(value: F64, dtype: str) -> Array:
     """Round float64 to `dtype` once, to nearest even; past the largest finite value gives infinity, or the
     dtype's NaN if it has no infinity.
 
@@ -63,3 +75,14 @@ def round_to(value: F64, dtype: str) -> NDArray[np.generic]:
         rounded = np.rint(value / step) * step
         rounded = np.where(np.abs(rounded) > float(info.max), np.copysign(np.inf, rounded), rounded)
         return np.where(np.isnan(value), np.nan, rounded).astype(target)
+
+
+def laid_out(array: Array, strides: tuple[int, ...] | None) -> Array:
+    """A copy of an array with the given element strides, zero in between; the array itself if they are None."""
+    if strides is None:
+        return array
+    size = 1 + sum((n - 1) * step for n, step in zip(array.shape, strides, strict=True)) if array.size else 0
+    buffer = np.zeros(size, array.dtype)
+    view = np.lib.stride_tricks.as_strided(buffer, array.shape, [step * array.itemsize for step in strides])
+    view[...] = array
+    return view

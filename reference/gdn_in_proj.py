@@ -1,52 +1,51 @@
 """The oracle of `gdn_in_proj`; the formula is the docstring of `polyfuse.spec.gdn_in_proj`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from polyfuse.reference._numerics import Exact, round_to, to_f64
-from polyfuse.spec import FP32_ROUNDOFF, Capability, dtype_name
+from polyfuse.reference._numerics import F64, Array, Exact, to_f64
+from polyfuse.reference._oracle import Error, Oracle
+from polyfuse.spec import Capability
 from polyfuse.spec.gdn_in_proj import SPEC
 
 CAPABILITY = Capability(devices=("cpu",))
 
-Array = NDArray[np.generic]
+EXACT_SUMS = 2.0**24  # integers up to here are float32 numbers
 
 
-def exact(
-    x: Array,
-    w_qkvz: Array,
-    w_ba: Array,
-    *,
-    bias_qkvz: Array | None = None,
-    bias_ba: Array | None = None,
-    strategy: str = "auto",
-) -> dict[str, Exact]:
-    """The unrounded qkvz and ba with their intervals; the strategy changes nothing."""
-    steps = SPEC.bound("qkvz").steps({"hidden": x.shape[-1]})
-    return {"qkvz": _linear(x, w_qkvz, bias_qkvz, steps), "ba": _linear(x, w_ba, bias_ba, steps)}
+def formula(
+    x: Array, w_qkvz: Array, w_ba: Array, *, bias_qkvz: Array | None, bias_ba: Array | None, strategy: str
+) -> tuple[F64, F64]:
+    """qkvz [..., N1] and ba [..., N2]; the strategy changes nothing."""
+    return linear(x, w_qkvz, bias_qkvz), linear(x, w_ba, bias_ba)
 
 
-def gdn_in_proj(
-    x: Array,
-    w_qkvz: Array,
-    w_ba: Array,
-    *,
-    bias_qkvz: Array | None = None,
-    bias_ba: Array | None = None,
-    strategy: str = "auto",
-) -> tuple[Any, Any]:
-    """qkvz and ba, each rounded once."""
-    results = exact(x, w_qkvz, w_ba, bias_qkvz=bias_qkvz, bias_ba=bias_ba)
-    dtype = dtype_name(x.dtype)
-    return round_to(results["qkvz"].value, dtype), round_to(results["ba"].value, dtype)
+def linear(x: Array, weight: Array, bias: Array | None) -> F64:
+    """x @ weight.T + bias."""
+    product = to_f64(x) @ to_f64(weight).T
+    return product if bias is None else product + to_f64(bias)
 
 
-def _linear(x: Array, weight: Array, bias: Array | None, steps: float) -> Exact:
-    rows, columns = to_f64(x), to_f64(weight).T
-    with np.errstate(invalid="ignore", over="ignore"):
-        value, magnitude = rows @ columns, np.abs(rows) @ np.abs(columns)
-        if bias is not None:
-            value, magnitude = value + to_f64(bias), magnitude + np.abs(to_f64(bias))
-        return Exact.around(value, steps * FP32_ROUNDOFF * magnitude)
+def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
+    """The accumulator's error and that of the sum, each of its own magnitude; none for sums of integers."""
+    operands = {"qkvz": (given.w_qkvz, given.bias_qkvz), "ba": (given.w_ba, given.bias_ba)}
+    in_accumulator, _ = error("accumulator")
+    results = {}
+    for name, (weight, bias) in operands.items():
+        in_sum, _ = error(name)
+        magnitude = linear(np.abs(given.x), np.abs(weight), None if bias is None else np.abs(bias))
+        allowed = in_accumulator * np.abs(exact[name]) + in_sum * magnitude
+        if all(_are_integers(array) for array in (given.x, weight, bias) if array is not None):
+            allowed = np.where(magnitude < EXACT_SUMS, 0.0, allowed)
+        results[name] = Exact.around(exact[name], allowed)
+    return results
+
+
+def _are_integers(array: Array) -> bool:
+    values = to_f64(array)
+    return bool(np.all(values == np.rint(values)))
+
+
+gdn_in_proj = Oracle(SPEC, formula, bounds)

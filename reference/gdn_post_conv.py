@@ -1,20 +1,19 @@
 """The oracle of `gdn_post_conv`; the formula is the docstring of `polyfuse.spec.gdn_post_conv`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from polyfuse.reference._numerics import F64, Exact, round_to, to_f64
-from polyfuse.spec import FP32_ROUNDOFF, FP32_TINY, Capability, dtype_name
+from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, to_f64
+from polyfuse.reference._oracle import Error, Oracle
+from polyfuse.spec import Capability
 from polyfuse.spec.gdn_post_conv import SPEC
 
 CAPABILITY = Capability(devices=("cpu",))
 
-Array = NDArray[np.generic]
 
-
-def exact(
+def formula(
     conv_out: Array,
     a: Array,
     b: Array,
@@ -24,90 +23,81 @@ def exact(
     num_k_heads: int,
     head_k_dim: int,
     head_v_dim: int,
-    l2norm: bool = True,
-    l2norm_eps: float = 1e-6,
-    output_g_exp: bool = False,
-) -> dict[str, Exact]:
-    """The unrounded q, k, v, g, beta with their intervals."""
-    length, heads_v = a.shape
-    width = num_k_heads * head_k_dim
-    steps = SPEC.bound("q").steps({"head_k_dim": head_k_dim, "l2norm": l2norm})
-    rows = to_f64(conv_out)
-    results = {}
-    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        for name, part in (("q", rows[:, :width]), ("k", rows[:, width : 2 * width])):
-            x = part.reshape(length, num_k_heads, head_k_dim)
-            results[name] = _normalised(x, l2norm_eps, steps) if l2norm else Exact.copy(x)
-        results["v"] = Exact.copy(rows[:, 2 * width :].reshape(length, heads_v, head_v_dim))
-
-        results |= gates(a, b, A_log, dt_bias, output_g_exp)
-    return results
-
-
-def gdn_post_conv(
-    conv_out: Array,
-    a: Array,
-    b: Array,
-    A_log: Array,
-    dt_bias: Array,
-    *,
-    num_k_heads: int,
-    head_k_dim: int,
-    head_v_dim: int,
-    l2norm: bool = True,
-    l2norm_eps: float = 1e-6,
-    output_g_exp: bool = False,
-) -> tuple[Any, ...]:
-    """q, k, v, g, beta, each rounded once."""
-    results = exact(
-        conv_out,
-        a,
-        b,
-        A_log,
-        dt_bias,
-        num_k_heads=num_k_heads,
-        head_k_dim=head_k_dim,
-        head_v_dim=head_v_dim,
-        l2norm=l2norm,
-        l2norm_eps=l2norm_eps,
-        output_g_exp=output_g_exp,
-    )
-    dtype = dtype_name(conv_out.dtype)
-    rounded = {name: round_to(r.value, "float32" if name in ("g", "beta") else dtype) for name, r in results.items()}
-    return tuple(rounded.values())
-
-
-def gates(a: Array, b: Array, A_log: Array, dt_bias: Array, output_g_exp: bool) -> dict[str, Exact]:
-    """g and beta, each [L, HV], with their intervals."""
-    steps = {name: SPEC.bound(name).steps({}) for name in ("g", "beta")}
-    x, rate = to_f64(a) + to_f64(dt_bias), to_f64(A_log)
-    g = -np.exp(rate) * softplus(x)
-    error = steps["g"] * FP32_ROUNDOFF * np.abs(g) * (1 + np.abs(x) + np.abs(rate)) + FP32_TINY
-    error = np.where(g == 0, FP32_TINY, error)
+    l2norm: bool,
+    l2norm_eps: float,
+    output_g_exp: bool,
+) -> tuple[F64, ...]:
+    """q, k [L, H, K], v [L, HV, V], g, beta [L, HV]."""
+    q, k, v = split_heads(to_f64(conv_out), num_k_heads, head_k_dim, head_v_dim)
+    if l2norm:
+        q, k = q * inverse_norm(q, l2norm_eps), k * inverse_norm(k, l2norm_eps)
+    g = -np.exp(to_f64(A_log)) * softplus(to_f64(a) + to_f64(dt_bias))
     if output_g_exp:
-        decay = np.exp(g)
-        spread = np.expm1(error) + steps["g"] * FP32_ROUNDOFF * (1 + np.abs(g))
-        g, error = decay, np.where(decay == 0, FP32_TINY, decay * spread + FP32_TINY)
-    decays = Exact.around(g, error)
+        g = np.exp(g)
+    return q, k, v, g, sigmoid(to_f64(b))
 
-    write = to_f64(b)
-    beta = sigmoid(write)
-    error = steps["beta"] * FP32_ROUNDOFF * beta * (1 + np.abs(write)) + FP32_TINY
-    return {"g": decays, "beta": Exact.around(beta, np.where(beta == 0, FP32_TINY, error))}
+
+def split_heads(rows: F64, heads: int, width: int, width_v: int) -> tuple[F64, F64, F64]:
+    """[q | k | v] of each row as q, k [L, heads, width] and v [L, HV, width_v]."""
+    q, k, v = np.split(rows, (heads * width, 2 * heads * width), axis=1)
+    length = len(rows)
+    heads_v = v.shape[1] // width_v
+    return q.reshape(length, heads, width), k.reshape(length, heads, width), v.reshape(length, heads_v, width_v)
+
+
+def inverse_norm(x: F64, eps: float) -> F64:
+    """1 / sqrt(sum(x * x) + eps) over the last axis, of a sum that is infinite beyond float32."""
+    total = (x * x).sum(-1, keepdims=True) + eps
+    return 1 / np.sqrt(np.where(total > FP32_MAX, np.inf, total))
 
 
 def softplus(x: F64) -> F64:
+    """log(1 + exp(x)), accurate over the whole line."""
     return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
 
 
 def sigmoid(x: F64) -> F64:
+    """1 / (1 + exp(-x)), without overflow."""
     small = np.exp(-np.abs(x))
     return np.where(x >= 0, 1 / (1 + small), small / (1 + small))
 
 
-def _normalised(x: F64, eps: float, steps: float) -> Exact:
-    total = (x * x).sum(-1, keepdims=True) + eps
-    total = np.where(total > np.finfo(np.float32).max, np.inf, total)
-    scale = 1 / np.sqrt(total)
-    value = x * scale
-    return Exact.around(value, steps * FP32_ROUNDOFF * np.abs(value) + FP32_TINY * (1 + scale))
+def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
+    """Copies for v, and for q and k without l2norm; the norm's error of |out|; the gates' of their exponents."""
+    rows = to_f64(given.conv_out)
+    inputs = dict(zip("qk", split_heads(rows, given.num_k_heads, given.head_k_dim, given.head_v_dim), strict=False))
+    results = {}
+    for name, x in inputs.items():
+        relative, flush = error(name)
+        if given.l2norm:
+            factor = inverse_norm(x, given.l2norm_eps)
+            results[name] = Exact.around(exact[name], relative * np.abs(exact[name]) + flush * (1 + factor))
+        else:
+            results[name] = Exact.copy(exact[name], relative)
+    results["v"] = Exact.copy(exact["v"], error("v")[0])
+    return results | gate_bounds(exact, given, error)
+
+
+def gate_bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
+    """The intervals of g and beta."""
+    relative, flush = error("g")
+    x, rate = to_f64(given.a) + to_f64(given.dt_bias), to_f64(given.A_log)
+    g = -np.exp(rate) * softplus(x)
+    flushed = flush * (1 + np.exp(rate))
+    of_g = relative * np.abs(g) * (1 + np.maximum(-x, 0) + np.abs(rate)) + flushed
+    if given.output_g_exp:
+        spread = np.expm1(of_g) + relative * (1 + np.abs(g))
+        of_g = np.where(exact["g"] == 0, flush, exact["g"] * spread + flush)
+    else:
+        of_g = np.where(g == 0, flushed, of_g)
+
+    relative, flush = error("beta")
+    beta = exact["beta"]
+    of_beta = relative * beta * (1 + np.abs(to_f64(given.b))) + flush
+    return {
+        "g": Exact.around(exact["g"], of_g),
+        "beta": Exact.around(beta, np.where(beta == 0, flush, of_beta)),
+    }
+
+
+gdn_post_conv = Oracle(SPEC, formula, bounds)

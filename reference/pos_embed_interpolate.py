@@ -1,18 +1,50 @@
 """The oracle of `pos_embed_interpolate`; the formula is the docstring of `polyfuse.spec.pos_embed_interpolate`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polyfuse.reference._numerics import F64, Exact, round_to, to_f64
-from polyfuse.spec import FP32_ROUNDOFF, FP32_TINY, Capability, dtype_name
+from polyfuse.reference._numerics import F64, Array, Exact, to_f64
+from polyfuse.reference._oracle import Error, Oracle
+from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.spec.pos_embed_interpolate import SPEC
 
 CAPABILITY = Capability(devices=("cpu",))
 
+Grid = Sequence[Sequence[int]] | NDArray[np.integer[Any]]
 
-def axis_taps(index: NDArray[np.int64], size: int, side: int, mode: str, align_corners: bool) -> tuple[F64, F64]:
+
+def formula(
+    table: Array,
+    grid_thw: Grid,
+    *,
+    base: Array | None,
+    merge_size: int,
+    mode: str,
+    align_corners: bool,
+    out_dtype: str | None,
+    out_rows: int | None,
+) -> F64:
+    """out [rows, D]."""
+    source, images = to_f64(table), [tuple(int(v) for v in image) for image in grid_thw]
+    side, total = round(len(source) ** 0.5), sum(t * h * w for t, h, w in images)
+    out = np.zeros((total if out_rows is None else out_rows, source.shape[1]))
+    if total > len(out) or not all(usable(image, merge_size, side) for image in images):
+        return np.full_like(out, np.nan)
+    for rows, frames, y, x in image_taps(images, side, merge_size, mode, align_corners):
+        frame = sum(weight * cells for weight, _, cells in products(source, side, y, x))
+        out[rows] = np.tile(frame, (frames, 1))
+    if base is not None:
+        out[:total] += to_f64(base)[:total]
+    return out
+
+
+Taps = tuple[NDArray[np.int64], F64]  # table cells and their weights, both [patches, taps]
+
+
+def axis_taps(index: NDArray[np.int64], size: int, side: int, mode: str, align_corners: bool) -> Taps:
     """Table cells and their weights for target positions `index` on an axis of `size`; both [len(index), taps]."""
     if align_corners:
         numerator, denominator = index * (side - 1), max(size - 1, 1)
@@ -36,85 +68,64 @@ def axis_taps(index: NDArray[np.int64], size: int, side: int, mode: str, align_c
     return taps, np.stack(weights, axis=1)
 
 
-def exact(
-    table: NDArray[np.generic],
-    grid_thw: Sequence[Sequence[int]] | NDArray[np.integer],
-    *,
-    merge_size: int = 2,
-    mode: str = "bilinear",
-    align_corners: bool = True,
-    base: NDArray[np.generic] | None = None,
-    out_dtype: str | None = None,
-    out_rows: int | None = None,
-) -> dict[str, Exact]:
-    """The unrounded result and its allowed error, `{"out": [rows, D]}`."""
-    source = to_f64(table)
-    side, width = round(len(source) ** 0.5), source.shape[1]
-    steps = SPEC.bound("out").steps({"mode": mode})
-    images = [tuple(int(v) for v in row) for row in grid_thw]
-    total = sum(t * h * w for t, h, w in images)
-    rows = total if out_rows is None else out_rows
-    if any(not _usable(image, merge_size, side) for image in images) or total > rows:
-        return {"out": Exact.around(np.full((rows, width), np.nan), np.zeros((rows, width)))}
-
-    value, magnitude = np.zeros((rows, width)), np.zeros((rows, width))
+def image_taps(
+    images: Sequence[tuple[int, ...]], side: int, merge_size: int, mode: str, align_corners: bool
+) -> Iterator[tuple[slice, int, Taps, Taps]]:
+    """For each used image its rows of the result, its number of frames, and the taps of a frame's patches."""
     start = 0
     for t, h, w in images:
         if t == 0:
             continue
-        row, column = _merge_order(h, w, merge_size)
-        y, wy = axis_taps(row, h, side, mode, align_corners)
-        x, wx = axis_taps(column, w, side, mode, align_corners)
-        frame, frame_magnitude = np.zeros((h * w, width)), np.zeros((h * w, width))
-        for i in range(y.shape[1]):
-            for j in range(x.shape[1]):
-                cells = source[y[:, i] * side + x[:, j]]
-                weight = (wy[:, i] * wx[:, j])[:, None]
-                cells = np.where(weight == 0, 0.0, cells)
-                with np.errstate(invalid="ignore"):
-                    frame += weight * cells
-                frame_magnitude += (np.abs(wy[:, i]) + np.abs(wx[:, j]))[:, None] * np.abs(cells)
-        value[start : start + t * h * w] = np.tile(frame, (t, 1))
-        magnitude[start : start + t * h * w] = np.tile(frame_magnitude, (t, 1))
+        row, column = merge_order(h, w, merge_size)
+        y, x = (axis_taps(i, n, side, mode, align_corners) for i, n in ((row, h), (column, w)))
+        yield slice(start, start + t * h * w), t, y, x
         start += t * h * w
-    if base is not None:
-        with np.errstate(invalid="ignore"):
-            value[:total] += to_f64(base)[:total]
-        magnitude[:total] += np.abs(to_f64(base)[:total])
-    return {"out": Exact.around(value, steps * FP32_ROUNDOFF * magnitude + (steps + 2) * FP32_TINY)}
 
 
-def pos_embed_interpolate(
-    table: NDArray[np.generic],
-    grid_thw: Sequence[Sequence[int]] | NDArray[np.integer],
-    *,
-    merge_size: int = 2,
-    mode: str = "bilinear",
-    align_corners: bool = True,
-    base: NDArray[np.generic] | None = None,
-    out_dtype: str | None = None,
-    out_rows: int | None = None,
-) -> NDArray[np.generic]:
-    """[rows, D], rounded once."""
-    result = exact(
-        table,
-        grid_thw,
-        merge_size=merge_size,
-        mode=mode,
-        align_corners=align_corners,
-        base=base,
-        out_rows=out_rows,
-    )["out"]
-    return round_to(result.value, out_dtype or dtype_name((table if base is None else base).dtype))
+def products(source: F64, side: int, y: Taps, x: Taps) -> Iterator[tuple[F64, F64, F64]]:
+    """For each tap (weight, |wy| + |wx|, cells) of the patches; a cell of weight 0 is not read."""
+    for i in range(y[0].shape[1]):
+        for j in range(x[0].shape[1]):
+            wy, wx = y[1][:, i, None], x[1][:, j, None]
+            cells = source[y[0][:, i] * side + x[0][:, j]]
+            yield wy * wx, np.abs(wy) + np.abs(wx), np.where(wy * wx == 0, 0.0, cells)
 
 
-def _usable(image: tuple[int, ...], merge_size: int, side: int) -> bool:
+def usable(image: tuple[int, ...], merge_size: int, side: int) -> bool:
+    """Whether an image is unused, or one that the spec allows."""
     _, h, w = image
     fits = 2 * side * (max(h, w) + 1) < 2**31
     return image == (0, 0, 0) or (min(image) > 0 and h % merge_size == 0 and w % merge_size == 0 and fits)
 
 
-def _merge_order(h: int, w: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def merge_order(h: int, w: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Row and column of every patch of one frame in spatial-merge order (h/m, w/m, m, m)."""
     patches = np.arange(h * w).reshape(h // m, m, w // m, m).transpose(0, 2, 1, 3).reshape(-1)
     return patches // w, patches % w
+
+
+def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
+    """A relative error of sum (|wy| + |wx|) * |cell| + |base|; none at grid points, where nothing is rounded."""
+    relative, flush = error("out")
+    out, source = exact["out"], to_f64(given.table)
+    magnitude, unrounded = np.zeros_like(out), np.zeros((len(out), 1), bool)
+    images = [tuple(int(v) for v in image) for image in given.grid_thw]
+    side, total = round(len(source) ** 0.5), sum(t * h * w for t, h, w in images)
+    if not np.isnan(out).all():
+        for rows, frames, y, x in image_taps(images, side, given.merge_size, given.mode, given.align_corners):
+            frame = sum(largest * np.abs(cells) for _, largest, cells in products(source, side, y, x))
+            weights = np.concatenate([y[1], x[1]], axis=-1)
+            at_grid_point = np.isin(weights, (0, 1)).all(-1, keepdims=True)
+            magnitude[rows] = np.tile(frame, (frames, 1))
+            unrounded[rows] = np.tile(at_grid_point, (frames, 1))
+    interpolated = out.copy()
+    if given.base is not None:
+        magnitude[:total] += np.abs(to_f64(given.base)[:total])
+        interpolated[:total] -= to_f64(given.base)[:total]
+    smallest = np.minimum(np.abs(out), np.abs(interpolated))
+    may_be_flushed = (smallest > 0) & (smallest < FP32_TINY)
+    unrounded = unrounded & (out.astype(np.float32) == out) & ~may_be_flushed
+    return {"out": Exact.around(out, np.where(unrounded, 0.0, relative * magnitude + flush))}
+
+
+pos_embed_interpolate = Oracle(SPEC, formula, bounds)

@@ -1,72 +1,94 @@
 """The oracle of `silu_mul_block_quant`; the formula is the docstring of `polyfuse.spec.silu_mul_block_quant`."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from polyfuse.reference._numerics import F64, Exact, round_to, to_f64
+from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, round_to, to_f64
+from polyfuse.reference._oracle import Error, Oracle
 from polyfuse.reference.gdn_post_conv import sigmoid
-from polyfuse.spec import FP32_ROUNDOFF, FP32_TINY, Capability, dtype_name
-from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, QMAX, SPEC, scale_floor, scale_strides
+from polyfuse.spec import FP32_TINY, Capability, Output, dtype_name
+from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, QMAX, SPEC, scale_floor
 
 CAPABILITY = Capability(devices=("cpu",))
 
-Array = NDArray[np.generic]
+
+def formula(
+    x: Array,
+    *,
+    num_rows: Array | None,
+    group_size: int,
+    quant_dtype: str,
+    scale_format: str,
+    scale_layout: str,
+    scale_ub: float | None,
+    scale_min: float | None,
+    limit: float | None,
+    materialize: bool,
+    reciprocal: bool,
+) -> tuple[F64, F64]:
+    """q [..., D] and scale [..., G], or the bytes of a packed scale; 0 in rows past num_rows."""
+    gate, up = gate_and_up(x, limit)
+    y = gate * sigmoid(gate)
+    if materialize:
+        y = rounded(rounded(y, x) * up, x)
+    else:
+        y = overflowed(y * up)
+    amax = np.abs(grouped(y, group_size)).max(-1, initial=0.0)
+    scale = bounded_scale(raw_scale(amax, quant_dtype, reciprocal), amax, quant_dtype, scale_ub, scale_min)
+    if scale_format != "float32":
+        scale = power_of_two_above(scale)
+    divisor = np.repeat(np.maximum(scale, least_divisor(quant_dtype, scale_min)), group_size, axis=-1)
+    q = np.clip(y / divisor, -QMAX[quant_dtype], QMAX[quant_dtype])
+    if quant_dtype == "int8":
+        q = np.where(np.isnan(q), 0.0, q)
+    stored = exponent_bytes(scale) if scale_format == "ue8m0_packed" else scale
+    valid = valid_rows(x, num_rows)
+    return np.where(valid, q, 0.0), np.where(valid, stored, 0.0)
 
 
-Interval = tuple[F64, F64, F64]  # an exact value, and the ends of what a right backend may have in its place
-
-
-def _activation(x: F64, dtype: str, limit: float | None, materialize: bool, steps: float) -> Interval:
-    """y [..., D], from x [..., 2*D]."""
-    gate, up = np.split(x, 2, axis=-1)
+def gate_and_up(x: Array, limit: float | None) -> tuple[F64, F64]:
+    """The halves of x, clamped to the float32 nearest to the limit."""
+    gate, up = np.split(to_f64(x), 2, axis=-1)
     if limit is not None:
         limit = float(np.float32(limit))
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    sigma = sigmoid(gate)
-    silu = gate * sigma
-    if not materialize:
-        y = silu * up
-        y = np.where(np.abs(y) > np.finfo(np.float32).max, np.copysign(np.inf, y), y)
-        error = steps * FP32_ROUNDOFF * np.abs(y) * (1 + np.abs(gate)) + FP32_TINY * (1 + 2 * np.abs(gate * up))
-        error = np.where(np.isfinite(y), error, 0.0)
-        return _flushed((y, y - error, y + error), gate, up, sigma)
-    error = steps * FP32_ROUNDOFF * np.abs(silu) * (1 + np.abs(gate)) + FP32_TINY * (1 + 2 * np.abs(gate))
-    error = np.where(np.isfinite(silu), error, 0.0)
-    ends = [to_f64(round_to(to_f64(round_to(s, dtype)) * up, dtype)) for s in (silu, silu - error, silu + error)]
-    return _flushed((ends[0], np.minimum(ends[1], ends[2]), np.maximum(ends[1], ends[2])), gate, up, sigma)
+    return gate, up
 
 
-def _flushed(y: Interval, gate: F64, up: F64, sigma: F64) -> Interval:
-    """`y`, as NaN or infinity where an infinite `up` meets a sigmoid or silu that may count as 0."""
-    either = np.isinf(up) & (gate != 0) & (np.minimum(sigma, np.abs(gate * sigma)) < FP32_TINY)
-    return np.where(either, np.nan, y[0]), np.where(either, np.inf, y[1]), np.where(either, np.inf, y[2])
+def rounded(value: F64, x: Array) -> F64:
+    """`value` rounded to the dtype of x."""
+    return to_f64(round_to(value, dtype_name(x.dtype)))
 
 
-def _scales(
-    y: Interval, group: int, qmax: float, floor: float, ub: float | None, power_of_two: bool, reciprocal: bool
-) -> Interval:
-    """Scales [..., D / group] before they are stored."""
-    value, low, high = (part.reshape(*part.shape[:-1], part.shape[-1] // group, group) for part in y)
-    nearest = np.where((low <= 0) & (high >= 0), 0.0, np.minimum(np.abs(low), np.abs(high)))
-    amax = np.abs(value).max(-1, initial=0.0)
-    ends = [amax, nearest.max(-1, initial=0.0), np.maximum(np.abs(low), np.abs(high)).max(-1, initial=0.0)]
-    # Rounded up to a power of two, an exact quotient must not be pushed over one.
-    slack = (0.0, -2 * FP32_ROUNDOFF, 0.0 if power_of_two else 2 * FP32_ROUNDOFF)
-    flush = (0.0, FP32_TINY, 0.0)
-    scales = []
-    for end, widen, least in zip(ends, slack, flush, strict=True):
-        if reciprocal:  # one product, which no backend rounds in another way
-            scale = to_f64(round_to(end * float(np.float32(1 / qmax)), "float32"))
-        else:
-            scale = end / qmax * (1 + widen)
-        scale = np.where(scale < least, 0.0, scale)
-        if ub is not None:
-            scale = np.where(np.isfinite(amax), np.minimum(scale, float(np.float32(ub))), scale)
-        scale = np.maximum(scale, floor)
-        scales.append(power_of_two_above(scale) if power_of_two else scale)
-    return scales[0], scales[1], scales[2]
+def overflowed(y: F64) -> F64:
+    """`y`, infinite beyond float32."""
+    return np.where(np.abs(y) > FP32_MAX, np.copysign(np.inf, y), y)
+
+
+def grouped(y: F64, group_size: int) -> F64:
+    """[..., D] as [..., D / group_size, group_size]."""
+    return y.reshape(*y.shape[:-1], y.shape[-1] // group_size, group_size)
+
+
+def raw_scale(amax: F64, quant_dtype: str, reciprocal: bool) -> F64:
+    """amax / qmax, or the product with the reciprocal, rounded to float32 twice."""
+    if reciprocal:
+        return to_f64(round_to(amax * float(np.float32(1 / QMAX[quant_dtype])), "float32"))
+    return amax / QMAX[quant_dtype]
+
+
+def bounded_scale(scale: F64, amax: F64, quant_dtype: str, scale_ub: float | None, scale_min: float | None) -> F64:
+    """A scale between the floor and `scale_ub`, which an infinite amax passes."""
+    if scale_ub is not None:
+        scale = np.where(np.isfinite(amax), np.minimum(scale, float(np.float32(scale_ub))), scale)
+    return np.maximum(scale, float(np.float32(scale_floor(quant_dtype, scale_min))))
+
+
+def least_divisor(quant_dtype: str, scale_min: float | None) -> float:
+    """The least number that y is divided by."""
+    return float(np.float32(scale_floor(quant_dtype, scale_min) or LEAST_DIVISOR))
 
 
 def power_of_two_above(scale: F64) -> F64:
@@ -75,102 +97,97 @@ def power_of_two_above(scale: F64) -> F64:
     return np.where(np.isfinite(scale), np.ldexp(1.0, exponent - (mantissa == 0.5)), scale)
 
 
-def _quantised(y: Interval, scale: Interval, group: int, qmax: float, integer: bool) -> Exact:
-    """q [..., D] before rounding."""
-    s, s_low, s_high = (np.repeat(part, group, axis=-1) for part in scale)
-    value = np.clip(y[0] / s, -qmax, qmax)
-    low = y[1] / np.where(y[1] >= 0, s_high, s_low)
-    high = y[2] / np.where(y[2] >= 0, s_low, s_high)
-    slack = 3 * FP32_ROUNDOFF
-    low, high = (np.clip(end + sign * slack * np.abs(end), -qmax, qmax) for end, sign in ((low, -1), (high, 1)))
-    missing = 0.0 if integer else np.nan
-    value, low, high = (np.where(np.isnan(part), missing, part) for part in (value, low, high))
-    return Exact(value, low, high)
-
-
-def _exponent_bytes(scale: F64) -> F64:
+def exponent_bytes(scale: F64) -> F64:
     """Biased exponents of powers of two, 255 for NaN and infinity, padded with 0 to a multiple of four."""
     _, exponent = np.frexp(np.where(np.isfinite(scale), scale, 1.0))
     biased = np.where(np.isfinite(scale), exponent - 1 + 127, 255).astype(np.float64)
     return np.pad(biased, [(0, 0)] * (biased.ndim - 1) + [(0, -biased.shape[-1] % 4)])
 
 
-def exact(
-    x: Array,
-    *,
-    num_rows: Array | None = None,
-    group_size: int = 128,
-    quant_dtype: str = "float8_e4m3fn",
-    scale_format: str = "float32",
-    scale_layout: str = "row_major",
-    scale_ub: float | None = None,
-    scale_min: float | None = None,
-    limit: float | None = None,
-    materialize: bool = False,
-    reciprocal: bool = False,
-) -> dict[str, Exact]:
-    """The unrounded q and scale with their intervals; a packed scale as its bytes."""
-    qmax, steps = QMAX[quant_dtype], SPEC.bound("q").steps({})
-    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        y = _activation(to_f64(x), dtype_name(x.dtype), limit, materialize, steps)
-        floor = float(np.float32(scale_floor(quant_dtype, scale_min)))
-        scale = _scales(y, group_size, qmax, floor, scale_ub, scale_format != "float32", reciprocal)
-        least = float(np.float32(LEAST_DIVISOR)) if floor == 0 else floor
-        divisor, smallest, largest = (np.maximum(part, least) for part in scale)
-        q = _quantised(y, (divisor, smallest, largest), group_size, qmax, quant_dtype == "int8")
-        packed = scale_format == "ue8m0_packed"
-        value, low, high = map(_exponent_bytes, scale) if packed else scale
-        results = {"q": q, "scale": Exact(value, low, high, as_bytes=packed)}
-    if num_rows is not None:
-        valid = (np.arange(x.shape[1]) < to_f64(num_rows)[:, None])[..., None]
-        for name, result in results.items():
-            low, high = np.where(valid, result.low, -np.inf), np.where(valid, result.high, np.inf)
-            results[name] = Exact(np.where(valid, result.value, 0.0), low, high, as_bytes=result.as_bytes)
+def valid_rows(x: Array, num_rows: Array | None) -> Any:
+    """Whether each row counts: [E, T, 1], or True."""
+    return True if num_rows is None else (np.arange(x.shape[1]) < to_f64(num_rows)[:, None])[..., None]
+
+
+def store(value: F64, output: Output) -> Array:
+    """A result rounded to its dtype; of a packed scale the bytes, four to an int32."""
+    return round_to(value, "uint8").view(np.int32) if output.dtype == "int32" else round_to(value, output.dtype)
+
+
+class Interval(NamedTuple):
+    """An exact value, and the ends of what a right backend may have in its place."""
+
+    value: F64
+    low: F64
+    high: F64
+
+
+def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
+    """The error of y, through the largest |y| to scale, and of both to q."""
+    y = _activation_interval(given, *error("y"))
+    scale = _scale_interval(y, given, *error("scale"))
+    q = _quantised_interval(y, scale, given, error("q")[0])
+    packed = given.scale_format == "ue8m0_packed"
+    stored = Interval(*map(exponent_bytes, scale)) if packed else scale
+    valid = valid_rows(given.x, given.num_rows)
+    results = {}
+    for name, (value, low, high) in (("q", q), ("scale", stored)):
+        ends = np.where(valid, value, 0.0), np.where(valid, low, -np.inf), np.where(valid, high, np.inf)
+        results[name] = Exact(*ends, as_bytes=packed and name == "scale")
     return results
 
 
-def silu_mul_block_quant(
-    x: Array,
-    *,
-    num_rows: Array | None = None,
-    group_size: int = 128,
-    quant_dtype: str = "float8_e4m3fn",
-    scale_format: str = "float32",
-    scale_layout: str = "row_major",
-    scale_ub: float | None = None,
-    scale_min: float | None = None,
-    limit: float | None = None,
-    materialize: bool = False,
-    reciprocal: bool = False,
-) -> tuple[Any, Any]:
-    """q and scale, each rounded once; rows past num_rows are zero."""
-    results = exact(
-        x,
-        num_rows=num_rows,
-        group_size=group_size,
-        quant_dtype=quant_dtype,
-        scale_format=scale_format,
-        scale_layout=scale_layout,
-        scale_ub=scale_ub,
-        scale_min=scale_min,
-        limit=limit,
-        materialize=materialize,
-        reciprocal=reciprocal,
-    )
-    q, scale = results["q"].value, results["scale"].value
-    if scale_format == "ue8m0_packed":
-        stored = round_to(scale, "uint8").view(np.int32)
+def _activation_interval(given: Any, relative: float, flush: float) -> Interval:
+    gate, up = gate_and_up(given.x, given.limit)
+    sigma = sigmoid(gate)
+    silu = gate * sigma
+    if given.materialize:
+        error = relative * np.abs(silu) * (1 + np.abs(gate)) + flush * (1 + 2 * np.abs(gate))
+        error = np.where(np.isfinite(silu), error, 0.0)
+        ends = [rounded(rounded(end, given.x) * up, given.x) for end in (silu, silu - error, silu + error)]
+        y = Interval(ends[0], np.minimum(ends[1], ends[2]), np.maximum(ends[1], ends[2]))
     else:
-        stored = round_to(scale, "float32")
-    return round_to(q, quant_dtype), _laid_out(stored, scale_layout, num_rows is not None)
+        value = overflowed(silu * up)
+        error = relative * np.abs(value) * (1 + np.abs(gate)) + flush * (1 + 2 * np.abs(gate * up))
+        error = np.where(np.isfinite(value), error, 0.0)
+        y = Interval(value, value - error, value + error)
+    # An infinite `up` meets a sigmoid or silu that may count as 0: NaN and infinity are both right.
+    either = np.isinf(up) & (gate != 0) & (np.minimum(sigma, np.abs(silu)) < FP32_TINY)
+    return Interval(
+        np.where(either, np.nan, y.value), np.where(either, np.inf, y.low), np.where(either, np.inf, y.high)
+    )
 
 
-def _laid_out(scale: Array, layout: str, masked: bool) -> Array:
-    strides = scale_strides(scale.shape[:-1], scale.shape[-1], layout, masked)
-    if strides is None:
-        return scale
-    size = 1 + sum((n - 1) * s for n, s in zip(scale.shape, strides, strict=True)) if scale.size else 0
-    buffer = np.zeros(size, scale.dtype)
-    view = np.lib.stride_tricks.as_strided(buffer, scale.shape, [s * scale.itemsize for s in strides])
-    view[...] = scale
-    return view
+def _scale_interval(y: Interval, given: Any, relative: float, flush: float) -> Interval:
+    """Scales [..., D / group_size] before they are stored."""
+    value, low, high = (grouped(part, given.group_size) for part in y)
+    nearest = np.where((low <= 0) & (high >= 0), 0.0, np.minimum(np.abs(low), np.abs(high)))
+    amax = np.abs(value).max(-1, initial=0.0)
+    least, most = nearest.max(-1, initial=0.0), np.maximum(np.abs(low), np.abs(high)).max(-1, initial=0.0)
+    power_of_two = given.scale_format != "float32"
+    # Rounded up to a power of two, an exact quotient must not be pushed over one.
+    slack = (0.0, -relative, 0.0 if power_of_two else relative)
+    scales = []
+    for end, widen, least_normal in zip((amax, least, most), slack, (0.0, flush, 0.0), strict=True):
+        scale = raw_scale(end, given.quant_dtype, given.reciprocal) * (1 + widen)
+        scale = np.where(scale < least_normal, 0.0, scale)
+        scale = bounded_scale(scale, amax, given.quant_dtype, given.scale_ub, given.scale_min)
+        scales.append(power_of_two_above(scale) if power_of_two else scale)
+    return Interval(*scales)
+
+
+def _quantised_interval(y: Interval, scale: Interval, given: Any, relative: float) -> Interval:
+    """q [..., D] before rounding."""
+    qmax, least = QMAX[given.quant_dtype], least_divisor(given.quant_dtype, given.scale_min)
+    s, s_low, s_high = (np.repeat(np.maximum(part, least), given.group_size, axis=-1) for part in scale)
+    low = y.low / np.where(y.low >= 0, s_high, s_low)
+    high = y.high / np.where(y.high >= 0, s_low, s_high)
+    unrounded = (y.low == y.high) & (s_low == s_high) & (np.frexp(s)[0] == 0.5)
+    slack = np.where(unrounded, 0.0, relative)
+    ends = (y.value / s, low - slack * np.abs(low), high + slack * np.abs(high))
+    missing = 0.0 if given.quant_dtype == "int8" else np.nan
+    clipped = (np.clip(end, -qmax, qmax) for end in ends)
+    return Interval(*(np.where(np.isnan(end), missing, end) for end in clipped))
+
+
+silu_mul_block_quant = Oracle(SPEC, formula, bounds, store)

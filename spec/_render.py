@@ -56,7 +56,7 @@ def op_page(spec: OpSpec) -> str:
         "## Error bound",
         "An element is right if it lies between the rounded ends of an interval around the exact value; its half-width "
         "is a number of float32 roundings (2^-24) of the magnitude named here.",
-        "\n".join(f"- `{e.output}`: {e.reason}." for e in spec.errors),
+        "\n".join(f"- `{e.value}`: {e.reason}." for e in spec.errors),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -76,20 +76,35 @@ class OutputSpec:
     strides: str = ""
 
 
+Count = float | Callable[[Mapping[str, Any]], float]  # a number, or a function of a call's attributes and dimensions
+
+
 @dataclass(frozen=True)
 class ErrorBound:
-    """How far an output may be from the exact value before its one rounding.
+    """How far a value of the formula may be from the exact one before the result's one rounding.
 
-    The oracle gives, for each element, the exact value and a magnitude (the same formula on absolute
-    values, or what `reason` says). The allowed error is `steps(call) * 2**-24 * magnitude`; a result is
-    right when it lies between the two ends of that interval, each rounded to the output's dtype.
-    `steps` counts the float32 roundings on the longest path through the formula; 0 means bit-exact. It is
-    a function of the op's attributes and dimensions.
+    `value` names an output, or an intermediate value whose error the outputs after it inherit. The oracle gives the
+    exact value and a magnitude (the same formula on absolute values, or what `reason` says); the allowed error is
+
+        steps * 2**-24 * magnitude  +  flushes * 2**-126 * (what one flushed number can change, as `reason` says)
+
+    A result is right when it lies between the two ends of that interval, each rounded to the output's dtype. `steps`
+    counts float32 roundings on the longest path through the formula, or what a sum of many of them comes to; `flushes`
+    counts subnormal numbers that a backend may take for zero. Both 0 means bit-exact.
     """
 
-    output: str
-    steps: Callable[[Mapping[str, Any]], float]
+    value: str
+    steps: Count
     reason: str
+    flushes: Count = 0
+
+    def error(self, names: Mapping[str, Any]) -> tuple[float, float]:
+        """(relative to the magnitude, absolute): `steps * 2**-24` and `flushes * 2**-126` of a call.
+
+        `names` are the call's attributes and dimensions.
+        """
+        steps, flushes = (n(names) if callable(n) else n for n in (self.steps, self.flushes))
+        return steps * FP32_ROUNDOFF, flushes * FP32_TINY
 
 
 @dataclass(frozen=True)
@@ -99,28 +114,6 @@ class Cost:
     bytes_read: int
     bytes_written: int
     flops: int
-
-
-@dataclass(frozen=True)
-class Case:
-    """One conformance case: a call described as data, from which seeded inputs are made.
-
-    `dims` gives the dimensions that `attrs` and `host` do not determine. `host` holds the literal values
-    of host arguments; those also named in `as_tensor` are passed as tensors. `present` lists the optional
-    arrays to pass. `fill` names a value distribution and `layout` a memory layout per array. With `repeat` the
-    arguments' rows are repeated that often: each repetition's result must be that of the first, bit for bit.
-    """
-
-    name: str
-    dims: Mapping[str, Any]
-    attrs: Mapping[str, Any] = field(default_factory=dict)
-    dtypes: Mapping[str, str] = field(default_factory=dict)
-    host: Mapping[str, Any] = field(default_factory=dict)
-    as_tensor: tuple[str, ...] = ()
-    present: tuple[str, ...] = ()
-    fill: Mapping[str, str] = field(default_factory=dict)
-    layout: Mapping[str, str] = field(default_factory=dict)
-    repeat: int = 1
 
 
 @dataclass(frozen=True)
@@ -157,7 +150,7 @@ class OpSpec:
 
     `check(call)` raises `SpecError` for what shapes and dtypes cannot express. `derive(call)` returns
     further dims and dtypes that the outputs are written in. `rows` is the first dimension of the arguments
-    that grow with the batch.
+    that grow with the batch. `core` names the conformance cases without which a backend does not have the op.
     """
 
     name: str
@@ -171,13 +164,30 @@ class OpSpec:
     outputs: tuple[OutputSpec, ...]
     errors: tuple[ErrorBound, ...]
     edge_cases: tuple[str, ...]
-    check: Callable[[Call], None]
-    derive: Callable[[Call], Mapping[str, Any]]
+    core: tuple[str, ...]
     cost: Callable[[Call], Cost]
-    cases: Callable[[], tuple[Case, ...]]
+    check: Callable[[Call], None] = lambda call: None
+    derive: Callable[[Call], Mapping[str, Any]] = lambda call: {}
 
-    def bound(self, output: str) -> ErrorBound:
-        return next(e for e in self.errors if e.output == output)
+    @property
+    def positional(self) -> tuple[str, ...]:
+        """The parameters that a call may give by position: the arrays that it must give."""
+        return tuple(t.name for t in self.tensors if not t.optional)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Every parameter with its default, in the order of the public function; `REQUIRED` where it has none.
+
+        The arrays that a call must give come first, by position; then, by keyword, the optional arrays and the
+        attributes.
+        """
+        optional = [t.name for t in self.tensors if t.optional]
+        defaults = dict.fromkeys(self.positional, REQUIRED) | dict.fromkeys(optional)
+        return defaults | {a.name: a.default for a in self.attrs}
+
+    def bound(self, value: str) -> ErrorBound:
+        """The error bound of an output or of an intermediate value."""
+        return next(e for e in self.errors if e.value == value)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pytest
 
 if TYPE_CHECKING:
     from polyfuse.configs import Profile
-    from polyfuse.spec import Case
+    from polyfuse.conformance import Case
 
 
 @dataclass(frozen=True)

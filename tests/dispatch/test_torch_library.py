@@ -6,7 +6,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import polyfuse
-from polyfuse.conformance import make_inputs, place
+from polyfuse.conformance import cases, make_inputs, place
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import _torch_library, declared
 from polyfuse.spec import OPS
@@ -38,7 +38,7 @@ def finite(op, case):
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
-    for case in [c for c in OPS[op].cases() if finite(op, c)][::9]:
+    for case in [c for c in cases(op) if finite(op, c)][::9]:
         values = arguments(op, case)
         args = _torch_library.flatten(_OPS[op], tuple(values[n] for n in _OPS[op].names))
         torch.library.opcheck(getattr(torch.ops.polyfuse, op).default, args)
@@ -68,7 +68,7 @@ def test_compiles_into_one_full_graph(form):
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_compiles_into_one_full_graph(op):
     torch._dynamo.reset()
-    case = next(c for c in OPS[op].cases() if c.repeat == 1 and not c.fill and not c.layout)
+    case = next(c for c in cases(op) if c.repeat == 1 and not c.fill and not c.layout)
     values = arguments(op, case)
     arrays = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
     options = {k: v for k, v in values.items() if k not in arrays}

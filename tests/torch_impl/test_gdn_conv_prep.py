@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs
 from polyfuse.dispatch import from_numpy, to_numpy
-from polyfuse.reference.gdn_conv_prep import exact
-from polyfuse.spec import OPS, Case, bind
+from polyfuse.reference import oracle
+from polyfuse.spec import OPS, bind
 from polyfuse.torch_impl.gdn_conv_prep import gdn_conv_prep
+
+exact = oracle("gdn_conv_prep").intervals
 
 SPEC = OPS["gdn_conv_prep"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -23,7 +26,7 @@ TOKENS_ADJACENT: dict[str, str] = dict.fromkeys(("x", "a", "b"), "token_stride_1
 STATE, PACKED = ("bias", "initial_state"), ("bias", "initial_state", "cu_seqlens")
 FILL = {"cu_seqlens": "cu_seqlens"}
 CASES = [
-    *(case for case in SPEC.cases() if case.repeat == 1),
+    *(case for case in cases(SPEC.name) if case.repeat == 1),
     Case("qwen3_5_35b", {"L": 3, "HV": 32, "W": 4, "S": 1}, HEADS, BF16, present=STATE),
     Case("qwen3_5_397b", {"L": 2, "HV": 64, "W": 4, "S": 1}, HEADS, BF16, present=STATE),
     Case("qwen3_next_80b-as_transformers", {"L": 37, "HV": 32, "W": 4}, HEADS, BF16, layout=TOKENS_ADJACENT),

@@ -8,10 +8,10 @@ import torch
 import polyfuse
 from polyfuse import SpecError, Unsupported
 from polyfuse._torch import projections as _projections
+from polyfuse.conformance import cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
 from polyfuse.runtime import stack_weights
-from polyfuse.spec import OPS
 
 OP = "gdn_in_proj"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -23,7 +23,7 @@ def operands(request):
     return [torch.randn(s, device=request.param, dtype=torch.bfloat16) for s in ((7, 64), (96, 64), (8, 64))]
 
 
-@pytest.mark.parametrize("case", [c for c in OPS[OP].cases() if c.repeat == 1], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in cases(OP) if c.repeat == 1], ids=lambda c: c.name)
 def test_case(case):
     status, detail = Trial(OP, case, 0).on(registry().get("torch"))
     assert (status, detail) == ("passed", "") or (status == "skipped" and "strategy='fused'" in detail)

@@ -7,10 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import silu
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import from_numpy, registry, to_numpy
 from polyfuse.reference._numerics import round_to, to_f64
-from polyfuse.spec import FLOATS, OPS, Case
+from polyfuse.spec import FLOATS
 from polyfuse.spec.silu_mul_block_quant import QMAX, SCALE_FORMATS, SCALE_LAYOUTS
 from polyfuse.torch_impl.silu_mul_block_quant import silu_mul_block_quant
 
@@ -32,7 +33,7 @@ MORE = [
         for option, value in (("limit", 0.75), ("materialize", True), ("scale_ub", 0.01))
     ),
 ]
-CASES = [*(case for case in OPS[NAME].cases() if case.repeat == 1), *MORE]
+CASES = [*(case for case in cases(NAME) if case.repeat == 1), *MORE]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.inputs import make_inputs
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import from_numpy, registry, to_numpy
-from polyfuse.spec import OPS, Case
+from polyfuse.spec import OPS
 from polyfuse.triton_impl import gdn_conv_prep as module
 from polyfuse.triton_impl._common import INTERPRETED
 from polyfuse.triton_impl.gdn_conv_prep import gdn_conv_prep
@@ -17,7 +18,7 @@ DEVICE = "cpu" if INTERPRETED.value else "cuda"
 HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 8}
 ENDS = [0, 9, 9, 11, 30, 31, 44]
 SLOW = ("many_sequences", "long_sequences", "rows_67", "width_2-", "width_3-plain", "width_3-bias-i", "width_3-initial")
-CASES = [case for case in OPS[OP].cases() if case.repeat == 1 and not case.name.startswith(SLOW)]
+CASES = [case for case in cases(OP) if case.repeat == 1 and not case.name.startswith(SLOW)]
 
 # NumPy's, from the interpreter: 0 * inf in a head that holds an infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import polyfuse
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
-from polyfuse.spec import OPS, Case
 from polyfuse.triton_impl import gdn_in_proj as module
 from polyfuse.triton_impl._common import INTERPRETED
 
 OP = "gdn_in_proj"
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
 CASES = [
-    *(case for case in OPS[OP].cases() if case.repeat == 1),
+    *(case for case in cases(OP) if case.repeat == 1),
     Case("over_64_rows", {"...": (70,), "hidden": 40, "N1": 50, "N2": 3}, {"strategy": "fused"}, {"T": "bfloat16"}),
     Case("long_hidden", {"...": (2,), "hidden": 1000, "N1": 33, "N2": 33}, {"strategy": "fused"}, {"T": "float16"}),
 ]

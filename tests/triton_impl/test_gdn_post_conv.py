@@ -9,15 +9,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs
 from polyfuse.dispatch import from_numpy, to_numpy
-from polyfuse.reference.gdn_post_conv import exact, sigmoid, softplus
-from polyfuse.spec import OPS, Case, bind
+from polyfuse.reference import oracle
+from polyfuse.reference.gdn_post_conv import sigmoid, softplus
+from polyfuse.spec import OPS, bind
 from polyfuse.triton_impl import _gdn
 from polyfuse.triton_impl import gdn_post_conv as module
 from polyfuse.triton_impl._common import INTERPRETED
 from polyfuse.triton_impl.gdn_post_conv import gdn_post_conv
+
+exact = oracle("gdn_post_conv").intervals
 
 SPEC = OPS["gdn_post_conv"]
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
@@ -25,7 +29,7 @@ HEADS = {"num_k_heads": 16, "head_k_dim": 128, "head_v_dim": 128}
 BF16: dict[str, str] = dict.fromkeys(("T", "a", "b", "A_log", "dt_bias"), "bfloat16")
 TOKENS_ADJACENT: dict[str, str] = dict.fromkeys(("conv_out", "a", "b"), "token_stride_1")
 CASES = [
-    *(case for case in SPEC.cases() if case.repeat == 1),
+    *(case for case in cases(SPEC.name) if case.repeat == 1),
     Case("qwen3_5_35b", {"L": 3, "HV": 32}, HEADS, BF16),
     Case("qwen3_5_397b", {"L": 2, "HV": 64}, HEADS, BF16),
     Case("qwen3_next_80b-as_transformers", {"L": 21, "HV": 32}, HEADS, BF16, layout=TOKENS_ADJACENT),

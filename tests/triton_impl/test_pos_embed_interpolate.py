@@ -10,14 +10,17 @@ import pytest
 import torch
 import triton.language as tl
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs
 from polyfuse.dispatch import from_numpy, to_numpy
-from polyfuse.reference.pos_embed_interpolate import exact
-from polyfuse.spec import OPS, Case, Unsupported, bind
+from polyfuse.reference import oracle
+from polyfuse.spec import OPS, Unsupported, bind
 from polyfuse.triton_impl import _common
 from polyfuse.triton_impl import pos_embed_interpolate as module
 from polyfuse.triton_impl.pos_embed_interpolate import pos_embed_interpolate
+
+exact = oracle("pos_embed_interpolate").intervals
 
 SPEC = OPS["pos_embed_interpolate"]
 INTERPRETED = _common.INTERPRETED.value
@@ -30,7 +33,7 @@ PHOTOS = Case(
     host={"grid_thw": ((1, 32, 32), (1, 24, 38))},
     present=("base",),
 )
-CASES = [*(case for case in SPEC.cases() if case.repeat == 1), PHOTOS]
+CASES = [*(case for case in cases(SPEC.name) if case.repeat == 1), PHOTOS]
 
 
 def arguments(values: dict[str, Any]) -> dict[str, Any]:

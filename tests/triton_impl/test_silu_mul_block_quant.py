@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import silu
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import from_numpy, registry, to_numpy
 from polyfuse.reference._numerics import round_to, to_f64
-from polyfuse.spec import OPS, Case, Unsupported
+from polyfuse.spec import Unsupported
 from polyfuse.spec.silu_mul_block_quant import QMAX
 from polyfuse.triton_impl import _common
 from polyfuse.triton_impl import silu_mul_block_quant as module
@@ -46,7 +47,7 @@ MORE = [
         for option, value in (("limit", 0.75), ("materialize", True), ("scale_ub", 0.01))
     ),
 ]
-CASES = [*(case for case in OPS[NAME].cases() if case.repeat == 1), *MORE]
+CASES = [*(case for case in cases(NAME) if case.repeat == 1), *MORE]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

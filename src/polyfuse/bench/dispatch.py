@@ -16,7 +16,7 @@ import torch
 import polyfuse
 from polyfuse._ops import TABLE
 from polyfuse.bench.ops import write_json
-from polyfuse.conformance import make_inputs, place
+from polyfuse.conformance import cases, make_inputs, place
 from polyfuse.conformance.report import versions
 from polyfuse.conformance.runner import device_name
 from polyfuse.dispatch import Backend, Implementation, registry, use_backend
@@ -79,7 +79,7 @@ def run_dispatch_bench(ops: Sequence[str] = (), device: str = "cpu") -> Dispatch
 
 def _measure(name: str, device: str) -> DispatchRow:
     op = TABLE[name]
-    values = place(make_inputs(OPS[name], OPS[name].cases()[0]), "torch", device)
+    values = place(make_inputs(OPS[name], cases(name)[0]), "torch", device)
     args = tuple(values[parameter] for parameter in op.names)
 
     def resolve() -> Any:

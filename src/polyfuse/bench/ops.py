@@ -19,12 +19,13 @@ import torch
 
 import polyfuse
 from polyfuse.configs import model_configs
-from polyfuse.conformance import make_inputs, place
+from polyfuse.conformance import Case, make_inputs, place
+from polyfuse.conformance.cases import model_case
 from polyfuse.conformance.report import versions
 from polyfuse.conformance.runner import device_name
 from polyfuse.dispatch import examine, registry
 from polyfuse.dispatch._arrays import device_of
-from polyfuse.spec import OPS, Case, SpecError, bind
+from polyfuse.spec import OPS, SpecError, bind
 
 CEILING_BYTES = 2**31
 PLAIN = {"gdn_in_proj": {"strategy": "sequential"}}  # attributes of what PyTorch does when nobody helps it
@@ -94,7 +95,7 @@ def run_bench(
             if ops and op not in ops:
                 continue
             for case in cases:
-                for row in _measure(op, name, case.case(name), backends, device, ceiling, compiled):
+                for row in _measure(op, name, model_case(name, case), backends, device, ceiling, compiled):
                     result.rows.append(row)
                     if on_row:
                         on_row(result, row)

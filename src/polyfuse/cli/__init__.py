@@ -19,6 +19,7 @@ from polyfuse.cli._terminal import console, default_device, progress
 from polyfuse.cli.bench.dispatch import bench_dispatch
 from polyfuse.cli.bench.encoder import bench_encoder, soak
 from polyfuse.cli.bench.model import bench_model, bench_plot
+from polyfuse.conformance import cases
 from polyfuse.spec import OPS, REQUIRED, BackendError, SpecError, Unsupported, op_page
 
 SAVE_EVERY = 100  # results
@@ -149,7 +150,7 @@ def explain(op: str, family: str, device: str | None, as_json: bool) -> None:
         raise SpecError(f"--family: expected one of {', '.join(FAMILIES)}, got {family!r}")
     device = _device(device, [family])
     spec = OPS[op]
-    values = make_inputs(spec, spec.cases()[0])
+    values = make_inputs(spec, cases(spec.name)[0])
     decision = polyfuse.explain(op, **place(values, family, device))
     if as_json:
         click.echo(json.dumps(decision.as_dict(), indent=1))

@@ -279,7 +279,7 @@ def test_the_difference_to_transformers_is_its_rounded_coordinates() -> None:
         pairs = y_weights.astype("f4")[:, :, None] * x_weights.astype("f4")[:, None, :]
         weights.append(pairs.reshape(h * w, 4))
     taps, share = torch.from_numpy(np.concatenate(indices)), torch.from_numpy(np.concatenate(weights))
-    exact = oracle.exact(table.numpy(), grid)["out"]
+    exact = oracle.pos_embed_interpolate.intervals(table.numpy(), grid)["out"]
     assert compare("exact coordinates", (table[taps] * share[:, :, None]).sum(1).numpy(), exact, "float32") is None
     assert compare("ours", polyfuse.pos_embed_interpolate(table, grid).numpy(), exact, "float32") is None
 

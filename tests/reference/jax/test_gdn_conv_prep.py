@@ -10,14 +10,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.cases import all_cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
 from polyfuse.reference.jax.gdn_conv_prep import gdn_conv_prep
-from polyfuse.spec import OPS, Case
 
 OP = "gdn_conv_prep"
-CASES = [case for case in OPS[OP].cases() if case.repeat == 1]
+CASES = [case for case in cases(OP) if case.repeat == 1]
 HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 8, "output_final_state": True}
 HEADS_V = 4
 CHANNELS = 2 * 2 * 16 + HEADS_V * 8

@@ -10,15 +10,16 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.cases import all_cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
 from polyfuse.reference.jax.gdn_post_conv import gdn_post_conv
-from polyfuse.spec import FP32_TINY, OPS, Case
+from polyfuse.spec import FP32_TINY
 
 OP = "gdn_post_conv"
-SUBNORMAL = [case for case in OPS[OP].cases() if case.fill.get("conv_out") == "subnormal"]
-CASES = [case for case in OPS[OP].cases() if case.repeat == 1 and case not in SUBNORMAL]
+SUBNORMAL = [case for case in cases(OP) if case.fill.get("conv_out") == "subnormal"]
+CASES = [case for case in cases(OP) if case.repeat == 1 and case not in SUBNORMAL]
 HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 8}
 HEADS_V = 4
 WIDTH = 2 * 2 * 16 + HEADS_V * 8
@@ -79,9 +80,7 @@ def test_public_function(name: str) -> None:
 
 
 def test_real_shapes() -> None:
-    cases = [
-        case for case in all_cases(OP) if case.name not in {c.name for c in OPS[OP].cases()} and case.dims["L"] < 99
-    ]
+    cases = [case for case in all_cases(OP) if case.name not in {c.name for c in cases(OP)} and case.dims["L"] < 99]
     assert cases
     assert problems(cases) == {}
 

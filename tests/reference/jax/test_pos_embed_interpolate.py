@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.cases import all_cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.reference import pos_embed_interpolate as oracle
 from polyfuse.reference.jax.pos_embed_interpolate import _image_ends, pos_embed_interpolate
-from polyfuse.spec import OPS, Case, Unsupported
+from polyfuse.spec import Unsupported
 
-CASES = [case for case in OPS["pos_embed_interpolate"].cases() if case.repeat == 1]
+CASES = [case for case in cases("pos_embed_interpolate") if case.repeat == 1]
 FAMILIES = sorted({case.name.replace("_", "-").split("-")[0] for case in CASES})
 GRID = ((1, 8, 6), (2, 4, 4), (1, 2, 20))
 ROWS = 120
@@ -50,7 +51,7 @@ def normal(*shape: int, dtype: str = "float32", seed: int = 0) -> jax.Array:
 
 def weights(grid: tuple[tuple[int, int, int], ...], side: int = 6, **attrs: Any) -> np.ndarray[Any, Any]:
     """The op's matrix [rows, side * side]: its result is weights @ table."""
-    return oracle.exact(np.eye(side * side), grid, **attrs)["out"].value
+    return oracle.pos_embed_interpolate.intervals(np.eye(side * side), grid, **attrs)["out"].value
 
 
 @pytest.mark.parametrize("family", FAMILIES)

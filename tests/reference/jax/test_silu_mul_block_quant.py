@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from polyfuse.conformance import cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
 from polyfuse.reference._jax.arithmetic import block_scale, divisor, quantised, rint, round_to
 from polyfuse.reference.jax.silu_mul_block_quant import silu_mul_block_quant
-from polyfuse.spec import OPS
 from polyfuse.spec.silu_mul_block_quant import QMAX, SCALE_LAYOUTS
 
 OP = "silu_mul_block_quant"
-CASES = {case.name: case for case in OPS[OP].cases() if case.repeat == 1}
+CASES = {case.name: case for case in cases(OP) if case.repeat == 1}
 FAMILIES = sorted({re.split("[-_]", name)[0] for name in CASES})
 
 # Compiling is most of the time here.

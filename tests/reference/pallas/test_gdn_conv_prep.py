@@ -10,15 +10,16 @@ import pytest
 from jax import export
 from jax.sharding import Mesh, PartitionSpec
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
 from polyfuse.reference.pallas import gdn_post_conv as tiles
 from polyfuse.reference.pallas.gdn_conv_prep import gdn_conv_prep
-from polyfuse.spec import OPS, Case, Unsupported
+from polyfuse.spec import Unsupported
 
 OP = "gdn_conv_prep"
 # Half a second each, most of it compiling: `polyfuse conformance` runs them all.
-CASES = [case for case in OPS[OP].cases() if case.repeat == 1][::4]
+CASES = [case for case in cases(OP) if case.repeat == 1][::4]
 HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 8, "output_final_state": True}
 HEADS_V = 4
 CHANNELS = 2 * 2 * 16 + HEADS_V * 8
@@ -75,7 +76,7 @@ def test_cases(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_public_function() -> None:
-    [case] = [case for case in OPS[OP].cases() if case.name == "width_3-bias-initial_state-int64"]
+    [case] = [case for case in cases(OP) if case.name == "width_3-bias-initial_state-int64"]
     assert Trial(OP, case, seed=0).on(registry().get("pallas")) == ("passed", "")
 
 

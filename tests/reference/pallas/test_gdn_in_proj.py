@@ -9,14 +9,14 @@ import pytest
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
 from polyfuse.reference.pallas.gdn_in_proj import CAPABILITY, gdn_in_proj
-from polyfuse.spec import OPS, Case
 
 OP = "gdn_in_proj"
 STRATEGIES = CAPABILITY.attrs["strategy"]
-CASES = [c for c in OPS[OP].cases() if c.repeat == 1 and c.attrs.get("strategy", "auto") in STRATEGIES]
+CASES = [c for c in cases(OP) if c.repeat == 1 and c.attrs.get("strategy", "auto") in STRATEGIES]
 
 
 def operands(*lead: int) -> tuple[jax.Array, ...]:

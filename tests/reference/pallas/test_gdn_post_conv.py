@@ -10,15 +10,16 @@ import pytest
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
 from polyfuse.reference.pallas import gdn_post_conv as module
 from polyfuse.reference.pallas.gdn_post_conv import gdn_post_conv
-from polyfuse.spec import FP32_TINY, OPS, Case, Unsupported
+from polyfuse.spec import FP32_TINY, Unsupported
 
 OP = "gdn_post_conv"
-SUBNORMAL = [case for case in OPS[OP].cases() if case.fill.get("conv_out") == "subnormal"]
-CASES = [case for case in OPS[OP].cases() if case.repeat == 1 and case not in SUBNORMAL]
+SUBNORMAL = [case for case in cases(OP) if case.fill.get("conv_out") == "subnormal"]
+CASES = [case for case in cases(OP) if case.repeat == 1 and case not in SUBNORMAL]
 HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 8}
 HEADS_V = 4
 WIDTH = 2 * 2 * 16 + HEADS_V * 8

@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.cases import all_cases
 from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.runner import Trial
-from polyfuse.reference import pos_embed_interpolate as oracle
+from polyfuse.reference import oracle
 from polyfuse.reference.pallas.pos_embed_interpolate import _GPU_TILE, CAPABILITY, _launch, pos_embed_interpolate
-from polyfuse.spec import OPS, Case, Unsupported
+from polyfuse.spec import Unsupported
+
+intervals = oracle("pos_embed_interpolate").intervals
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
-CASES = [case for case in OPS["pos_embed_interpolate"].cases() if case.repeat == 1]
+CASES = [case for case in cases("pos_embed_interpolate") if case.repeat == 1]
 FAMILIES = sorted({case.name.replace("_", "-").split("-")[0] for case in CASES})
 GRID = ((1, 8, 6), (2, 4, 4), (1, 2, 20))
 ROWS = 120
@@ -90,7 +93,7 @@ def test_gpu_tiles_interpreted(mode: str, align_corners: bool, dtype: str, rows:
     grid = jnp.array([*GRID, (0, 0, 0)]).T
     launch = partial(_launch, tile=_GPU_TILE, dtype=dtype, rows=rows, interpret=True, **attrs)
     result = jax.jit(launch, compiler_options=FAST)(grid, table, base)
-    exact = oracle.exact(np.asarray(table), GRID, base=np.asarray(base), out_rows=rows, **attrs)["out"]
+    exact = intervals(np.asarray(table), GRID, base=np.asarray(base), out_rows=rows, **attrs)["out"]
     assert rows % _GPU_TILE[0]
     assert width % _GPU_TILE[1]
     assert compare("out", np.asarray(result), exact, dtype) is None
@@ -106,7 +109,7 @@ def test_one_compilation_serves_all_grids_of_one_size() -> None:
         return pos_embed_interpolate(table, grid, out_rows=ROWS)
 
     for grid in (GRID, ((1, 2, 2), (1, 4, 6), (0, 0, 0)), ((1, 2, 60), (0, 0, 0), (0, 0, 0))):
-        exact = oracle.exact(np.asarray(table), grid, out_rows=ROWS)["out"]
+        exact = intervals(np.asarray(table), grid, out_rows=ROWS)["out"]
         assert compare("out", np.asarray(interpolate(jnp.array(grid))), exact, "float32") is None
     assert traces == 1
 
@@ -141,7 +144,7 @@ def test_columns_sharded_over_devices() -> None:
     )
     result = jax.jit(mapped)(*(jax.device_put(x, NamedSharding(mesh, columns)) for x in (table, base)))
     assert {shard.data.shape for shard in result.addressable_shards} == {(ROWS, 2)}
-    assert compare("out", np.asarray(result), oracle.exact(table, GRID, base=base)["out"], "float32") is None
+    assert compare("out", np.asarray(result), intervals(table, GRID, base=base)["out"], "float32") is None
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,7 @@ def test_64_bit_grid() -> None:
         table = normal(36, 8)
         right = pos_embed_interpolate(table, jnp.array(GRID, "int64"), out_rows=ROWS)
         wrong = pos_embed_interpolate(table, jnp.array([(2**32 + 1, 2, 2)], "int64"), out_rows=ROWS)
-    assert compare("out", np.asarray(right), oracle.exact(np.asarray(table), GRID)["out"], "float32") is None
+    assert compare("out", np.asarray(right), intervals(np.asarray(table), GRID)["out"], "float32") is None
     assert np.isnan(wrong).all()
 
 

@@ -12,15 +12,15 @@ import pytest
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from polyfuse.conformance import Case, cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
 from polyfuse.reference.pallas import silu_mul_block_quant as module
 from polyfuse.reference.pallas.silu_mul_block_quant import silu_mul_block_quant
-from polyfuse.spec import OPS, Case
 from polyfuse.spec.silu_mul_block_quant import QMAX
 
 OP = "silu_mul_block_quant"
-CASES = {case.name: case for case in OPS[OP].cases() if case.repeat == 1}
+CASES = {case.name: case for case in cases(OP) if case.repeat == 1}
 FAMILIES = sorted({re.split("[-_]", name)[0] for name in CASES})
 
 # Compiling is most of the time here.

@@ -1,0 +1,98 @@
+"""Value distributions of a case's arrays. Those that only one op needs stand in its file in `conformance.ops`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from polyfuse.reference._numerics import F64, numpy_dtype
+
+# Of a random generator, a shape and a dtype's name: float64 values, which are then rounded to that dtype.
+Fill = Callable[[np.random.Generator, tuple[int, ...], str], F64]
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Standard normal values."""
+    return rng.standard_normal(shape)
+
+
+def zeros(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Zeros."""
+    return np.zeros(shape)
+
+
+def scaled(scale: float) -> Fill:
+    """Normal values of that standard deviation."""
+    return lambda rng, shape, dtype: rng.standard_normal(shape) * scale
+
+
+def sprinkled(*special: float) -> Fill:
+    """Normal values, of which one in fifty is special."""
+
+    def fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+        values = rng.standard_normal(shape)
+        where = rng.random(shape) < 0.02
+        values[where] = rng.choice(special, size=int(where.sum()))
+        return values
+
+    return fill
+
+
+def integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Integers from -8 to 8: short sums of their products are exact in float32."""
+    return rng.integers(-8, 9, shape).astype(np.float64)
+
+
+def huge(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Up to a quarter of the largest finite value: sums of signed weights stay finite in fp32."""
+    return rng.uniform(-1, 1, shape) * float(ml_dtypes.finfo(numpy_dtype(dtype)).max) / 4
+
+
+def subnormal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Values below the least normal number of the dtype."""
+    return rng.uniform(-1, 1, shape) * float(ml_dtypes.finfo(numpy_dtype(dtype)).tiny)
+
+
+def row_counts(count: int) -> NDArray[np.int64]:
+    """Rows per sequence or expert: 2, 0, 5, 3, 1, 6, 4, 2, ..."""
+    return (5 * np.arange(count) + 2) % 7
+
+
+def boundaries(times: int) -> Fill:
+    """Where sequences of `row_counts` rows, each that many `times`, begin and end."""
+
+    def fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+        return times * np.concatenate([[0.0], np.cumsum(row_counts(shape[0] - 1))])
+
+    return fill
+
+
+def arange(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """0, 1, 2, ...: as boundaries, sequences of one row each."""
+    return np.arange(shape[0], dtype=np.float64)
+
+
+FILLS: dict[str, Fill] = {
+    "normal": normal,
+    "zeros": zeros,
+    "nan_some": sprinkled(np.nan),
+    "inf_some": sprinkled(np.inf, -np.inf),
+    "integers": integers,
+    "huge": huge,
+    "subnormal": subnormal,
+    "large": scaled(200.0),
+    "tiny": scaled(1e-6),
+    "cu_seqlens": boundaries(1),
+    "cu_seqlens_x40": boundaries(40),
+    "arange": arange,
+}
+
+
+def fill_named(name: str, own: dict[str, Fill]) -> Any:
+    """A fill by its name: one of the op's own, or one that all ops share. Raises `ValueError` for another name."""
+    found = own.get(name) or FILLS.get(name)
+    if found is None:
+        raise ValueError(f"fill: expected one of {', '.join([*own, *FILLS])}, got {name!r}")
+    return found

@@ -1,0 +1,27 @@
+"""Memory layouts of a case's arrays."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from polyfuse.reference._numerics import Array
+
+
+def _row_strided(values: Array) -> Array:
+    """Rows with a gap of 8 elements behind each."""
+    wide = np.zeros((*values.shape[:-1], values.shape[-1] + 8), values.dtype)
+    wide[..., : values.shape[-1]] = values
+    return wide[..., : values.shape[-1]]
+
+
+def _column_strided(values: Array) -> Array:
+    """Dimensions in reverse order in memory."""
+    return np.ascontiguousarray(values.T).T
+
+
+LAYOUTS: dict[str, Callable[[Array], Array]] = {
+    "contiguous": np.ascontiguousarray,
+    "row_strided": _row_strided,
+    "column_strided": _column_strided,
+    "token_stride_1": _column_strided,
+}
