@@ -85,11 +85,10 @@ def gate_bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str,
     g = -np.exp(rate) * softplus(x)
     flushed = flush * (1 + np.exp(rate))
     of_g = relative * np.abs(g) * (1 + np.maximum(-x, 0) + np.abs(rate)) + flushed
+    of_g = np.where(g == 0, flushed, of_g)
     if given.output_g_exp:
         spread = np.expm1(of_g) + relative * (1 + np.abs(g))
         of_g = np.where(exact["g"] == 0, flush, exact["g"] * spread + flush)
-    else:
-        of_g = np.where(g == 0, flushed, of_g)
 
     relative, flush = error("beta")
     beta = exact["beta"]

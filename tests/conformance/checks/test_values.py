@@ -89,8 +89,8 @@ def test_the_message_names_the_worst_element():
 
 
 def test_a_copy_keeps_the_sign_of_zero():
-    assert compare("v", np.array([-0.0], np.float32), Exact.copy(np.array([0.0])), "float32") is not None
-    assert compare("v", np.array([-0.0], np.float32), Exact.copy(np.array([-0.0])), "float32") is None
+    assert compare("v", np.array([-0.0], np.float32), Exact.copy(np.array([0.0]), 0), "float32") is not None
+    assert compare("v", np.array([-0.0], np.float32), Exact.copy(np.array([-0.0]), 0), "float32") is None
 
 
 def test_unwritten_elements_may_hold_anything():
