@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from polyfuse.spec import OPS, SpecError
+from polyfuse.spec import FORMER_NAMES, OPS, SpecError, canonical
 
 ROOT = Path(__file__).parent
 
@@ -18,10 +18,13 @@ def _as_list(value: Any) -> Any:
 
 
 def _known_ops(value: Any) -> Any:
-    for name in value if isinstance(value, dict) else ():
-        if name not in OPS:
+    """Ops by the names that they have now."""
+    if not isinstance(value, dict):
+        return value
+    for name in value:
+        if name not in OPS and name not in FORMER_NAMES:
             raise ValueError(f"expected one of {', '.join(OPS)}, got {name!r}")
-    return value
+    return {canonical(name): setting for name, setting in value.items()}
 
 
 Order = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]

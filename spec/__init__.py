@@ -6,10 +6,12 @@
 if __name__ != "polyfuse.spec":
     raise ImportError(f"import polyfuse.spec, not {__name__}: a second identity registers every op twice")
 
+import warnings
 from importlib import import_module
 
 from polyfuse.spec._errors import BackendError, SpecError, Unsupported
 from polyfuse.spec._render import docstring, op_page
+from polyfuse.spec._source import package_stub, parameters_source, public_module, result_names
 from polyfuse.spec._types import (
     FLOATS,
     FP32_ROUNDOFF,
@@ -37,10 +39,13 @@ _NAMES = (
     "gdn_in_proj",
 )
 
+FORMER_NAMES = {"gdn_conv_post": "gdn_conv_prep"}  # accepted for one more release, with a warning
+
 OPS: dict[str, OpSpec] = {name: import_module(f"polyfuse.spec.{name}").SPEC for name in _NAMES}
 
 __all__ = [
     "FLOATS",
+    "FORMER_NAMES",
     "FP32_ROUNDOFF",
     "FP32_TINY",
     "INTS",
@@ -59,8 +64,23 @@ __all__ = [
     "TensorSpec",
     "Unsupported",
     "bind",
+    "canonical",
     "docstring",
     "dtype_name",
     "fail",
     "op_page",
+    "package_stub",
+    "parameters_source",
+    "public_module",
+    "result_names",
 ]
+
+
+def canonical(op: str) -> str:
+    """The name of an op as it is now. Raises `SpecError` for an unknown op; warns of a former name."""
+    if op in FORMER_NAMES:
+        warnings.warn(f"{op} is now {FORMER_NAMES[op]}; the old name goes in the next release", DeprecationWarning, 3)
+        return FORMER_NAMES[op]
+    if op not in OPS:
+        raise SpecError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    return op

@@ -12,14 +12,22 @@ from pathlib import Path
 import pytest
 
 import polyfuse
+from polyfuse.reference import oracle
 from polyfuse.spec import OPS, REQUIRED
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("configs", "conformance", "reference", "spec", "torch_impl", "triton_impl")
-IMPLEMENTATIONS = ("reference", "reference/jax", "reference/pallas", "torch_impl", "triton_impl")
+IMPLEMENTATIONS = ("reference/jax", "reference/pallas", "torch_impl", "triton_impl")
 
-# (name, kind, default as source; "" for none)
-Parameters = list[tuple[str, str, str]]
+REQUIRED_LAYERS = ("spec", "reference", "conformance/ops")
+
+# By name: the kind, and the default as source ("" for none). Keyword parameters may stand in any order.
+Parameters = dict[str, tuple[str, str]]
+
+
+def op_files(folder: str) -> set[str]:
+    """The names of a layer's files that are not its own helpers."""
+    return {path.stem for path in (ROOT / folder).glob("*.py") if not path.name.startswith("_")}
 
 
 def sources(*folders: str) -> Iterator[Path]:
@@ -53,17 +61,25 @@ def parsed_parameters(path: Path, function: str) -> Parameters:
     positional = [(a, "POSITIONAL_ONLY") for a in args.posonlyargs] + [(a, "POSITIONAL_OR_KEYWORD") for a in args.args]
     defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults + args.kw_defaults
     everything = positional + [(a, "KEYWORD_ONLY") for a in args.kwonlyargs]
-    return [
-        (arg.arg, kind, ast.unparse(default) if default else "")
+    return {
+        arg.arg: (kind, ast.unparse(default) if default else "")
         for (arg, kind), default in zip(everything, defaults, strict=True)
-    ]
+    }
 
 
 def parameters(function: Callable[..., object]) -> Parameters:
-    return [
-        (p.name, p.kind.name, "" if p.default is p.empty else repr(p.default))
+    return {
+        p.name: (p.kind.name, "" if p.default is p.empty else repr(p.default))
         for p in inspect.signature(function).parameters.values()
-    ]
+    }
+
+
+def specified_parameters(op: str) -> Parameters:
+    found = {}
+    for name, default in OPS[op].parameters.items():
+        kind = "POSITIONAL_OR_KEYWORD" if name in OPS[op].positional else "KEYWORD_ONLY"
+        found[name] = (kind, "" if default is REQUIRED else repr(default))
+    return found
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -85,31 +101,35 @@ def test_links_are_tracked() -> None:
     assert sorted(links) == sorted(f"src/polyfuse/{linked}" for linked in (*LAYERS, "templates"))
 
 
-@pytest.mark.parametrize("folder", ["spec", *IMPLEMENTATIONS])
-def test_op_files_are_the_ops(folder: str) -> None:
-    files = {path.stem for path in (ROOT / folder).glob("*.py") if not path.name.startswith("_")}
-    assert files == set(OPS)
+@pytest.mark.parametrize("folder", REQUIRED_LAYERS)
+def test_every_op_has_its_required_files(folder: str) -> None:
+    assert op_files(folder) == set(OPS)
 
 
 @pytest.mark.parametrize("folder", IMPLEMENTATIONS)
-@pytest.mark.parametrize("op", OPS)
-def test_signature_is_the_oracles(op: str, folder: str) -> None:
-    expected = parsed_parameters(ROOT / "reference" / f"{op}.py", op)
-    assert parsed_parameters(ROOT / folder / f"{op}.py", op) == expected
+def test_a_backend_has_files_of_ops_only(folder: str) -> None:
+    assert op_files(folder) <= set(OPS)
+
+
+@pytest.mark.parametrize(
+    ("folder", "op"), [(folder, op) for folder in IMPLEMENTATIONS for op in sorted(op_files(folder))]
+)
+def test_a_backends_signature_is_that_of_the_spec(folder: str, op: str) -> None:
+    assert parsed_parameters(ROOT / folder / f"{op}.py", op) == specified_parameters(op)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_spec_declares_the_oracles_parameters(op: str) -> None:
-    oracle = parsed_parameters(ROOT / "reference" / f"{op}.py", op)
-    arrays = {t.name: "None" if t.optional else "" for t in OPS[op].tensors}
-    attributes = {a.name: "" if a.default is REQUIRED else repr(a.default) for a in OPS[op].attrs}
-    assert {name: default for name, _, default in oracle} == arrays | attributes
+def test_the_oracles_formula_takes_the_parameters_of_the_spec(op: str) -> None:
+    expected = {name: kind for name, (kind, _) in specified_parameters(op).items()}
+    formula = parsed_parameters(ROOT / "reference" / f"{op}.py", "formula")
+    assert {name: kind for name, (kind, _) in formula.items()} == expected
+    assert parameters(oracle(op)) == specified_parameters(op)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_public_function_adds_backend(op: str) -> None:
-    oracle = parsed_parameters(ROOT / "reference" / f"{op}.py", op)
-    assert parameters(getattr(polyfuse, op)) == [*oracle, ("backend", "KEYWORD_ONLY", "None")]
+def test_the_public_function_adds_backend(op: str) -> None:
+    backend = {"backend": ("KEYWORD_ONLY", "None")}
+    assert parameters(getattr(polyfuse, op)) == specified_parameters(op) | backend
 
 
 def test_median_source_file_is_short() -> None:

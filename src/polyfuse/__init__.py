@@ -1,43 +1,28 @@
-"""Fused ops for vision-language and hybrid-attention models, each proven against one oracle on every backend."""
+"""Fused ops for vision-language and hybrid-attention models, each held to one oracle on every backend."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from polyfuse.spec import BackendError, SpecError, Unsupported
-
-if TYPE_CHECKING:
-    from polyfuse._ops import (
-        gdn_conv_prep,
-        gdn_in_proj,
-        gdn_post_conv,
-        pos_embed_interpolate,
-        silu_mul_block_quant,
-    )
-    from polyfuse.dispatch import call_counts, explain, refresh, use_backend
+from polyfuse.spec import FORMER_NAMES, OPS, BackendError, SpecError, Unsupported, canonical, result_names
 
 __version__ = "0.1.0.dev0"
 
-__all__ = [
-    "BackendError",
-    "SpecError",
-    "Unsupported",
-    "call_counts",
-    "explain",
-    "gdn_conv_prep",
-    "gdn_in_proj",
-    "gdn_post_conv",
-    "pos_embed_interpolate",
-    "refresh",
-    "silu_mul_block_quant",
-    "use_backend",
-]
+# What is imported when it is first asked for.
+_PUBLIC_OPS = (*OPS, *result_names(OPS.values()))
+_DISPATCH = ("call_counts", "explain", "refresh", "use_backend")
+
+__all__ = ["BackendError", "SpecError", "Unsupported", *_DISPATCH, *_PUBLIC_OPS]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name in FORMER_NAMES:
+        return __getattr__(canonical(name))
+    if name in _PUBLIC_OPS:
+        from polyfuse import _ops as source
+    elif name in _DISPATCH:
+        from polyfuse import dispatch as source
+    else:
         raise AttributeError(f"module 'polyfuse' has no attribute {name!r}")
-    from polyfuse import _ops, dispatch
-
-    value = getattr(_ops, name, None) or getattr(dispatch, name)
+    value = getattr(source, name)
     globals()[name] = value
     return value
 

@@ -1,110 +1,214 @@
-"""The public functions: one per op, with the op's parameters and `backend=`.
+"""The public functions, one per op. `make generate` writes this file from the specs: change them, not it.
 
-Their documentation is their spec. This module is imported at the first use of an op.
+Each function's documentation is its spec. This module is imported at the first use of an op.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
-from polyfuse.dispatch import declared, public, run
+from polyfuse.dispatch import public, run
+
+if TYPE_CHECKING:
+    import jax
+    import numpy
+    import torch
+
+    Array = TypeVar("Array", torch.Tensor, jax.Array, numpy.ndarray[Any, Any])
+    HostArray = numpy.ndarray[Any, Any]
+    DType = str | torch.dtype | numpy.dtype[Any] | type[Any]
+else:
+    Array = TypeVar("Array")
+    HostArray = DType = Any
+
+__all__ = [
+    "GdnConvPrepResult",
+    "GdnInProjResult",
+    "GdnPostConvResult",
+    "SiluMulBlockQuantResult",
+    "gdn_conv_prep",
+    "gdn_in_proj",
+    "gdn_post_conv",
+    "pos_embed_interpolate",
+    "silu_mul_block_quant",
+]
 
 
 @public
 def pos_embed_interpolate(
-    table: Any,
-    grid_thw: Any,
+    table: Array,
+    grid_thw: Sequence[Sequence[int]] | Array | HostArray,
     *,
+    base: Array | None = None,
     merge_size: int = 2,
-    mode: str = "bilinear",
+    mode: Literal["bilinear", "bicubic"] = "bilinear",
     align_corners: bool = True,
-    base: Any = None,
-    out_dtype: Any = None,
+    out_dtype: DType | None = None,
     out_rows: int | None = None,
     backend: str | Sequence[str] | None = None,
-) -> Any:
-    args = (table, grid_thw, merge_size, mode, align_corners, base, out_dtype, out_rows)
-    return run("pos_embed_interpolate", args, backend)
+) -> Array:
+    """Resample a learned square position-embedding table to every image's patch grid, in one launch."""
+    return run(
+        "pos_embed_interpolate", (table, grid_thw, base, merge_size, mode, align_corners, out_dtype, out_rows), backend
+    )
+
+
+class GdnPostConvResult(NamedTuple, Generic[Array]):
+    """The results of `gdn_post_conv`."""
+
+    q: Array
+    k: Array
+    v: Array
+    g: Array
+    beta: Array
 
 
 @public
 def gdn_post_conv(
-    conv_out: Any,
-    a: Any,
-    b: Any,
-    A_log: Any,
-    dt_bias: Any,
+    conv_out: Array,
+    a: Array,
+    b: Array,
+    A_log: Array,
+    dt_bias: Array,
     *,
     num_k_heads: int,
     head_k_dim: int,
     head_v_dim: int,
     l2norm: bool = True,
-    l2norm_eps: float = 1e-6,
+    l2norm_eps: float = 1e-06,
     output_g_exp: bool = False,
     backend: str | Sequence[str] | None = None,
-) -> Any:
-    args = (conv_out, a, b, A_log, dt_bias, num_k_heads, head_k_dim, head_v_dim, l2norm, l2norm_eps, output_g_exp)
-    return run("gdn_post_conv", args, backend)
+) -> GdnPostConvResult[Array]:
+    """Split, L2-normalise and gate a Gated DeltaNet layer's conv output into q, k, v, g, beta, in one pass."""
+    return GdnPostConvResult._make(
+        run(
+            "gdn_post_conv",
+            (conv_out, a, b, A_log, dt_bias, num_k_heads, head_k_dim, head_v_dim, l2norm, l2norm_eps, output_g_exp),
+            backend,
+        )
+    )
+
+
+class GdnConvPrepResult(NamedTuple, Generic[Array]):
+    """The results of `gdn_conv_prep`."""
+
+    q: Array
+    k: Array
+    v: Array
+    g: Array
+    beta: Array
+    final_state: Array
 
 
 @public
 def gdn_conv_prep(
-    x: Any,
-    weight: Any,
-    a: Any,
-    b: Any,
-    A_log: Any,
-    dt_bias: Any,
+    x: Array,
+    weight: Array,
+    a: Array,
+    b: Array,
+    A_log: Array,
+    dt_bias: Array,
     *,
-    bias: Any = None,
-    initial_state: Any = None,
-    cu_seqlens: Any = None,
+    bias: Array | None = None,
+    initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
     num_k_heads: int,
     head_k_dim: int,
     head_v_dim: int,
     l2norm: bool = True,
-    l2norm_eps: float = 1e-6,
+    l2norm_eps: float = 1e-06,
     output_g_exp: bool = False,
     output_final_state: bool = False,
     backend: str | Sequence[str] | None = None,
-) -> Any:
-    tensors = (x, weight, a, b, A_log, dt_bias, bias, initial_state, cu_seqlens)
-    heads = (num_k_heads, head_k_dim, head_v_dim)
-    return run("gdn_conv_prep", (*tensors, *heads, l2norm, l2norm_eps, output_g_exp, output_final_state), backend)
+) -> GdnConvPrepResult[Array]:
+    """Causal conv, SiLU, split, L2-normalisation and gates of a Gated DeltaNet layer, in one pass."""
+    return GdnConvPrepResult._make(
+        run(
+            "gdn_conv_prep",
+            (
+                x,
+                weight,
+                a,
+                b,
+                A_log,
+                dt_bias,
+                bias,
+                initial_state,
+                cu_seqlens,
+                num_k_heads,
+                head_k_dim,
+                head_v_dim,
+                l2norm,
+                l2norm_eps,
+                output_g_exp,
+                output_final_state,
+            ),
+            backend,
+        )
+    )
+
+
+class SiluMulBlockQuantResult(NamedTuple, Generic[Array]):
+    """The results of `silu_mul_block_quant`."""
+
+    q: Array
+    scale: Array
 
 
 @public
 def silu_mul_block_quant(
-    x: Any,
+    x: Array,
     *,
-    num_rows: Any = None,
+    num_rows: Array | None = None,
     group_size: int = 128,
-    quant_dtype: Any = "float8_e4m3fn",
-    scale_format: str = "float32",
-    scale_layout: str = "row_major",
+    quant_dtype: DType = "float8_e4m3fn",
+    scale_format: Literal["float32", "ue8m0", "ue8m0_packed"] = "float32",
+    scale_layout: Literal["row_major", "col_major", "col_major_tma"] = "row_major",
     scale_ub: float | None = None,
     scale_min: float | None = None,
     limit: float | None = None,
     materialize: bool = False,
     reciprocal: bool = False,
     backend: str | Sequence[str] | None = None,
-) -> Any:
-    scaling = (scale_format, scale_layout, scale_ub, scale_min)
-    args = (x, num_rows, group_size, quant_dtype, *scaling, limit, materialize, reciprocal)
-    return run("silu_mul_block_quant", args, backend)
+) -> SiluMulBlockQuantResult[Array]:
+    """SiLU-and-multiply followed by block-wise FP8 or INT8 quantisation, in one pass over the activation."""
+    return SiluMulBlockQuantResult._make(
+        run(
+            "silu_mul_block_quant",
+            (
+                x,
+                num_rows,
+                group_size,
+                quant_dtype,
+                scale_format,
+                scale_layout,
+                scale_ub,
+                scale_min,
+                limit,
+                materialize,
+                reciprocal,
+            ),
+            backend,
+        )
+    )
+
+
+class GdnInProjResult(NamedTuple, Generic[Array]):
+    """The results of `gdn_in_proj`."""
+
+    qkvz: Array
+    ba: Array
 
 
 @public
 def gdn_in_proj(
-    x: Any,
-    w_qkvz: Any,
-    w_ba: Any,
+    x: Array,
+    w_qkvz: Array,
+    w_ba: Array,
     *,
-    bias_qkvz: Any = None,
-    bias_ba: Any = None,
-    strategy: str = "auto",
+    bias_qkvz: Array | None = None,
+    bias_ba: Array | None = None,
+    strategy: Literal["auto", "sequential", "parallel", "merged", "fused"] = "auto",
     backend: str | Sequence[str] | None = None,
-) -> Any:
-    return run("gdn_in_proj", (x, w_qkvz, w_ba, bias_qkvz, bias_ba, strategy), backend)
-
-
-TABLE = declared()
+) -> GdnInProjResult[Array]:
+    """Two input projections of one activation, run one after the other, side by side, or as one."""
+    return GdnInProjResult._make(run("gdn_in_proj", (x, w_qkvz, w_ba, bias_qkvz, bias_ba, strategy), backend))

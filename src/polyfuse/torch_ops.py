@@ -3,12 +3,12 @@
 `torch.compile` of the public functions needs no import: they register themselves when traced.
 """
 
-from polyfuse import _ops
 from polyfuse.dispatch import _torch_library
+from polyfuse.dispatch._plan import CALLS
 
 __all__ = ["schemas"]
 
 
 def schemas() -> dict[str, str]:
     """The schema of every registered op, by name, in torch's notation."""
-    return {name: _torch_library.schema(op) for name, op in _ops.TABLE.items()}
+    return {name: _torch_library.schema(op) for name, op in CALLS.items()}

@@ -8,7 +8,7 @@ import torch
 
 import polyfuse
 from polyfuse import SpecError
-from polyfuse.dispatch import check_device, declared, from_numpy, to_numpy
+from polyfuse.dispatch import _plan, check_device, from_numpy, to_numpy
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.standard_normal((36, 8), dtype=np.float32)
@@ -84,19 +84,19 @@ CALLS = {
 
 def test_everything_that_decides_is_in_the_key():
     polyfuse.refresh()
-    op = declared()["pos_embed_interpolate"]
+    op = _plan.CALLS["pos_embed_interpolate"]
     for _ in range(2):
         for number, (name, change) in enumerate(CALLS.items(), 1):
             for _ in range(2):
                 polyfuse.pos_embed_interpolate(**{"table": torch.from_numpy(TABLE), "grid_thw": GRID} | change)
-            assert len(op.cache) in (number, len(CALLS)), name
+            assert len(op.plans) in (number, len(CALLS)), name
     with torch.no_grad():
         polyfuse.pos_embed_interpolate(torch.ones(36, 8, requires_grad=True), GRID)
     with polyfuse.use_backend("torch"):
         polyfuse.pos_embed_interpolate(torch.from_numpy(TABLE), GRID)
-    assert len(op.cache) == len(CALLS) + 2
+    assert len(op.plans) == len(CALLS) + 2
     polyfuse.refresh()
-    assert not op.cache
+    assert not op.plans
 
 
 def test_a_plan_belongs_to_its_device():

@@ -8,11 +8,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import polyfuse
 from polyfuse.conformance import cases, make_inputs, place
 from polyfuse.conformance.runner import Trial
-from polyfuse.dispatch import _torch_library, declared
+from polyfuse.dispatch import _torch_library
+from polyfuse.dispatch._plan import CALLS
 from polyfuse.spec import OPS
 from polyfuse.torch_ops import schemas
-
-_OPS = declared()
 
 GRID = ((1, 4, 6), (2, 2, 2))
 
@@ -26,8 +25,8 @@ def test_no_string_enters_the_schema():
     for text in schemas().values():
         assert "str " not in text
     assert str(torch.ops.polyfuse.pos_embed_interpolate.default._schema) == (
-        "polyfuse::pos_embed_interpolate(Tensor table, Tensor? grid_thw, SymInt[]? grid_thw_values, SymInt merge_size, "
-        "int mode, bool align_corners, Tensor? base, int out_dtype, SymInt? out_rows) -> Tensor"
+        "polyfuse::pos_embed_interpolate(Tensor table, Tensor? grid_thw, SymInt[]? grid_thw_values, Tensor? base, "
+        "SymInt merge_size, int mode, bool align_corners, int out_dtype, SymInt? out_rows) -> Tensor"
     )
 
 
@@ -40,7 +39,7 @@ def finite(op, case):
 def test_opcheck(op):
     for case in [c for c in cases(op) if finite(op, c)][::9]:
         values = arguments(op, case)
-        args = _torch_library.flatten(_OPS[op], tuple(values[n] for n in _OPS[op].names))
+        args = _torch_library.flatten(CALLS[op], tuple(values[n] for n in CALLS[op].names))
         torch.library.opcheck(getattr(torch.ops.polyfuse, op).default, args)
 
 

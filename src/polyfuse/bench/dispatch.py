@@ -14,13 +14,11 @@ from typing import Any
 import torch
 
 import polyfuse
-from polyfuse._ops import TABLE
 from polyfuse.bench.ops import write_json
 from polyfuse.conformance import cases, make_inputs, place
 from polyfuse.conformance.report import versions
 from polyfuse.conformance.runner import device_name
-from polyfuse.dispatch import Backend, Implementation, registry, use_backend
-from polyfuse.dispatch._call import planned, read_hosts
+from polyfuse.dispatch import Backend, Implementation, _plan, registry, use_backend
 from polyfuse.spec import OPS, Capability
 
 CALLS, ROUNDS = 100, 201  # a round is short, so that few are interrupted
@@ -78,12 +76,12 @@ def run_dispatch_bench(ops: Sequence[str] = (), device: str = "cpu") -> Dispatch
 
 
 def _measure(name: str, device: str) -> DispatchRow:
-    op = TABLE[name]
+    op = _plan.CALLS[name]
     values = place(make_inputs(OPS[name], cases(name)[0]), "torch", device)
     args = tuple(values[parameter] for parameter in op.names)
 
     def resolve() -> Any:
-        return planned(op, read_hosts(op, args) if op.hosts else args, None, torch.is_grad_enabled())
+        return op.plan(op.read(args), None, torch.is_grad_enabled())
 
     arrays = sum(isinstance(value, torch.Tensor) for value in args)
     call = partial(getattr(polyfuse, name), **values)

@@ -217,7 +217,7 @@ def measure_strategies(subject: TextModel, counts: Sequence[int]) -> Iterator[St
         backend = registry().get(str(polyfuse.explain("gdn_in_proj", x, *weights).winner))
         claimed = backend.load("gdn_in_proj").capability.attrs.get("strategy", STRATEGIES)
         names = tuple(name for name in STRATEGIES[1:] if name in claimed)
-        calls = {name: partial(polyfuse.gdn_in_proj, x, *weights, strategy=name) for name in names}
+        calls = {name: partial(polyfuse.gdn_in_proj, x, *weights, **dict[str, Any](strategy=name)) for name in names}
         walls = {name: round(subject.queued_us(call), 3) for name, call in calls.items()}
         yield StrategyRow(rows, False, choose(x, *weights, names), walls)
         if subject.captures:

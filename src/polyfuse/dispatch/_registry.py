@@ -2,15 +2,17 @@
 
 import importlib
 import importlib.util
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
-from polyfuse.spec import OPS, BackendError, Capability
+from polyfuse.spec import FORMER_NAMES, OPS, BackendError, Capability, canonical
 
 GROUP = "polyfuse.backends"
 
@@ -27,15 +29,15 @@ class Implementation:
 class Backend:
     """A set of op implementations for one kind of array.
 
-    `module` is a package with one submodule per op, which defines a function of the op's name and
-    parameters and a `CAPABILITY`. It is imported only when one of its ops is needed. The package may define
+    `module` is a package with one submodule for each op that it implements, which defines a function of the op's name
+    and parameters and a `CAPABILITY`. It is imported only when one of its ops is needed. The package may define
     `unavailable() -> str | None`, the reason why it cannot run on this machine.
 
     `family` is the kind of array it takes (`"torch"`, `"jax"` or `"numpy"`); `requires` are modules that must
-    be installed; `implements` maps each op to the version of the spec that the implementation follows;
-    `override` allows it to take the name of an existing backend; `devices` are the device kinds, unknown to polyfuse,
-    on which it comes first without being named. `waivers` name conformance cases known to fail, as `"op/case"` with
-    wildcards, each with its reason.
+    be installed; `implements` maps each op to the version of the spec that the implementation follows, and an op
+    without a submodule is not implemented whatever it says; `override` allows it to take the name of an existing
+    backend; `devices` are the device kinds, unknown to polyfuse, on which it comes first without being named.
+    `waivers` name conformance cases known to fail, as `"op/case"` with wildcards, each with its reason.
     """
 
     name: str
@@ -60,27 +62,31 @@ class Backend:
         for module in self.requires:
             if importlib.util.find_spec(module) is None:
                 return "not_installed", f"{module} is not installed"
-        if op not in self.implements:
+        name = self._name_of(op)
+        if name not in self.implements:
             return "not_implemented", f"does not implement {op}"
-        if self.implements[op] != OPS[op].version:
-            return (
-                "spec_version",
-                f"implements version {self.implements[op]} of {op}, this is version {OPS[op].version}",
-            )
+        version = self.implements[name]
+        if version != OPS[op].version:
+            return "spec_version", f"implements version {version} of {op}, this is version {OPS[op].version}"
         unavailable = getattr(_import(self, self.module), "unavailable", lambda: None)
         try:
             reason = unavailable()
         except Exception as error:
             raise BackendError(f"{self.name}: unavailable() failed: {type(error).__name__}: {error}") from error
-        return ("not_installed", reason) if reason else None
+        if reason:
+            return "not_installed", reason
+        if not _exists(f"{self.module}.{name}"):
+            return "not_implemented", f"does not implement {op}: there is no module {self.module}.{name}"
+        return None
 
     def load(self, op: str) -> Implementation:
         """Import the op's module. Raises `BackendError` if it fails, or does not define what it must, or claims what
         the op's spec does not have.
         """
-        module = _import(self, f"{self.module}.{op}")
+        name = self._name_of(op)
+        module = _import(self, f"{self.module}.{name}")
         try:
-            function, capability = getattr(module, op), module.CAPABILITY
+            function, capability = getattr(module, name), module.CAPABILITY
         except AttributeError as error:
             raise BackendError(f"{self.name}: {error}") from error
         if not isinstance(capability, Capability):
@@ -91,6 +97,19 @@ class Backend:
             raise BackendError(f"{self.name}: {op}: CAPABILITY: {'; '.join(mistakes)}")
         return Implementation(function, capability)
 
+    def _name_of(self, op: str) -> str:
+        """The name under which the package has the op: that of now, or a former one that it still implements."""
+        former = [old for old, new in FORMER_NAMES.items() if new == op and old in self.implements]
+        return op if op in self.implements or not former else former[0]
+
+
+def _exists(module: str) -> bool:
+    """Whether a module can be imported; its package is imported for that."""
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
 
 def _import(backend: Backend, module: str) -> Any:
     try:
@@ -99,9 +118,14 @@ def _import(backend: Backend, module: str) -> Any:
         raise BackendError(f"{backend.name}: importing {module} failed: {type(error).__name__}: {error}") from error
 
 
-_ALL = {name: spec.version for name, spec in OPS.items()}
+def _ops_of(module: str) -> dict[str, int]:
+    """The ops that a built-in layer has a file for, at the version of their specs."""
+    folder = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
+    return {name: spec.version for name, spec in OPS.items() if (folder / f"{name}.py").is_file()}
+
+
 _BUILT_IN = tuple(
-    Backend(name, family, module, requires, _ALL, origin="built in")
+    Backend(name, family, module, requires, _ops_of(module), origin="built in")
     for name, family, module, requires in (
         ("numpy", "numpy", "polyfuse.reference", ()),
         ("jax", "jax", "polyfuse.reference.jax", ("jax",)),
@@ -150,7 +174,9 @@ class Registry:
 
         Raises `BackendError` for an op that does not exist, and for a name that is taken unless `override` is set.
         """
-        unknown = [op for op in backend.implements if op not in OPS]
+        for former in FORMER_NAMES.keys() & backend.implements.keys():
+            canonical(former)
+        unknown = [op for op in backend.implements if op not in OPS and op not in FORMER_NAMES]
         if unknown:
             raise BackendError(
                 f"backend {backend.name!r}: implements: expected ops of {', '.join(OPS)}, got {', '.join(unknown)}"

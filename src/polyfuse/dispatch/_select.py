@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from polyfuse.configs import platform_order, user_config
 from polyfuse.dispatch._arrays import Device
 from polyfuse.dispatch._registry import Implementation, registry
-from polyfuse.spec import OPS, BackendError, Call, SpecError, Unsupported
+from polyfuse.spec import FORMER_NAMES, BackendError, Call, SpecError, Unsupported, canonical
 
 log = logging.getLogger("polyfuse")
 
@@ -112,7 +112,12 @@ def use_backend(backend: str | Sequence[str] | None = None, *, strict: bool | No
 def _user_preferences(op: str) -> tuple[Preference, ...]:
     """What environment and config file say about an op, highest first; read once per process."""
     found = []
-    for variable in (f"POLYFUSE_BACKEND_{op.upper()}", "POLYFUSE_BACKEND"):
+    variables = [f"POLYFUSE_BACKEND_{op.upper()}", "POLYFUSE_BACKEND"]
+    for former in (old for old, new in FORMER_NAMES.items() if new == op):
+        if os.environ.get(f"POLYFUSE_BACKEND_{former.upper()}"):
+            canonical(former)
+            variables.insert(1, f"POLYFUSE_BACKEND_{former.upper()}")
+    for variable in variables:
         value = os.environ.get(variable)
         if value:
             names = as_names([n.strip() for n in value.split(",") if n.strip()])
@@ -287,7 +292,4 @@ def explain_call(
     return Explanation(op, family, device.kind, wanted, strict, winner, tuple(candidates))
 
 
-def check_op(op: str) -> None:
-    """Raise `SpecError` for an unknown op name."""
-    if op not in OPS:
-        raise SpecError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+check_op = canonical

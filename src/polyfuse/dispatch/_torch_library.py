@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from polyfuse.dispatch._arrays import family_of
-from polyfuse.dispatch._call import _OPS, Op, run
+from polyfuse.dispatch._call import run
+from polyfuse.dispatch._plan import CALLS, Calls
 from polyfuse.spec import AttrSpec, OpSpec, SpecError, TensorSpec, Unsupported, bind
 
 _LIBRARY = torch.library.Library("polyfuse", "FRAGMENT")
@@ -20,7 +21,7 @@ def _fields(spec: OpSpec) -> dict[str, TensorSpec | AttrSpec]:
     return {**{t.name: t for t in spec.tensors}, **{a.name: a for a in spec.attrs}}
 
 
-def schema(op: Op) -> str:
+def schema(op: Calls) -> str:
     """The op's schema in torch's notation."""
     parameters = []
     fields = _fields(op.spec)
@@ -38,7 +39,7 @@ def schema(op: Op) -> str:
     return f"{op.spec.name}({', '.join(parameters)}) -> {returns if len(op.spec.outputs) == 1 else f'({returns})'}"
 
 
-def flatten(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def flatten(op: Calls, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A public function's arguments as the registered op takes them."""
     flat: list[Any] = []
     fields = _fields(op.spec)
@@ -61,12 +62,12 @@ def flatten(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(flat)
 
 
-def traced(op: Op, args: tuple[Any, ...]) -> Any:
+def traced(op: Calls, args: tuple[Any, ...]) -> Any:
     """Call the registered op with a public function's arguments."""
     return getattr(torch.ops.polyfuse, op.spec.name)(*flatten(op, args))
 
 
-def _decode(op: Op, flat: tuple[Any, ...]) -> tuple[Any, ...]:
+def _decode(op: Calls, flat: tuple[Any, ...]) -> tuple[Any, ...]:
     values = iter(flat)
     args: list[Any] = []
     fields = _fields(op.spec)
@@ -93,7 +94,7 @@ def _owned(results: Any) -> Any:
     return tuple(r.clone(memory_format=torch.contiguous_format) for r in results)
 
 
-def register(op: Op) -> None:
+def register(op: Calls) -> None:
     """Define the op in torch's library with an implementation and a fake kernel."""
     spec = op.spec
     _LIBRARY.define(schema(op))
@@ -125,5 +126,5 @@ def register(op: Op) -> None:
     torch.library.register_autograd(f"polyfuse::{spec.name}", backward, lib=_LIBRARY)
 
 
-for _op in _OPS.values():
+for _op in CALLS.values():
     register(_op)

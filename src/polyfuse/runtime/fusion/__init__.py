@@ -24,8 +24,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 import polyfuse.spec.silu_mul_block_quant as op
-from polyfuse._ops import TABLE
 from polyfuse.dispatch import _torch_library
+from polyfuse.dispatch._plan import CALLS
 from polyfuse.runtime.fusion._replace import NAME, PLACED, fuse, is_inference
 from polyfuse.spec import SpecError, fail
 
@@ -180,4 +180,4 @@ def _as_tuple(passes: Any) -> tuple[Any, ...]:
 @lru_cache(maxsize=1)
 def _source() -> str:
     files = [*sorted(Path(__file__).parent.glob("*.py")), Path(op.__file__)]
-    return sha256(b"".join(f.read_bytes() for f in files) + _torch_library.schema(TABLE[NAME]).encode()).hexdigest()
+    return sha256(b"".join(f.read_bytes() for f in files) + _torch_library.schema(CALLS[NAME]).encode()).hexdigest()

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node, map_arg
 
-from polyfuse._ops import TABLE
 from polyfuse.dispatch import _torch_library
+from polyfuse.dispatch._plan import CALLS
 from polyfuse.runtime.fusion._graph import dtype_of, same, sizes
 from polyfuse.runtime.fusion._match import Match, find
 from polyfuse.runtime.fusion._reader import read
@@ -37,8 +37,8 @@ def fuse(graph: Graph, materialize: bool) -> tuple[int, list[str]]:
 
 
 def _replace(graph: Graph, match: Match, first: Node) -> None:
-    op = TABLE[NAME]
-    values = {**op.defaults, **match.attrs, "x": match.x}
+    op = CALLS[NAME]
+    values = {**op.spec.parameters, **match.attrs, "x": match.x}
     with graph.inserting_before(first), match.x.meta["val"].fake_mode:
         target = getattr(torch.ops.polyfuse, NAME).default
         call = _call(graph, target, *_torch_library.flatten(op, tuple(values[name] for name in op.names)))
@@ -82,6 +82,6 @@ def _shaped(graph: Graph, result: Node, place: Node, x: Node) -> Node:
 
 
 def _description(match: Match) -> dict[str, Any]:
-    defaults = TABLE[NAME].defaults
+    defaults = CALLS[NAME].spec.parameters
     attrs = {name: value for name, value in match.attrs.items() if value != defaults[name]}
     return {"shape": [str(size) for size in sizes(match.x)], "dtype": str(dtype_of(match.x)), **attrs}
