@@ -15,6 +15,11 @@ def test_the_picture_is_the_contract() -> None:
     assert picture.splitlines() == layers
 
 
+def test_the_other_contracts_are_listed() -> None:
+    listed = re.findall(r"^- (.+)$", PAGE.split("The other contracts:")[1], flags=re.MULTILINE)
+    assert listed == [contract["name"] for contract in CONTRACTS if contract["type"] != "layers"]
+
+
 def test_every_folder_is_named() -> None:
     table = PAGE.split("## Where a change goes")[1].split("## Who")[0]
     named = set(re.findall(r"`([\w/]+)/`", "\n".join(re.findall(r"^\| (.+?) \|", table, flags=re.MULTILINE))))

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import doctest
 import io
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
@@ -215,6 +216,17 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert there.exists(), f"{name(page)}: {target}"
         if anchor:
             assert anchor in anchors(there), f"{name(page)}: {target}: {sorted(anchors(there))}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_names_and_files_that_the_text_speaks_of_exist(page: Path) -> None:
+    quoted = [text for text in re.findall(r"`([^`\n]+)`", prose(page)) if "mychip" not in text]
+    dotted = [match[0] for text in quoted if (match := re.match(r"polyfuse(\.\w+)+", text))]
+    for known in (text for text in dotted if text not in ("polyfuse.yaml", "polyfuse.backends")):
+        assert pkgutil.resolve_name(known) is not None
+    for path in quoted:
+        if re.fullmatch(r"(src|tests|docs|configs|benchmarks|examples|spec|conformance)/[\w/.-]*", path):
+            assert (ROOT / path).exists() or (page.parent / path).exists(), f"{name(page)}: {path}"
 
 
 def anchors(page: Path) -> set[str]:

@@ -137,13 +137,15 @@ def tower(data: Result) -> str:
     """One request: a row for each size, a column for each way to run it."""
     ways = list(dict.fromkeys(row["variant"] for row in data["tower"]))
     times: dict[tuple[int, int], dict[str, float]] = {}
-    moved: dict[tuple[int, int], float] = {}
+    checks: dict[tuple[int, int], tuple[str, str]] = {}
     for row in data["tower"]:
         key = row["rows"], row["items"]
         times.setdefault(key, {})[row["variant"]] = row["device_ms"]
-        moved[key] = max(row["difference"].values(), default=0.0)
-    rows = [(*key, *(short(found[way]) for way in ways), f"{moved[key]:.1%}") for key, found in times.items()]
-    return table(("patches", "images", *(f"{way}, ms" for way in ways), "output moved by"), rows, texts=0)
+        if row["difference"]:
+            checks[key] = f"{max(row['difference'].values()):.1%}", "yes" if row["equal"] else "**no**"
+    rows = [(*key, *(short(found[way]) for way in ways), *checks[key]) for key, found in times.items()]
+    columns = ("patches", "images", *(f"{way}, ms" for way in ways), "output moved by", "replay equal")
+    return table(columns, rows, texts=0)
 
 
 def trace(rows: Sequence[Result]) -> str:
