@@ -11,7 +11,7 @@ help:
 	@echo "make demo    install, then run the demo"
 	@echo "make test    install, then run every test"
 	@echo "make check   install, then run ruff, mypy, pyright and import-linter"
-	@echo "make docs    write docs/ops from the specs"
+	@echo "make docs    write docs/ops from the specs, and docs/benchmarks.md and its figure from the results"
 	@echo "make clean   remove the virtual environment, builds and caches"
 	@echo "PYTHON=python3.12 make ...   use another interpreter (3.11 or later)"
 
@@ -31,6 +31,8 @@ check: $(STAMP)
 docs: $(STAMP)
 	@for op in $$($(BIN)/python -c 'from polyfuse.spec import OPS; print(*OPS)'); do \
 		$(BIN)/polyfuse ops $$op > docs/ops/$$op.md; done
+	@$(BIN)/python -m polyfuse.bench.page
+	@$(BIN)/python -m polyfuse.bench.limits
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: PYTHON=python3.12 make")'

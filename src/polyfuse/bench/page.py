@@ -1,0 +1,244 @@
+"""docs/benchmarks.md: the committed results as tables.
+
+`python -m polyfuse.bench.page` writes the page from `benchmarks/results/*.json` and the text around the tables in
+`benchmarks/page.md.j2`. A result names the command, the commit and the date that it was made with under `made`, which
+is added by hand when the file is committed: a new run drops it, and the page is refused until it is there again.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from polyfuse.spec import fail
+
+TEMPLATE = "page.md.j2"
+FIGURE = "limit_h200.svg"  # drawn by `polyfuse.bench.limits`; the others by `polyfuse bench plot`
+NAMED_VERSIONS = {"torch": "PyTorch", "triton": "Triton", "jax": "JAX", "transformers": "Transformers"}
+
+Result = Mapping[str, Any]
+Cells = Sequence[object]
+
+
+def render(benchmarks: Path) -> str:
+    """The page that the results in a `benchmarks` folder give.
+
+    Raises `SpecError` for a result that does not say how it was made.
+    """
+    results = {path.stem: read(path) for path in sorted((benchmarks / "results").glob("*.json"))}
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    tables: dict[str, Callable[..., str]] = {
+        "caption": lambda name: caption(name, results[name]),
+        "ops": lambda *names: ops([results[name] for name in names]),
+        "jax": lambda *names: jax([results[name] for name in names]),
+        "dispatch": lambda name: dispatch(results[name]),
+        "tower": lambda name: tower(results[name]),
+        "trace": lambda name: trace(results[name]["trace"]),
+        "parallel": lambda name: parallel(results[name]["parallel"]),
+        "soak": lambda name: soak(results[name]),
+        "layers": lambda name: layers(results[name]),
+        "whole_model": lambda name: whole_model(results[name]),
+        "conv": lambda name: conv(results[name]),
+        "conformance": lambda: conformance(results),
+    }
+    figures = sorted(path.name for path in (benchmarks / "plots").glob("*.svg") if path.name != FIGURE)
+    template = environment.from_string((benchmarks / TEMPLATE).read_text(encoding="utf-8"))
+    return template.render(tables, results=results, figures=figures)
+
+
+def read(path: Path) -> Result:
+    """One file of results. Raises `SpecError` if it does not say how it was made."""
+    data: Result = json.loads(path.read_text(encoding="utf-8"))
+    made = data.get("made", {})
+    missing = [key for key in ("by", "commit", "date") if not made.get(key)]
+    if missing:
+        fail("page", f"{path.name}: made", "the keys by, commit and date", f"none of {', '.join(missing)}")
+    return data
+
+
+def caption(name: str, data: Result) -> str:
+    """What a result was made with: file, command, commit, date, device and versions."""
+    made, found = data["made"], data["versions"]
+    versions = [f"{title} {found[key]}" for key, title in NAMED_VERSIONS.items() if key in found]
+    said = [f"`{made['by']}` at {made['commit']}", made["date"], data["device"], *versions]
+    note = f"; {made['note']}" if "note" in made else ""
+    return f"[{name}.json](../benchmarks/results/{name}.json): {', '.join(said)}{note}."
+
+
+def table(columns: Sequence[str], rows: Iterable[Cells], texts: int = 1) -> str:
+    """A Markdown table whose first `texts` columns are text, and the others numbers."""
+    lines = [columns, ["---"] * texts + ["---:"] * (len(columns) - texts), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def short(value: float | None) -> str:
+    """A number with the digits that count, or a dash for none."""
+    if value is None:
+        return "-"
+    if value >= 100:
+        return f"{value:,.0f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.1g}"
+
+
+def bytes_us(row: Result, ceiling_gb_s: float) -> float:
+    """The time that the bytes of a call need at the stream speed of the run."""
+    return float(row["device_us"] * row["gigabytes_per_s"] / ceiling_gb_s)
+
+
+def _by_case(data: Result) -> dict[tuple[str, str, str], dict[str, Result]]:
+    """(op, model, case) to its rows by backend."""
+    found: dict[tuple[str, str, str], dict[str, Result]] = {}
+    for row in data["rows"]:
+        found.setdefault((row["op"], row["model"], row["case"]), {})[row["backend"]] = row
+    return found
+
+
+def ops(results: Sequence[Result]) -> str:
+    """Each case in Triton beside its bytes' time, `torch.compile` and eager PyTorch, a table for each op."""
+    lines: dict[str, list[Cells]] = {}
+    for data in results:
+        for (op, model, case), rows in _by_case(data).items():
+            ours = rows["triton"]
+            us = ours["device_us"]
+            compiled = us * ours["compile_ratio"] if ours["compile_ratio"] else None
+            times = (bytes_us(ours, data["ceiling_gb_s"]), us, compiled, us * ours["eager_ratio"])
+            lines.setdefault(op, []).append((f"{model} {case}", *map(short, times), short(ours["host_us"])))
+    columns = ("case", "limit by bytes, us", "triton, us", "torch.compile, us", "eager PyTorch, us", "host, us")
+    return "\n\n".join(f"### {op}\n\n{table(columns, rows)}" for op, rows in lines.items())
+
+
+def jax(results: Sequence[Result]) -> str:
+    """The largest case of each op on JAX arrays."""
+    largest: dict[str, Cells] = {}
+    for data in results:
+        cases = sorted(_by_case(data).items(), key=lambda item: bytes_us(item[1]["jax"], data["ceiling_gb_s"]))
+        for (op, model, case), rows in cases:
+            times = (bytes_us(rows["jax"], data["ceiling_gb_s"]), rows["pallas"]["device_us"], rows["jax"]["device_us"])
+            largest[op] = (op, f"{model} {case}", *map(short, times))
+    return table(("op", "case", "limit by bytes, us", "pallas, us", "jax, us"), largest.values(), texts=2)
+
+
+def dispatch(data: Result) -> str:
+    """What the dispatcher adds to a call."""
+    rows = [
+        (row["op"], row["arrays"], short(row["resolution_ns"] / 1e3), short(row["call_ns"] / 1e3))
+        for row in data["rows"]
+    ]
+    return table(("op", "arrays", "finding the plan, us", "whole call, us"), rows)
+
+
+def tower(data: Result) -> str:
+    """One request: a row for each size, a column for each way to run it."""
+    ways = list(dict.fromkeys(row["variant"] for row in data["tower"]))
+    times: dict[tuple[int, int], dict[str, float]] = {}
+    checks: dict[tuple[int, int], tuple[str, str]] = {}
+    for row in data["tower"]:
+        key = row["rows"], row["items"]
+        times.setdefault(key, {})[row["variant"]] = row["device_ms"]
+        if row["difference"]:
+            checks[key] = f"{max(row['difference'].values()):.1%}", "yes" if row["equal"] else "**no**"
+    rows = [(*key, *(short(found[way]) for way in ways), *checks[key]) for key, found in times.items()]
+    columns = ("patches", "images", *(f"{way}, ms" for way in ways), "output moved by", "replay equal")
+    return table(columns, rows, texts=0)
+
+
+def trace(rows: Sequence[Result]) -> str:
+    """Requests one by one: latency, and what graphs cost."""
+    lines: list[Cells] = []
+    for row in rows:
+        graphs = row["graphs"]
+        costs = (f"{graphs['waste']:.1%}", f"{graphs['pool_bytes'] / 2**20:,.0f}") if graphs else ("-", "-")
+        lines.append((row["variant"], short(row["mean_ms"]), short(row["p99_ms"]), *costs))
+    return table(("way", "mean, ms", "P99, ms", "padding", "graph memory, MiB"), lines)
+
+
+def parallel(rows: Sequence[Result]) -> str:
+    """The same requests on one rank and on several."""
+    lines = [(row["variant"], short(row["mean_ms"]), short(row["p99_ms"]), short(row["items_per_s"])) for row in rows]
+    return table(("GPUs", "mean, ms", "P99, ms", "images per s"), lines)
+
+
+def soak(data: Result) -> str:
+    """Random batches through graphs, each compared."""
+    grown = max(0, data["allocated"][1] - data["allocated"][0])
+    rows = [
+        ("batches, from " + f"{data['threads']} threads", f"{data['batches']:,}"),
+        ("images", f"{data['items']:,}"),
+        ("times that all buffers were filled with NaN in between", f"{data['poisoned']:,}"),
+        ("wrong outputs", data["mismatches"]),
+        ("largest difference, as a share of the norm", f"{data['worst']:.1e}"),
+        ("difference allowed", f"{data['bound']:.1e}"),
+        ("bytes of device memory more at the end", f"{grown:,}"),
+    ]
+    return table(("", "count"), rows)
+
+
+def _size(row: Result) -> str:
+    if row["phase"] == "prefill":
+        return f"prefill of {row['tokens']:,} tokens"
+    return f"decode of {row['batch']} sequence{'s' if row['batch'] > 1 else ''}"
+
+
+def layers(data: Result) -> str:
+    """One Gated DeltaNet layer without its delta rule, and the delta rule beside it."""
+    rows = [
+        (_size(row), *(short(row[key]) for key in ("untouched_us", "accelerated_us", "delta_rule_us")))
+        for row in data["layer"]
+    ]
+    return table(("one layer", "untouched, us", "accelerated, us", "the delta rule beside it, us"), rows)
+
+
+def whole_model(data: Result) -> str:
+    """Whole calls, untouched and accelerated."""
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in data["rows"]:
+        times.setdefault((_size(row), row["mode"]), {})[row["variant"]] = row["ms"]
+    rows: Iterator[Cells] = (
+        (size, mode, short(ms["untouched"]), short(ms["accelerated"]), f"{ms['untouched'] / ms['accelerated']:.2f}x")
+        for (size, mode), ms in times.items()
+    )
+    return table(("whole model", "mode", "untouched, ms", "accelerated, ms", "gain"), rows, texts=2)
+
+
+def conv(data: Result) -> str:
+    """From the projection to the delta rule, in one pass and as Transformers does it."""
+    ways = list(dict.fromkeys(row["variant"] for row in data["conv"]))
+    times: dict[int, dict[str, float]] = {}
+    for row in data["conv"]:
+        times.setdefault(row["tokens"], {})[row["variant"]] = row["us"]
+    rows = [(f"{tokens:,}", *(short(found.get(way)) for way in ways)) for tokens, found in times.items()]
+    return table(("tokens", *(f"{way}, us" for way in ways)), rows, texts=0)
+
+
+def conformance(results: Mapping[str, Result]) -> str:
+    """Cases passed by each backend, and all of them."""
+    reports = {name: data for name, data in results.items() if name.startswith("conformance_")}
+    counted: dict[str, dict[str, dict[str, int]]] = {}
+    for data in reports.values():
+        for row in data["results"]:
+            status = counted.setdefault(row["op"], {}).setdefault(row["backend"], {})
+            status[row["status"]] = status.get(row["status"], 0) + 1
+    backends = sorted({name for found in counted.values() for name in found})
+
+    def total(status: str) -> int:
+        return sum(found.get(status, 0) for of_op in counted.values() for found in of_op.values())
+
+    rows = [(op, *(found.get(name, {}).get("passed", "-") for name in backends)) for op, found in counted.items()]
+    summary = f"{total('passed'):,} passed, {total('failed')} failed, {total('skipped')} skipped."
+    made = "\n".join(f"- {caption(name, data)}" for name, data in reports.items())
+    return f"{table(('cases passed', *backends), rows)}\n\n{summary}\n\n{made}"
+
+
+def main() -> None:
+    """Write docs/benchmarks.md of the checkout that this is run in."""
+    Path("docs/benchmarks.md").write_text(render(Path("benchmarks")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""docs/benchmarks.md and its figure are what the committed results say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from polyfuse.bench.limits import draw, lines
+from polyfuse.bench.page import bytes_us, caption, ops, read, render, short, table
+from polyfuse.spec import SpecError
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+ROW = {"op": "gdn_post_conv", "model": "qwen3_next_80b", "case": "L8", "backend": "triton", "device_us": 20.0}
+ROW |= {"host_us": 30.0, "gigabytes_per_s": 3000.0, "eager_ratio": 9.0, "compile_ratio": 2.0}
+MADE = {"by": "polyfuse bench", "commit": "0123456", "date": "2026-01-02"}
+BENCH = {"made": MADE, "device": "cuda (NVIDIA H200)", "versions": {"torch": "2.11.0"}, "ceiling_gb_s": 4000.0}
+
+
+def test_the_page_is_up_to_date():
+    assert (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8") == render(ROOT / "benchmarks"), "run: make docs"
+
+
+def test_every_result_is_on_the_page():
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for path in RESULTS.iterdir():
+        made = read(path)["made"]
+        assert f"[{path.name}](../benchmarks/results/{path.name}): `{made['by']}` at {made['commit']}" in page
+
+
+@pytest.mark.parametrize("lost", ["made", "commit", "date", "by"])
+def test_a_result_that_does_not_say_how_it_was_made_is_refused(lost, tmp_path):
+    made = {key: value for key, value in MADE.items() if key != lost}
+    path = tmp_path / "h200.json"
+    path.write_text(json.dumps(BENCH | {"made": {} if lost == "made" else made}))
+    missing = "by, commit, date" if lost == "made" else lost
+    with pytest.raises(SpecError, match=rf"^page: h200.json: made: .*none of {missing}"):
+        read(path)
+
+
+def test_caption():
+    assert caption("x", BENCH | {"made": MADE | {"note": "by night"}}) == (
+        "[x.json](../benchmarks/results/x.json): `polyfuse bench` at 0123456, 2026-01-02, cuda (NVIDIA H200), "
+        "PyTorch 2.11.0; by night."
+    )
+
+
+def test_ops_stand_beside_the_time_of_their_bytes():
+    assert bytes_us(ROW, 4000.0) == 15.0
+    last = ops([BENCH | {"rows": [ROW]}]).splitlines()[-1]
+    assert last == "| qwen3_next_80b L8 | 15.0 | 20.0 | 40.0 | 180 | 30.0 |"
+    last = ops([BENCH | {"rows": [ROW | {"compile_ratio": None}]}]).splitlines()[-1]
+    assert last == "| qwen3_next_80b L8 | 15.0 | 20.0 | - | 180 | 30.0 |"
+
+
+def test_a_table_has_its_numbers_to_the_right():
+    assert table(("op", "us"), [("a", 1)]) == "| op | us |\n| --- | ---: |\n| a | 1 |"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0, "0.00"), (0.0024, "0.002"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234")],
+)
+def test_short(value, text):
+    assert short(value) == text
+
+
+def test_the_figure_has_every_case_that_is_a_stream(tmp_path):
+    pytest.importorskip("matplotlib")
+    cases = lines(RESULTS)
+    assert {case.op for case in cases} == {
+        "gdn_conv_prep",
+        "gdn_post_conv",
+        "pos_embed_interpolate",
+        "silu_mul_block_quant",
+    }
+    rows = {(row["op"], row["case"]): row for row in read(RESULTS / "h200.json")["rows"] if row["backend"] == "triton"}
+    (case,) = [case for case in cases if case.case == "qwen3_next_80b L8192" and case.op == "gdn_post_conv"]
+    row = rows["gdn_post_conv", "L8192"]
+    assert case.multiples[0] == pytest.approx(1 / row["fraction"], rel=1e-3)
+    assert case.multiples[2] == pytest.approx(row["eager_ratio"] / row["fraction"], rel=1e-3)
+    draw(cases, "a device", tmp_path / "new.svg")
+    for figure in (tmp_path / "new.svg", ROOT / "benchmarks/plots/limit_h200.svg"):
+        text = figure.read_text()
+        assert all(f"{case.op}  {case.case}  ({case.limit_us:.0f} µs)" in text for case in cases)
