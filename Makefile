@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs clean
+.PHONY: help demo test check generate docs clean
 
 help:
 	@echo "make demo    install, then run the demo"
 	@echo "make test    install, then run every test"
 	@echo "make check   install, then run ruff, mypy, pyright and import-linter"
-	@echo "make docs    write docs/ops from the specs, and docs/benchmarks.md and its figure from the results"
+	@echo "make generate   write the public functions and docs/ops from the specs"
+	@echo "make docs    the same, and docs/benchmarks.md from the results"
 	@echo "make clean   remove the virtual environment, builds and caches"
 	@echo "PYTHON=python3.12 make ...   use another interpreter (3.11 or later)"
 
@@ -28,9 +29,10 @@ check: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-docs: $(STAMP)
-	@for op in $$($(BIN)/python -c 'from polyfuse.spec import OPS; print(*OPS)'); do \
-		$(BIN)/polyfuse ops $$op > docs/ops/$$op.md; done
+generate: $(STAMP)
+	@$(BIN)/python scripts/generate.py
+
+docs: generate
 	@$(BIN)/python -m polyfuse.bench.page
 	@$(BIN)/python -m polyfuse.bench.limits
 

@@ -1,4 +1,4 @@
-"""The types of what `import polyfuse` offers. `make generate` writes this file from the specs: change them, not it."""
+"""The types of what `import polyfuse` offers. `make generate` writes this file from the specs."""
 
 from polyfuse._ops import GdnConvPrepResult as GdnConvPrepResult
 from polyfuse._ops import GdnInProjResult as GdnInProjResult

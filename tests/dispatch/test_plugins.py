@@ -182,3 +182,16 @@ def test_a_capability_that_does_not_speak_of_its_op_is_an_error(install):
         """
     )
     assert "mychip: pos_embed_interpolate: CAPABILITY: attrs: expected one of merge_size, mode" in out
+
+
+def test_an_op_without_a_module_is_not_implemented(install):
+    install.write("mychip", "mychip = mychip:BACKEND", {"__init__.py": GOOD, "gdn_post_conv.py": ""})
+    out = install(
+        """
+        from polyfuse.dispatch import registry
+        backend = registry().get("mychip")
+        print(backend.missing("pos_embed_interpolate"), backend.missing("gdn_in_proj"), sep="\\n")
+        """
+    )
+    assert "does not implement pos_embed_interpolate: there is no module mychip.pos_embed_interpolate" in out
+    assert "('not_implemented', 'does not implement gdn_in_proj')" in out
