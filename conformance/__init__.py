@@ -7,7 +7,21 @@ from polyfuse.conformance.case import Case
 from polyfuse.conformance.cases import all_cases, cases
 from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs, place
-from polyfuse.conformance.report import Report, Result
+from polyfuse.conformance.report import Report, Result, device_name, versions
 from polyfuse.conformance.runner import run
+from polyfuse.conformance.trial import Trial
 
-__all__ = ["Case", "Report", "Result", "all_cases", "cases", "compare", "make_inputs", "place", "run"]
+__all__ = [
+    "Case",
+    "Report",
+    "Result",
+    "Trial",
+    "all_cases",
+    "cases",
+    "compare",
+    "device_name",
+    "make_inputs",
+    "place",
+    "run",
+    "versions",
+]

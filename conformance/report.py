@@ -98,3 +98,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def device_name(device: str) -> str:
+    """The device's own name, for reports."""
+    if device == "cpu":
+        import platform
+
+        return f"cpu ({platform.machine()})"
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device

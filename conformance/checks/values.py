@@ -1,12 +1,31 @@
 """Is an output right? It must lie between the rounded ends of the oracle's interval, element by element."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from polyfuse.dispatch import to_numpy
 from polyfuse.reference._numerics import Exact, round_to, to_f64
-from polyfuse.spec import dtype_name
+from polyfuse.spec import Call, dtype_name
+
+
+def check(result: Any, call: Call, exact: Mapping[str, Exact]) -> str | None:
+    """What is wrong with the number, the dtypes, the shapes or the values of a call's results, or None."""
+    results = as_tuple(result)
+    if len(results) != len(call.outputs):
+        return f"expected {len(call.outputs)} outputs, got {len(results)}"
+    for want, got in zip(call.outputs, results, strict=True):
+        problem = compare(want.name, to_numpy(got), exact[want.name], want.dtype)
+        if problem:
+            return problem
+    return None
+
+
+def as_tuple(result: Any) -> tuple[Any, ...]:
+    """The results of a call, also of an op that has one."""
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
 def compare(name: str, got: NDArray[Any], exact: Exact, dtype: str) -> str | None:

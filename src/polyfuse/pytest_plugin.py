@@ -41,7 +41,7 @@ class ConformanceCase:
         __tracebackhide__ = True
         if self.left_out:
             pytest.skip(self.left_out)
-        from polyfuse.conformance.runner import Trial
+        from polyfuse.conformance import Trial
         from polyfuse.dispatch import registry
 
         backend = registry().get(self.backend)

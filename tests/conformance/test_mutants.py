@@ -2,9 +2,8 @@
 
 import pytest
 
-from polyfuse.conformance import cases
+from polyfuse.conformance import Trial, cases
 from polyfuse.conformance.ops import suite
-from polyfuse.conformance.runner import Trial
 from polyfuse.reference import oracle
 from polyfuse.spec import OPS
 

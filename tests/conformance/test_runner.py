@@ -8,8 +8,7 @@ import torch
 
 import polyfuse
 from polyfuse import SpecError, Unsupported
-from polyfuse.conformance import Report, Result, all_cases, cases, run
-from polyfuse.conformance.runner import Trial
+from polyfuse.conformance import Report, Result, Trial, all_cases, cases, run
 from polyfuse.dispatch import Backend, Implementation, registry
 from polyfuse.spec import OPS, Capability
 

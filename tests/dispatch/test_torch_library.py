@@ -6,8 +6,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import polyfuse
-from polyfuse.conformance import cases, make_inputs, place
-from polyfuse.conformance.runner import Trial
+from polyfuse.conformance import Trial, cases, make_inputs, place
 from polyfuse.dispatch import _torch_library
 from polyfuse.dispatch._plan import CALLS
 from polyfuse.spec import OPS

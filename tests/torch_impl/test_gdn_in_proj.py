@@ -8,8 +8,7 @@ import torch
 import polyfuse
 from polyfuse import SpecError, Unsupported
 from polyfuse._torch import projections as _projections
-from polyfuse.conformance import cases
-from polyfuse.conformance.runner import Trial
+from polyfuse.conformance import Trial, cases
 from polyfuse.dispatch import registry
 from polyfuse.runtime import stack_weights
 

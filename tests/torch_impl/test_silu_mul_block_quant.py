@@ -7,8 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import silu
 
-from polyfuse.conformance import Case, cases
-from polyfuse.conformance.runner import Trial
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import from_numpy, registry, to_numpy
 from polyfuse.reference._numerics import round_to, to_f64
 from polyfuse.spec import FLOATS

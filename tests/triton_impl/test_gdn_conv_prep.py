@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from polyfuse.conformance import Case, cases
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.conformance.inputs import make_inputs
-from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import from_numpy, registry, to_numpy
 from polyfuse.spec import OPS
 from polyfuse.triton_impl import gdn_conv_prep as module

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import polyfuse
-from polyfuse.conformance import Case, cases
-from polyfuse.conformance.runner import Trial
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import registry
 from polyfuse.triton_impl import gdn_in_proj as module
 from polyfuse.triton_impl._common import INTERPRETED

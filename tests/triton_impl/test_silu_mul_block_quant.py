@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import silu
 
-from polyfuse.conformance import Case, cases
-from polyfuse.conformance.runner import Trial
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import from_numpy, registry, to_numpy
 from polyfuse.reference._numerics import round_to, to_f64
 from polyfuse.spec import Unsupported

@@ -15,9 +15,7 @@ import torch
 
 import polyfuse
 from polyfuse.bench.ops import write_json
-from polyfuse.conformance import cases, make_inputs, place
-from polyfuse.conformance.report import versions
-from polyfuse.conformance.runner import device_name
+from polyfuse.conformance import cases, device_name, make_inputs, place, versions
 from polyfuse.dispatch import Backend, Implementation, _plan, registry, use_backend
 from polyfuse.spec import OPS, Capability
 

@@ -20,8 +20,7 @@ from rich.table import Table
 from polyfuse.bench.ops import write_json
 from polyfuse.bench.traces import load_trace, synthetic_trace
 from polyfuse.bench.vision_models import Request, Subject, exact_forward
-from polyfuse.conformance.report import versions
-from polyfuse.conformance.runner import device_name
+from polyfuse.conformance import device_name, versions
 from polyfuse.runtime.encoder.buffers import views
 from polyfuse.runtime.encoder.data_parallel import DataParallelEncoder
 from polyfuse.runtime.encoder.manager import EncoderGraphManager

@@ -21,8 +21,7 @@ import polyfuse
 from polyfuse._torch.projections import choose
 from polyfuse.bench.ops import write_json
 from polyfuse.bench.text_models import RULES, VARIANTS, TextModel
-from polyfuse.conformance.report import versions
-from polyfuse.conformance.runner import device_name
+from polyfuse.conformance import device_name, versions
 from polyfuse.dispatch import registry
 from polyfuse.integrations.transformers import _gated_delta_net
 from polyfuse.spec.gdn_in_proj import STRATEGIES

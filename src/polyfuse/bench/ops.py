@@ -19,10 +19,8 @@ import torch
 
 import polyfuse
 from polyfuse.configs import model_configs
-from polyfuse.conformance import Case, make_inputs, place
+from polyfuse.conformance import Case, device_name, make_inputs, place, versions
 from polyfuse.conformance.cases import model_case
-from polyfuse.conformance.report import versions
-from polyfuse.conformance.runner import device_name
 from polyfuse.dispatch import examine, registry
 from polyfuse.dispatch._arrays import device_of
 from polyfuse.spec import OPS, SpecError, bind

@@ -22,8 +22,7 @@ from rich.table import Table
 
 from polyfuse.bench.ops import write_json
 from polyfuse.bench.vision_models import Subject, exact_forward
-from polyfuse.conformance.report import versions
-from polyfuse.conformance.runner import device_name
+from polyfuse.conformance import device_name, versions
 from polyfuse.runtime.encoder.buffers import Tensors
 from polyfuse.runtime.encoder.manager import EncoderGraphManager
 

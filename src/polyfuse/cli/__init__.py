@@ -57,7 +57,7 @@ def info() -> None:
     Example:
       polyfuse info
     """
-    from polyfuse.conformance.report import versions
+    from polyfuse.conformance import versions
     from polyfuse.dispatch import registry
 
     out, device = console(), default_device()

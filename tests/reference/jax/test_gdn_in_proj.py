@@ -9,8 +9,7 @@ import pytest
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from polyfuse.conformance import Case, cases
-from polyfuse.conformance.runner import Trial
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import registry
 from polyfuse.reference.jax.gdn_in_proj import CAPABILITY, gdn_in_proj
 

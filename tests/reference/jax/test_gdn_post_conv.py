@@ -10,9 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from polyfuse.conformance import Case, cases
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.conformance.cases import all_cases
-from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
 from polyfuse.reference.jax.gdn_post_conv import gdn_post_conv
 from polyfuse.spec import FP32_TINY

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from polyfuse.conformance import Case, cases
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.conformance.cases import all_cases
-from polyfuse.conformance.runner import Trial
 from polyfuse.reference import pos_embed_interpolate as oracle
 from polyfuse.reference.jax.pos_embed_interpolate import _image_ends, pos_embed_interpolate
 from polyfuse.spec import Unsupported

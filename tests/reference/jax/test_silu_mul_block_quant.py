@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from polyfuse.conformance import cases
-from polyfuse.conformance.runner import Trial
+from polyfuse.conformance import Trial, cases
 from polyfuse.dispatch import registry
 from polyfuse.reference._jax.arithmetic import block_scale, divisor, quantised, rint, round_to
 from polyfuse.reference.jax.silu_mul_block_quant import silu_mul_block_quant

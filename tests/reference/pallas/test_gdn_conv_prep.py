@@ -10,8 +10,7 @@ import pytest
 from jax import export
 from jax.sharding import Mesh, PartitionSpec
 
-from polyfuse.conformance import Case, cases
-from polyfuse.conformance.runner import Trial
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import registry
 from polyfuse.reference.pallas import gdn_post_conv as tiles
 from polyfuse.reference.pallas.gdn_conv_prep import gdn_conv_prep

@@ -10,8 +10,7 @@ import pytest
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from polyfuse.conformance import Case, cases
-from polyfuse.conformance.runner import Trial
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import registry
 from polyfuse.reference.pallas import gdn_post_conv as module
 from polyfuse.reference.pallas.gdn_post_conv import gdn_post_conv

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from polyfuse.conformance import Case, cases
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.conformance.cases import all_cases
 from polyfuse.conformance.checks.values import compare
-from polyfuse.conformance.runner import Trial
 from polyfuse.reference import oracle
 from polyfuse.reference.pallas.pos_embed_interpolate import _GPU_TILE, CAPABILITY, _launch, pos_embed_interpolate
 from polyfuse.spec import Unsupported

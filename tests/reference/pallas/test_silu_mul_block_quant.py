@@ -12,8 +12,7 @@ import pytest
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from polyfuse.conformance import Case, cases
-from polyfuse.conformance.runner import Trial
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import registry
 from polyfuse.reference.pallas import silu_mul_block_quant as module
 from polyfuse.reference.pallas.silu_mul_block_quant import silu_mul_block_quant
