@@ -105,7 +105,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _cases(config: pytest.Config) -> list[ConformanceCase]:
     """Every case, in the order and with the choice of a conformance run."""
-    from polyfuse.cli._terminal import default_device
+    from polyfuse.cli._device import default_device
     from polyfuse.configs import profile
     from polyfuse.conformance.runner import selected
     from polyfuse.dispatch import registry

@@ -13,7 +13,7 @@ from polyfuse.bench import soak
 from polyfuse.bench.soak import Soak, SoakResult, row_difference
 from polyfuse.bench.vision_models import MODELS, Subject, exact_forward
 from polyfuse.cli import main
-from polyfuse.cli.bench.encoder import soak_encoder
+from polyfuse.cli.soak.encoder import command as soak_encoder
 from polyfuse.runtime.encoder import manager as encoder
 from polyfuse.runtime.encoder.manager import EncoderGraphManager
 

@@ -1,27 +1,16 @@
-"""`polyfuse bench encoder` and `polyfuse soak encoder`."""
+"""`polyfuse bench encoder`."""
 
-import sys
 from pathlib import Path
 
 import click
-from rich.markup import escape
 
-from polyfuse.cli._terminal import console, default_device, progress
-
-model_option = click.option(
-    "--model",
-    type=click.Choice(["qwen3_vl", "qwen3_5", "qwen2_5_vl", "siglip"]),
-    default="qwen3_vl",
-    show_default=True,
-    help="Its weights are random.",
-)
-device_option = click.option("--device", default=None, help="cpu, cuda, ...; the accelerator if there is one.")
-tiny_option = click.option("--tiny", is_flag=True, help="Take a tiny model instead of the real one.")
-out_option = click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the JSON file.")
+from polyfuse.cli._device import default_device
+from polyfuse.cli._options import device_option, out_option, tiny_option, vision_model_option
+from polyfuse.cli._terminal import console
 
 
-@click.command("encoder")
-@model_option
+@click.command()
+@vision_model_option
 @click.option("--part", "parts", multiple=True, type=click.Choice(["tower", "trace"]), help="Default: both.")
 @click.option("--trace", "path", type=click.Path(exists=True, dir_okay=False), help="JSON file. Default: synthetic.")
 @click.option("--requests", type=click.IntRange(min=1), default=500, show_default=True, help="Of the trace.")
@@ -30,7 +19,7 @@ out_option = click.option("--out", type=click.Path(file_okay=False, path_type=Pa
 @device_option
 @tiny_option
 @out_option
-def bench_encoder(
+def command(
     model: str,
     parts: tuple[str, ...],
     path: str | None,
@@ -77,56 +66,3 @@ def bench_encoder(
         screen.print(table)
     if out:
         screen.print(f"written: {result.write(out)}", soft_wrap=True)
-
-
-@click.group()
-def soak() -> None:
-    """Run random work for long, and compare every result.
-
-    \b
-    Example:
-      polyfuse soak encoder --batches 10000
-    """
-
-
-@soak.command("encoder")
-@model_option
-@click.option("--batches", type=click.IntRange(min=1), default=10_000, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--depth", type=click.IntRange(min=1), help="Layers; default 4 for speed, 2 if tiny.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@device_option
-@tiny_option
-@out_option
-def soak_encoder(
-    model: str,
-    batches: int,
-    threads: int,
-    depth: int | None,
-    seed: int,
-    device: str | None,
-    tiny: bool,
-    out: Path | None,
-) -> None:
-    """Send random batches through a vision encoder's graphs, from several threads, and compare every output.
-
-    Exit status 0 if nothing differed and no memory was lost, else 1.
-
-    \b
-    Example:
-      polyfuse soak encoder --batches 10000 --threads 4
-    """
-    from polyfuse.bench.soak import Soak
-    from polyfuse.bench.vision_models import Subject
-
-    screen = console()
-    subject = Subject(model, device or default_device(), tiny, depth or (2 if tiny else 4))
-    with progress(screen) as bar:
-        task = bar.add_task("soak", total=batches)
-        result = Soak(subject, batches, threads, seed, lambda: bar.advance(task)).run()
-    screen.print(result.table())
-    for text in result.messages:
-        screen.print(f"[bold red]mismatch[/] {escape(text)}", soft_wrap=True)
-    if out:
-        screen.print(f"written: {result.write(out)}", soft_wrap=True)
-    sys.exit(0 if result.ok else 1)

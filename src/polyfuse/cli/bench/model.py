@@ -1,17 +1,18 @@
-"""`polyfuse bench model` and `polyfuse bench plot`."""
+"""`polyfuse bench model`."""
 
 from pathlib import Path
 
 import click
 from rich.markup import escape
 
-from polyfuse.cli._terminal import console, default_device
-from polyfuse.cli.bench.encoder import device_option, out_option, tiny_option
+from polyfuse.cli._device import default_device
+from polyfuse.cli._options import device_option, out_option, tiny_option
+from polyfuse.cli._terminal import console
 
 count = click.IntRange(min=1)
 
 
-@click.command("model")
+@click.command()
 @click.option(
     "--model",
     type=click.Choice(["qwen3_next", "qwen3_5", "qwen3_5_moe"]),
@@ -27,7 +28,7 @@ count = click.IntRange(min=1)
 @device_option
 @tiny_option
 @out_option
-def bench_model(
+def command(
     model: str,
     layers: int,
     prefill: tuple[int, ...],
@@ -62,20 +63,3 @@ def bench_model(
         screen.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     if out:
         screen.print(f"written: {result.write(out)}", soft_wrap=True)
-
-
-@click.command("plot")
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the figures.")
-@click.option("--format", "kind", type=click.Choice(["svg", "png"]), default="svg", show_default=True)
-def bench_plot(files: tuple[Path, ...], out: Path, kind: str) -> None:
-    """Draw the results in each of FILES, which `polyfuse bench`, `bench encoder` or `bench model` wrote.
-
-    \b
-    Example:
-      polyfuse bench plot benchmarks/results/model_qwen3_5_h200.json --out benchmarks/plots
-    """
-    from polyfuse.bench.plots import plot
-
-    for path in files:
-        console().print(f"written: {plot(path, out, kind)}", soft_wrap=True)

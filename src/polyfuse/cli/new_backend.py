@@ -1,15 +1,15 @@
 """`polyfuse new-backend`: a package for a backend of one's own, with a stub per op, from `templates/backend`."""
 
 import re
+import shlex
 from inspect import Parameter, signature
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+import click
 
 import polyfuse
-from polyfuse.dispatch import registry
 from polyfuse.spec import OPS, OpSpec, docstring, fail
 
 TEMPLATES = Path(__file__).parents[1] / "templates/backend"
@@ -18,12 +18,34 @@ TYPES = {"int": "int", "float": "float", "bool": "bool", "enum": "str", "dtype":
 WIDTH = 120  # before a docstring's indentation; no line of a formula is longer
 
 
+@click.command()
+@click.argument("name")
+@click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder to write. Default: polyfuse-NAME.")
+@click.option("--family", default="torch", show_default=True, help="Kind of arrays: torch, jax or numpy.")
+def command(name: str, folder: Path | None, family: str) -> None:
+    """Write a package for a backend NAME of your own, with a stub for every op.
+
+    \b
+    Example:
+      polyfuse new-backend mychip --dir polyfuse-mychip
+    """
+    folder = folder or Path(f"polyfuse-{name}")
+    for path in new_backend(name, folder, family):
+        click.echo(f"created {path}")
+    click.echo("next:")
+    click.echo(f"  cd {shlex.quote(str(folder))} && python -m pip install --editable '.[test]'")
+    click.echo(f"  polyfuse conformance --backend {name} --profile quick")
+    click.echo("  python -m pytest")
+
+
 def new_backend(name: str, folder: Path, family: str = "torch") -> list[Path]:
     """Write the package `polyfuse-NAME` into a folder and return its files.
 
     `name` is a lowercase identifier that no backend has; `folder` is new or empty; `family` is the kind of the
     backend's arrays: torch, jax or numpy. Raises `SpecError`, and then has written nothing.
     """
+    from polyfuse.dispatch import registry
+
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         fail("new-backend", "NAME", "a lowercase identifier", repr(name), "mychip")
     if name in registry().names():
@@ -43,6 +65,8 @@ def new_backend(name: str, folder: Path, family: str = "torch") -> list[Path]:
 
 def render(name: str, family: str) -> dict[str, str]:
     """The files of the package: paths in it to their text. A template with OP in its path makes a file per op."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
