@@ -19,10 +19,9 @@ from rich.table import Table
 
 from polyfuse.bench.ops import write_json
 from polyfuse.bench.traces import load_trace, synthetic_trace
-from polyfuse.bench.vision_models import Request, Subject, exact_forward
+from polyfuse.bench.vision_models import Request, Subject, uncaptured
 from polyfuse.conformance.report import versions
 from polyfuse.conformance.runner import device_name
-from polyfuse.runtime.encoder.buffers import views
 from polyfuse.runtime.encoder.data_parallel import DataParallelEncoder
 from polyfuse.runtime.encoder.manager import EncoderGraphManager
 from polyfuse.runtime.packing.planner import suggest_budgets
@@ -168,7 +167,7 @@ def measure_tower(subject: Subject) -> Iterator[TowerRow]:
         untouched = partial(_untouched, subject, *given)
         theirs = _tensors(untouched())
         yield _tower_row(subject, request, "untouched", untouched)
-        yield _tower_row(subject, request, "adapter", partial(exact_forward, adapter, *given))
+        yield _tower_row(subject, request, "adapter", partial(uncaptured, adapter, *given))
         for name, manager in managers.items():
             ours = _tensors(manager.execute(*given))
             equal = _equals_uncaptured(manager, given, subject.tokens(request))
@@ -323,10 +322,9 @@ def _change(old: torch.Tensor, new: torch.Tensor) -> float:
 
 def _equals_uncaptured(manager: EncoderGraphManager, given: Sequence[torch.Tensor], budget: int) -> bool:
     """Whether the budget is replayed, and gives the bits that the forward gives on the buffers it read."""
-    encoder, before = manager.encoder, manager.stats.replays[budget]
-    replayed = manager.run(encoder.request(*given))
+    before = manager.stats.replays[budget]
+    replayed = manager.run(manager.encoder.request(*given))
     if manager.stats.replays[budget] == before:
         return False
-    capacity = manager._capacities[budget]
-    computed = manager._forward(views(manager._inputs, encoder.inputs, capacity), capacity)
+    computed = manager.recompute(budget)
     return all(torch.equal(rows, computed[name][: len(rows)]) for name, rows in replayed.items())

@@ -18,13 +18,13 @@ from rich.table import Table
 from torch.nn.functional import conv1d, silu
 
 import polyfuse
-from polyfuse._torch.projections import choose
 from polyfuse.bench.ops import write_json
 from polyfuse.bench.text_models import RULES, VARIANTS, TextModel
 from polyfuse.conformance.report import versions
 from polyfuse.conformance.runner import device_name
 from polyfuse.dispatch import registry
-from polyfuse.integrations.transformers import _gated_delta_net
+from polyfuse.integrations.transformers import stacked_weights
+from polyfuse.runtime import choose_projection_strategy
 from polyfuse.spec.gdn_in_proj import STRATEGIES
 
 PREFILL = 2048, 8192, 32768
@@ -210,8 +210,7 @@ def measure_strategies(subject: TextModel, counts: Sequence[int]) -> Iterator[St
     """Every strategy that the chosen backend has, for each number of rows."""
     layer = subject.layer
     with subject.variant("accelerated"):
-        stack = getattr(layer, _gated_delta_net._STACK)
-    weights = stack[: layer.conv_dim + layer.value_dim], stack[layer.conv_dim + layer.value_dim :]
+        weights = stacked_weights(layer)
     for rows in counts:
         x = subject.hidden(1, rows)[0]
         backend = registry().get(str(polyfuse.explain("gdn_in_proj", x, *weights).winner))
@@ -219,10 +218,10 @@ def measure_strategies(subject: TextModel, counts: Sequence[int]) -> Iterator[St
         names = tuple(name for name in STRATEGIES[1:] if name in claimed)
         calls = {name: partial(polyfuse.gdn_in_proj, x, *weights, strategy=name) for name in names}
         walls = {name: round(subject.queued_us(call), 3) for name, call in calls.items()}
-        yield StrategyRow(rows, False, choose(x, *weights, names), walls)
+        yield StrategyRow(rows, False, choose_projection_strategy(x, *weights, names), walls)
         if subject.captures:
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                chosen = choose(x, *weights, names)
+                chosen = choose_projection_strategy(x, *weights, names)
                 x.clone()  # an empty graph is warned of
             replays = {name: round(subject.device_us(call), 3) for name, call in calls.items()}
             yield StrategyRow(rows, True, chosen, replays)

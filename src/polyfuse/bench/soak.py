@@ -21,7 +21,7 @@ import torch
 from rich.table import Table
 
 from polyfuse.bench.ops import write_json
-from polyfuse.bench.vision_models import Subject, exact_forward
+from polyfuse.bench.vision_models import Subject, uncaptured
 from polyfuse.conformance.report import versions
 from polyfuse.conformance.runner import device_name
 from polyfuse.runtime.encoder.buffers import Tensors
@@ -162,11 +162,11 @@ class Soak:
         arguments = self.subject.arguments(request, draw.randrange(self.rows))
         poison, repeat = draw.random() < POISON_SHARE, number % REPEAT_EVERY == 0
         if poison:
-            self._poison()
+            self.manager.fill_buffers(torch.nan)
         outputs = self.manager.run(self.encoder.request(*arguments))
         kept.append((number, outputs, _checksums(outputs)))
-        with self.manager._lock:  # while one thread compiles, PyTorch lets no other call what is compiled
-            expected = exact_forward(self.encoder, *arguments)
+        with self.manager.exclusive():  # while one thread compiles, PyTorch lets no other call what is compiled
+            expected = uncaptured(self.encoder, *arguments)
         worst = row_difference(outputs, expected)
         if not worst <= result.bound:
             self._mismatch(number, f"a row differs by {worst:.1e} of its norm, in {request}")
@@ -185,14 +185,6 @@ class Soak:
             return self.oversize
         frames = draw.randint(2, 3) if draw.random() < VIDEO_SHARE else 1
         return [frames, *(self.subject.merge * draw.randint(1, self.side) for _ in range(2))]
-
-    def _poison(self) -> None:
-        """Fill the static buffers with NaN, in turn with the replays."""
-        manager = self.manager
-        with manager._lock, manager.runtime.after_last():
-            for buffer in (*manager._inputs.values(), *manager._outputs.values()):
-                if buffer.is_floating_point():
-                    buffer.fill_(torch.nan)
 
     def _check_kept(self, number: int, outputs: Tensors, checksums: torch.Tensor) -> None:
         if not torch.equal(_checksums(outputs), checksums):

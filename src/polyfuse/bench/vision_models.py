@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from polyfuse.integrations.transformers import make_encoder
-from polyfuse.runtime.encoder.buffers import gather
 from polyfuse.runtime.encoder.capture import graph_runtime
-from polyfuse.runtime.encoder.protocol import Capacity, GraphableEncoder
+from polyfuse.runtime.encoder.forward import exact_forward
+from polyfuse.runtime.encoder.protocol import GraphableEncoder
 
 Request = Sequence[Sequence[int]]  # grids: frames, patch rows and patch columns of each item
 
@@ -83,10 +83,6 @@ class Subject:
             torch.accelerator.synchronize(self.device)
 
 
-def exact_forward(encoder: GraphableEncoder, *arguments: torch.Tensor) -> Mapping[str, torch.Tensor]:
+def uncaptured(encoder: GraphableEncoder, *arguments: torch.Tensor) -> Mapping[str, torch.Tensor]:
     """The outputs for a call, uncaptured and in buffers of exactly its size."""
-    with torch.inference_mode(False), torch.no_grad():
-        request = encoder.request(*arguments)
-        tokens, frames = (sum(size[i] for size in request.sizes) for i in (0, 1))
-        inputs = gather(encoder.inputs, request, range(len(request.sizes)), encoder.device)
-        return encoder.forward(inputs, Capacity(tokens, len(request.sizes), frames))
+    return exact_forward(encoder, encoder.request(*arguments))
