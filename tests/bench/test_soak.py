@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from polyfuse.bench import soak
 from polyfuse.bench.soak import Soak, SoakResult, row_difference
-from polyfuse.bench.vision_models import MODELS, Subject, uncaptured
+from polyfuse.bench.subjects.vision import MODELS, VisionModel, uncaptured
 from polyfuse.cli import main
 from polyfuse.cli.soak.encoder import command as soak_encoder
 from polyfuse.runtime.encoder import manager as encoder
@@ -29,7 +29,7 @@ def one_thread_per_op():
 
 @pytest.fixture(scope="module")
 def subject():
-    return Subject("qwen3_vl", "cpu", tiny=True, depth=1)
+    return VisionModel("qwen3_vl", "cpu", tiny=True, depth=1)
 
 
 def invoke(folder, *args):
@@ -60,7 +60,7 @@ def test_500_batches(tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model(name):
-    result = Soak(Subject(name, "cpu", tiny=True, depth=1), batches=12, threads=2).run()
+    result = Soak(VisionModel(name, "cpu", tiny=True, depth=1), batches=12, threads=2).run()
     assert result.messages == []
     assert result.batches == 12
     assert result.stats["replays"]
@@ -98,7 +98,7 @@ def one_row_wrong(monkeypatch):
 
 
 def padding_leaks(monkeypatch):
-    make = Subject.encoder
+    make = VisionModel.encoder
 
     def sabotaged(self, compiled=None):
         encoder = make(self, compiled)
@@ -112,7 +112,7 @@ def padding_leaks(monkeypatch):
         encoder.forward = leaking
         return encoder
 
-    monkeypatch.setattr(Subject, "encoder", sabotaged)
+    monkeypatch.setattr(VisionModel, "encoder", sabotaged)
 
 
 def overwritten(monkeypatch):

@@ -1,12 +1,20 @@
 """`polyfuse bench encoder`."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.table import Table
 
 from polyfuse.cli._device import default_device
 from polyfuse.cli._options import device_option, out_option, tiny_option, vision_model_option
 from polyfuse.cli._terminal import console
+
+if TYPE_CHECKING:
+    from polyfuse.bench.encoder import EncoderBench
+    from polyfuse.bench.encoder.tower import TowerRow
+    from polyfuse.bench.encoder.trace import TraceRow
 
 
 @click.command()
@@ -39,30 +47,78 @@ def command(
       polyfuse bench encoder --model qwen3_vl --part trace --out benchmarks/results
       torchrun --nproc-per-node 4 -m polyfuse bench encoder --data-parallel
     """
-    from polyfuse.bench import encoder as suite
-    from polyfuse.bench.vision_models import Subject
+    from polyfuse.bench.encoder import EncoderBench
+    from polyfuse.bench.encoder.parallel import measure_parallel, torchrun_rank
+    from polyfuse.bench.encoder.tower import measure_tower
+    from polyfuse.bench.encoder.trace import POLICIES, load_requests, measure_trace
+    from polyfuse.bench.subjects.vision import VisionModel
 
     screen, device = console(), device or default_device()
     if data_parallel:
-        with suite.torchrun_rank(device) as (rank, ranks, own):
-            subject = Subject(model, own, tiny)
-            result = suite.EncoderBench.of(subject, ranks)
-            result.parallel = suite.measure_parallel(subject)
+        with torchrun_rank(device) as (rank, ranks, own):
+            subject = VisionModel(model, own, tiny)
+            result = EncoderBench.of(subject, ranks)
+            result.parallel = measure_parallel(subject)
         if rank:
             return
     else:
-        trace, sample = suite.load_requests(path, requests)
-        subject = Subject(model, device, tiny)
-        result = suite.EncoderBench.of(subject)
+        trace, sample = load_requests(path, requests)
+        subject = VisionModel(model, device, tiny)
+        result = EncoderBench.of(subject)
         with screen.status("measuring"):
             for part in parts or ("tower", "trace"):
                 if part == "tower":
-                    result.tower = list(suite.measure_tower(subject))
+                    result.tower = list(measure_tower(subject))
                 else:
-                    result.trace = list(suite.measure_trace(subject, trace, sample, policies or suite.POLICIES))
+                    result.trace = list(measure_trace(subject, trace, sample, policies or POLICIES))
                 if out:  # what a killed run leaves behind
                     result.write(out)
-    for table in result.tables():
+    for table in _tables(result):
         screen.print(table)
     if out:
         screen.print(f"written: {result.write(out)}", soft_wrap=True)
+
+
+def _tables(result: "EncoderBench") -> Iterator[Table]:
+    """One table for each part that was measured."""
+    title = f"{result.model}, {result.depth} layers, {result.dtype}, on {result.device}"
+    if result.tower:
+        yield _tower_table(result.tower, title)
+    for rows in (result.trace, result.parallel):
+        if rows:
+            yield _trace_table(rows, title)
+
+
+def _tower_table(rows: Sequence["TowerRow"], title: str) -> Table:
+    columns = "rows", "items", "", "ms", "device ms", "equal", "from untouched, at most"
+    table = Table(*columns, title=f"One request: {title}")
+    for row in rows:
+        difference = f"{max(row.difference.values()):.1e}" if row.difference else "-"
+        equal = {None: "-", True: "yes", False: "[bold red]no[/]"}[row.equal]
+        counts, times = (f"{row.rows}", f"{row.items}"), (f"{row.ms:.2f}", f"{row.device_ms:.2f}")
+        table.add_row(*counts, row.variant, *times, equal, difference)
+    return table
+
+
+def _trace_table(rows: Sequence["TraceRow"], title: str) -> Table:
+    first = rows[0]
+    columns = "", "mean ms", "p50", "p99", "host ms", "speed-up", "req/s", "tokens/s"
+    of_graphs = "waste", "replays", "eager", "pool MiB", "largest alone", "capture s"
+    counts = f"{first.requests} requests, {first.items} items, {first.tokens} tokens"
+    table = Table(*columns, *of_graphs, title=f"{counts}: {title}")
+    for row in rows:
+        times = (f"{ms:.2f}" for ms in (row.mean_ms, row.p50_ms, row.p99_ms, row.host_ms))
+        rates = f"{first.mean_ms / row.mean_ms:.2f}x", f"{row.requests_per_s:.1f}", f"{row.tokens_per_s:.0f}"
+        table.add_row(row.variant, *times, *rates, *_graph_cells(row.graphs or {}))
+    return table
+
+
+def _graph_cells(graphs: Mapping[str, Any]) -> Iterator[str]:
+    """The cells of a way that runs in graphs; of another none, which leaves them empty."""
+    if graphs:
+        yield f"{graphs['waste']:.1%}"
+        yield f"{sum(graphs['replays'].values())}"
+        yield f"{graphs['eager_batches']}"
+        yield f"{graphs['pool_bytes'] / 2**20:.0f}"
+        yield f"{graphs['largest_pool_bytes'] / 2**20:.0f}"
+        yield f"{graphs['capture_seconds']:.1f}"
