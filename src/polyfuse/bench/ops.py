@@ -128,7 +128,7 @@ def _baseline(op: str, values: dict[str, Any], device: str, compiled: bool) -> t
 
 
 def _time(function: Call, family: str, device: str) -> tuple[float, float]:
-    """(device, host) microseconds per call."""
+    """Microseconds per call: of the device, and of the host."""
     if family == "jax":
         return jax_us(function)
     clock = Clock(device)

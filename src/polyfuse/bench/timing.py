@@ -1,4 +1,4 @@
-"""Every loop that measures time.
+"""Every loop that measures time is in this module.
 
 Device time is that of CUDA-graph replays or between two CUDA events. All else is wall time, and the ways to take it
 differ in what is waited for: `latencies` wait for the device before and after every call, `row_ms` after a row of
@@ -43,7 +43,7 @@ class Clock:
         return min(calls, SLOW_CALLS) if self.device == "cpu" else calls
 
     def latencies(self, calls: Sequence[Call]) -> Latencies:
-        """Each call's, with the device idle before and after it."""
+        """The times of each call, with the device idle before and after it."""
         found = Latencies([], [])
         for call in calls:
             self.wait()

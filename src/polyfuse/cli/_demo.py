@@ -31,7 +31,7 @@ Timed = tuple[float, torch.Tensor]
 
 
 def run_demo(fast: bool, console: Console, device: str) -> int:
-    """What `accelerate` does to the speed and the output of a Qwen3-VL vision tower with random weights.
+    """Show what `accelerate` does to the speed and the output of a Qwen3-VL vision tower with random weights.
 
     `fast` takes a tower of 3 narrow layers in place of the 27 of Qwen3-VL. Returns the exit status: 1 if an
     embedding breaks the op's error bound, or the accelerated tower does not use what the op returns.
@@ -112,7 +112,7 @@ def transformers_rows(tower: Any, grid: torch.Tensor) -> torch.Tensor:
 
 
 def warm_up(tower: Any, pixels: torch.Tensor) -> None:
-    """One run on a small image."""
+    """Run the tower once on a small image."""
     tower(pixels[:64], torch.tensor([[1, 8, 8]], device=pixels.device))
 
 

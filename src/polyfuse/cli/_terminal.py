@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def console() -> Console:
-    """Stdout; wide enough for tables when it is not a terminal."""
+    """The console on stdout, wide enough for tables when it is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 

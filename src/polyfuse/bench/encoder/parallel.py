@@ -17,9 +17,9 @@ IMAGES, PIXELS, REQUESTS = 20, 336, 50
 
 
 def measure_parallel(subject: VisionModel) -> list[TraceRow]:
-    """Twenty images of 336 x 336 pixels on rank 0 alone, and over all ranks of the initialised torch.distributed.
+    """Measure twenty images of 336 x 336 pixels on rank 0 alone, and over all ranks.
 
-    All ranks call it together; what it returns counts on rank 0.
+    torch.distributed is initialised. All ranks call it together; what it returns counts on rank 0.
     """
     side = subject.merge * round(PIXELS / (subject.patch_size * subject.merge))
     request, ranks = [[1, side, side]] * IMAGES, dist.get_world_size()

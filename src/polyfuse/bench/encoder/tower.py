@@ -39,7 +39,7 @@ class TowerRow:
 
 
 def measure_tower(subject: VisionModel) -> Iterator[TowerRow]:
-    """Requests of four sizes: `TOWER`, or 1, 2, 4 and 8 images for a model of a fixed resolution.
+    """Measure requests of four sizes: `TOWER`, or 1, 2, 4 and 8 images for a model of a fixed resolution.
 
     The sides of a tiny model's images are a quarter as long.
     """
@@ -66,7 +66,7 @@ def measure_tower(subject: VisionModel) -> Iterator[TowerRow]:
 
 
 def equals_uncaptured(manager: EncoderGraphManager, given: Sequence[torch.Tensor], budget: int) -> bool:
-    """Whether the budget is replayed, and gives the bits that the forward gives on the buffers it read."""
+    """Whether a request is replayed in the budget, and gives the bits that the forward gives on the buffers it read."""
     before = manager.stats.replays[budget]
     replayed = manager.run(manager.encoder.request(*given))
     if manager.stats.replays[budget] == before:

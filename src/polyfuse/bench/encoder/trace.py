@@ -55,7 +55,7 @@ def load_requests(path: str | None, count: int) -> tuple[Sequence[Request], Sequ
 def measure_trace(
     subject: VisionModel, trace: Sequence[Request], sample: Sequence[Request], policies: Sequence[str] = POLICIES
 ) -> Iterator[TraceRow]:
-    """A trace's requests one by one, through the untouched model and in graphs.
+    """Measure a trace's requests one by one, through the untouched model and in graphs.
 
     `optimal` is the default way, with budgets that suit the requests in `sample`. `greedy` is how other managers fill
     power-of-two budgets: with blocks compiled as in `optimal`, so that only the packing differs, and without.

@@ -29,7 +29,7 @@ class ConvRow:
 
 
 def measure_conv(subject: TextModel, lengths: Sequence[int], compiled: bool) -> Iterator[ConvRow]:
-    """Both ways for one sequence of each length; with `compiled`, the separate conv under torch.compile too."""
+    """Measure both ways for one sequence of each length; with `compiled`, the separate conv under torch.compile too."""
     layer, clock = subject.layer, subject.clock
     weight = layer.conv1d.weight.squeeze(1)
     heads = {name: getattr(layer, name) for name in ("num_k_heads", "head_k_dim", "head_v_dim")}

@@ -38,7 +38,7 @@ class LayerRow:
 
 
 def measure_layer(subject: TextModel, phase: str, batch: int, tokens: int) -> LayerRow:
-    """The first layer, and its parts, on `tokens` of each of `batch` sequences, in a `phase`: prefill or decode."""
+    """Measure the first layer and its parts on `tokens` of each of `batch` sequences; `phase` is prefill or decode."""
     parts, clock, x = subject.parts, subject.clock, subject.hidden(batch, tokens)
     call = partial(subject.layer, x, subject.cache(batch) if phase == "decode" else None)
     times: dict[str, dict[str, float]] = {}

@@ -30,7 +30,7 @@ class StrategyRow:
 
 
 def measure_strategies(subject: TextModel, counts: Sequence[int]) -> Iterator[StrategyRow]:
-    """Every strategy that the chosen backend has, for each number of rows."""
+    """Measure every strategy that the chosen backend has, for each number of rows."""
     clock = subject.clock
     with subject.variant("accelerated"):
         weights = stacked_weights(subject.layer)

@@ -10,7 +10,7 @@ from polyfuse.bench.subjects.text import TextModel
 
 @dataclass(frozen=True)
 class ModelRow:
-    """All layers: `tokens` new ones a call, over all rows of the batch, after `context` cached ones in each.
+    """A call of all layers with `tokens` new tokens, over all rows of the batch, after `context` cached ones in each.
 
     `mode` is `eager`, or `graph` for the device time of a captured step with a cache of fixed size.
     """
@@ -26,7 +26,7 @@ class ModelRow:
 
 
 def measure_prefill(subject: TextModel, lengths: Sequence[int]) -> Iterator[ModelRow]:
-    """A new sequence of each length, with a cache that grows."""
+    """Measure a new sequence of each length, with a cache that grows."""
     for tokens in lengths:
         ids = subject.ids(1, tokens)
         for variant in VARIANTS:
@@ -36,7 +36,7 @@ def measure_prefill(subject: TextModel, lengths: Sequence[int]) -> Iterator[Mode
 
 
 def measure_decode(subject: TextModel, batches: Sequence[int]) -> Iterator[ModelRow]:
-    """Steps of one token for each sequence, after the context."""
+    """Measure steps of one token for each sequence, after the context."""
     for batch in batches:
         for variant in VARIANTS:
             with subject.variant(variant):
@@ -45,7 +45,7 @@ def measure_decode(subject: TextModel, batches: Sequence[int]) -> Iterator[Model
 
 
 def measure_decode_graphs(subject: TextModel, batches: Sequence[int]) -> Iterator[ModelRow]:
-    """The same steps, captured."""
+    """The same decode steps as `measure_decode`, captured in graphs."""
     for batch in batches:
         for variant in VARIANTS:
             with subject.variant(variant):

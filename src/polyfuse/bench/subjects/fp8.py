@@ -25,7 +25,7 @@ def quantise_mlps(model: nn.Module) -> None:
 
 
 def fp8_linear(device: str) -> AbstractContextManager[Any]:
-    """With an FP8 linear function for Transformers, which takes its own from the hub.
+    """A block in which Transformers has an FP8 linear function; it would take one from the hub.
 
     The activation is quantised by `polyfuse.unfused.block_quant`, under torch.compile on an accelerator, and multiplied
     by the GEMM that the accelerated model has. Untouched and accelerated models both call it.

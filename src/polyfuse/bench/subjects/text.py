@@ -60,7 +60,7 @@ class TextModel(Subject):
         self.mlp: Any = getattr(mlp, "shared_expert", mlp)
 
     def fp8_linear(self) -> AbstractContextManager[Any]:
-        """With `fp8`, the linear function that Transformers lacks for such weights; else nothing."""
+        """A block in which a model with `fp8` runs; for any other it does nothing."""
         return fp8_linear(self.device) if self.fp8 else nullcontext()
 
     def hidden(self, batch: int, tokens: int) -> torch.Tensor:

@@ -66,7 +66,10 @@ class VisionModel(Subject):
         self._pixels = self.random(rows, *shape)
 
     def arguments(self, request: Request, start: int = 0) -> tuple[torch.Tensor, ...]:
-        """Of a call: the reserved pixels from row `start` on and, unless the model is `fixed`, the grid on the host."""
+        """The arguments of a call for a request.
+
+        They are the reserved pixels from row `start` on and, unless the model is `fixed`, the grid on the host.
+        """
         pixels = self._pixels[start : start + self.rows(request)]
         return (pixels,) if self.fixed else (pixels, torch.tensor(request))
 
