@@ -11,7 +11,7 @@ from importlib import import_module
 
 from polyfuse.spec._errors import BackendError, SpecError, Unsupported
 from polyfuse.spec._render import docstring, op_page
-from polyfuse.spec._source import package_stub, parameters_source, public_module, result_names
+from polyfuse.spec._source import literal, package_stub, parameters_source, public_module, result_names
 from polyfuse.spec._types import (
     FLOATS,
     FP32_ROUNDOFF,
@@ -68,6 +68,7 @@ __all__ = [
     "docstring",
     "dtype_name",
     "fail",
+    "literal",
     "op_page",
     "package_stub",
     "parameters_source",

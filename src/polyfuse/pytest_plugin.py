@@ -77,14 +77,12 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     from polyfuse.configs import profile
     from polyfuse.dispatch import check_device, registry
-    from polyfuse.dispatch._select import check_op
-    from polyfuse.spec import BackendError, SpecError
+    from polyfuse.spec import BackendError, SpecError, canonical
 
     try:
         family = registry().get(name).family
         profile(config.option.polyfuse_profile)
-        for op in config.option.polyfuse_op:
-            check_op(op)
+        config.option.polyfuse_op = [canonical(op) for op in config.option.polyfuse_op]
         if config.option.polyfuse_device is not None:
             check_device("--polyfuse-device", config.option.polyfuse_device, [family])
     except (BackendError, SpecError) as error:
@@ -105,7 +103,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _cases(config: pytest.Config) -> list[ConformanceCase]:
     """Every case, in the order and with the choice of a conformance run."""
-    from polyfuse.cli._terminal import default_device
+    from polyfuse.cli._device import default_device
     from polyfuse.configs import profile
     from polyfuse.conformance.runner import selected
     from polyfuse.dispatch import registry

@@ -10,10 +10,12 @@ from click.testing import CliRunner
 
 pytest.importorskip("transformers")
 
-from polyfuse.bench import encoder as bench_encoder
-from polyfuse.bench.encoder import TOWER, EncoderBench, load_requests, measure_tower, measure_trace
-from polyfuse.bench.ops import Bench, write_json
-from polyfuse.bench.vision_models import Subject
+from polyfuse.bench.encoder import EncoderBench, parallel
+from polyfuse.bench.encoder.tower import TOWER, equals_uncaptured, measure_tower
+from polyfuse.bench.encoder.trace import load_requests, measure_trace
+from polyfuse.bench.ops import Bench
+from polyfuse.bench.results import write_json
+from polyfuse.bench.subjects.vision import VisionModel
 from polyfuse.cli import main
 from polyfuse.runtime.encoder import manager as encoder
 from polyfuse.runtime.packing.planner import suggest_budgets
@@ -60,7 +62,7 @@ def run(trace_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def subject():
-    return Subject("qwen3_vl", "cpu", tiny=True)
+    return VisionModel("qwen3_vl", "cpu", tiny=True)
 
 
 def test_real_tower_requests():
@@ -150,7 +152,7 @@ def test_a_replay_that_differs_is_not_equal(subject, monkeypatch):
 def test_an_eager_batch_is_no_replay(subject):
     subject.reserve(24)
     manager = encoder.EncoderGraphManager(subject.encoder(), budgets=[4], policy="greedy")
-    assert not bench_encoder._equals_uncaptured(manager, subject.arguments([[1, 4, 6]]), 4)
+    assert not equals_uncaptured(manager, subject.arguments([[1, 4, 6]]), 4)
 
 
 def test_policies_are_measured_alone(subject):
@@ -171,8 +173,8 @@ def test_one_rank_of_torchrun(monkeypatch, tmp_path):
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(bench_encoder, "PARALLEL_REQUESTS", 2)
-    monkeypatch.setattr(bench_encoder, "PARALLEL_IMAGES", 3)
+    monkeypatch.setattr(parallel, "REQUESTS", 2)
+    monkeypatch.setattr(parallel, "IMAGES", 3)
     data, text = invoke(tmp_path, "--data-parallel")
     assert [row["variant"] for row in data["parallel"]] == ["one rank", "1 ranks"]
     for row in data["parallel"]:
@@ -183,7 +185,7 @@ def test_one_rank_of_torchrun(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu (x86_64)", "cuda (NVIDIA H200)", "cuda:1 (NVIDIA H100 80GB HBM3)", "xpu"])
 def test_files_are_named_as_the_op_bench_names_them(device, tmp_path):
-    name = Bench(device, 1.0, {}, []).write(tmp_path).name
+    name = Bench(device, 1.0).write(tmp_path).name
     assert write_json(tmp_path, "", device, {}).name == name
     assert EncoderBench(device, "", "", 1).write(tmp_path).name == f"encoder_{name}"
     assert EncoderBench(device, "", "", 1, ranks=4).write(tmp_path).name == f"encoder_4x_{name}"
@@ -191,7 +193,7 @@ def test_files_are_named_as_the_op_bench_names_them(device, tmp_path):
 
 @pytest.mark.parametrize(("name", "tokens"), [("qwen3_vl", 100), ("qwen2_5_vl", 144)])
 def test_subject_of_336_pixels(name, tokens):
-    subject = Subject(name, "cpu", tiny=True)
+    subject = VisionModel(name, "cpu", tiny=True)
     side = subject.merge * round(336 / (subject.patch_size * subject.merge))
     assert subject.tokens([[1, side, side]]) == tokens
     assert asdict(EncoderBench.of(subject))["depth"] == 2

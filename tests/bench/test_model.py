@@ -14,9 +14,12 @@ pytest.importorskip("transformers")
 import transformers
 
 import polyfuse
-from polyfuse.bench import model as bench_model
-from polyfuse.bench.model import ModelBench, layer_row, measure_conv, measure_layer, measure_strategies, run_model_bench
-from polyfuse.bench.text_models import MODELS, TextModel
+from polyfuse.bench.model import ModelBench, noting_errors, run_model_bench
+from polyfuse.bench.model.conv import measure_conv
+from polyfuse.bench.model.layer import layer_row, measure_layer
+from polyfuse.bench.model.strategies import measure_strategies
+from polyfuse.bench.subjects.text import MODELS, TextModel
+from polyfuse.bench.timing import Clock
 from polyfuse.cli import main
 from polyfuse.configs import model_configs
 
@@ -51,8 +54,8 @@ def clock(monkeypatch):
         function()
         return next(times)
 
-    for name in ("device_us", "queued_us", "wall_ms"):
-        monkeypatch.setattr(TextModel, name, measured)
+    for name in ("device_us", "queue_us", "latency_ms"):
+        monkeypatch.setattr(Clock, name, measured)
 
 
 @pytest.fixture
@@ -154,21 +157,21 @@ def test_parts_are_what_they_say(subject, clock, calls, phase, batch, tokens):
 
 
 def test_between_projections_and_delta_rule_is_the_layers_own(subject):
-    x = subject.hidden(2, 9)
+    parts, x = subject.parts, subject.hidden(2, 9)
     found = {}
     with torch.no_grad():
         for variant in ("untouched", "accelerated"):
-            with subject.variant(variant), subject.no_delta_rule() as whole:
+            with subject.variant(variant), parts.no_delta_rule() as whole:
                 subject.layer(x)
                 (query, key, value), options = whole[0]
-            with subject.variant(variant), subject.no_projections(x, variant), subject.no_delta_rule(False) as part:
+            with subject.variant(variant), parts.no_projections(x, variant), parts.no_delta_rule(False) as part:
                 subject.layer(torch.full_like(x, torch.nan))
                 inputs, settings = part[0]
             for a, b in zip(inputs, (query, key, value), strict=True):
                 assert torch.equal(a, b)
             normalises = settings["use_qk_l2norm_in_kernel"]
             assert normalises == options["use_qk_l2norm_in_kernel"] == (variant == "untouched")
-            found[variant] = [*(subject.l2norm(query, key) if normalises else (query, key)), value, settings["g"]]
+            found[variant] = [*(parts.l2norm(query, key) if normalises else (query, key)), value, settings["g"]]
     for a, b in zip(found["untouched"], found["accelerated"], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
@@ -200,9 +203,7 @@ def test_strategies(dense, clock, calls):
 
 def test_one_pass_is_the_separate_conv(dense, monkeypatch):
     results = []
-    monkeypatch.setattr(
-        TextModel, "device_us", lambda self, function: float(len(results.append(function()) or results))
-    )
+    monkeypatch.setattr(Clock, "device_us", lambda self, function: float(len(results.append(function()) or results)))
     with torch.no_grad():
         rows = list(measure_conv(dense, [9], compiled=False))
     assert [(r.tokens, r.variant, r.us, r.ratio) for r in rows] == [(9, "one pass", 1, 1), (9, "separate", 2, 2)]
@@ -235,13 +236,13 @@ def test_graphs_that_cannot_be_captured_are_noted():
         raise RuntimeError("operation not permitted\nwhile capturing")
 
     notes = []
-    assert list(bench_model._noting_errors(rows(), notes)) == [1]
+    assert list(noting_errors(rows(), notes)) == [1]
     assert notes == ["decode in a graph: operation not permitted"]
 
 
 @pytest.mark.parametrize(("name", "file"), [("qwen3_next", "qwen3_next_80b"), ("qwen3_5_moe", "qwen3_5_35b_a3b")])
 def test_sizes_are_the_real_models(name, file):
-    config = getattr(transformers, MODELS[name][0])()
+    config = getattr(transformers, MODELS[name].class_name).config_class()
     case = model_configs()[file].ops["gdn_post_conv"][0]
     heads = {"num_k_heads": 16, "head_k_dim": 128, "head_v_dim": 128}
     assert case.attrs == heads

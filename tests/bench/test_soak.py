@@ -11,9 +11,9 @@ pytest.importorskip("transformers")
 
 from polyfuse.bench import soak
 from polyfuse.bench.soak import Soak, SoakResult, row_difference
-from polyfuse.bench.vision_models import MODELS, Subject, exact_forward
+from polyfuse.bench.subjects.vision import MODELS, VisionModel, uncaptured
 from polyfuse.cli import main
-from polyfuse.cli.bench.encoder import soak_encoder
+from polyfuse.cli.soak.encoder import command as soak_encoder
 from polyfuse.runtime.encoder import manager as encoder
 from polyfuse.runtime.encoder.manager import EncoderGraphManager
 
@@ -29,7 +29,7 @@ def one_thread_per_op():
 
 @pytest.fixture(scope="module")
 def subject():
-    return Subject("qwen3_vl", "cpu", tiny=True, depth=1)
+    return VisionModel("qwen3_vl", "cpu", tiny=True, depth=1)
 
 
 def invoke(folder, *args):
@@ -60,7 +60,7 @@ def test_500_batches(tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model(name):
-    result = Soak(Subject(name, "cpu", tiny=True, depth=1), batches=12, threads=2).run()
+    result = Soak(VisionModel(name, "cpu", tiny=True, depth=1), batches=12, threads=2).run()
     assert result.messages == []
     assert result.batches == 12
     assert result.stats["replays"]
@@ -98,14 +98,21 @@ def one_row_wrong(monkeypatch):
 
 
 def padding_leaks(monkeypatch):
-    forward = EncoderGraphManager._forward
+    make = VisionModel.encoder
 
-    def sabotaged(self, inputs, capacity):
-        used = int(inputs["grid"].prod(-1).sum())
-        leak = inputs["pixels"][used:].sum()
-        return {name: rows + 0 * leak for name, rows in forward(self, inputs, capacity).items()}
+    def sabotaged(self, compiled=None):
+        encoder = make(self, compiled)
+        forward = encoder.forward
 
-    monkeypatch.setattr(EncoderGraphManager, "_forward", sabotaged)
+        def leaking(inputs, capacity):
+            used = int(inputs["grid"].prod(-1).sum())
+            leak = inputs["pixels"][used:].sum()
+            return {name: rows + 0 * leak for name, rows in forward(inputs, capacity).items()}
+
+        encoder.forward = leaking
+        return encoder
+
+    monkeypatch.setattr(VisionModel, "encoder", sabotaged)
 
 
 def overwritten(monkeypatch):
@@ -182,12 +189,12 @@ def test_row_difference():
     assert row_difference(outputs, expected) != row_difference(outputs, expected)
 
 
-def test_exact_forward_is_the_untouched_model(subject):
+def test_uncaptured_is_the_untouched_model(subject):
     subject.reserve(64)
     given = subject.arguments([[1, 4, 6], [2, 2, 4]], start=3)
     assert torch.equal(given[0], subject.arguments([[1, 8, 8]])[0][3:43])
     with torch.no_grad():
         theirs = subject.model(*given)
-    ours = exact_forward(subject.encoder(), *given)
+    ours = uncaptured(subject.encoder(), *given)
     expected = {"last_hidden_state": theirs.last_hidden_state, "pooler_output": theirs.pooler_output}
     assert row_difference(ours, expected) < 1e-5

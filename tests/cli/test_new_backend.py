@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 import polyfuse
 from polyfuse.cli import main
-from polyfuse.cli._new_backend import render
+from polyfuse.cli.new_backend import render
 from polyfuse.conformance import cases, make_inputs
 from polyfuse.spec import OPS, bind, docstring
 

@@ -19,7 +19,7 @@ def test_the_ported_encoder_computes_means() -> None:
         want = torch.stack([part.mean(0) for part in names["model"](names["rows"]).split([10, 5, 25])])
         padded = EncoderGraphManager(names["MeanEncoder"](names["model"]), budgets=[64], policy="greedy")
         padded.capture()
-        padded._inputs["rows"].fill_(float("nan"))
+        padded.fill_buffers(float("nan"))
         again = padded.execute(names["rows"], [10, 5, 25])
     torch.testing.assert_close(names["means"], want)
     torch.testing.assert_close(again, want)

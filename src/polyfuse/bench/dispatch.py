@@ -3,23 +3,19 @@
 A backend that does nothing is preferred, and every signature has been seen before, as in a model's second step.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 import polyfuse
-from polyfuse.bench.ops import write_json
-from polyfuse.conformance import cases, device_name, make_inputs, place, versions
-from polyfuse.dispatch import Backend, Implementation, _plan, registry, use_backend
+from polyfuse.bench.results import Results, device_name
+from polyfuse.bench.timing import host_ns
+from polyfuse.conformance import cases, make_inputs, place
+from polyfuse.dispatch import Backend, Implementation, registry, use_backend
 from polyfuse.spec import OPS, Capability
-
-CALLS, ROUNDS = 100, 201  # a round is short, so that few are interrupted
 
 
 @dataclass(frozen=True)
@@ -35,17 +31,15 @@ class DispatchRow:
     call_ns: float
 
 
-@dataclass(frozen=True)
-class DispatchBench:
-    """All rows of a run, with what they were measured on."""
+@dataclass
+class DispatchBench(Results):
+    """The host time of every op that was measured."""
 
-    device: str
-    versions: dict[str, str]
-    rows: list[DispatchRow]
+    rows: list[DispatchRow] = field(default_factory=list)
 
-    def write(self, folder: Path) -> Path:
-        """Write the rows into a JSON file named after the device; returns its path."""
-        return write_json(folder, "dispatch_", self.device, asdict(self))
+    @property
+    def kind(self) -> str:
+        return "dispatch_"
 
 
 class _Nothing(Backend):
@@ -70,28 +64,24 @@ def run_dispatch_bench(ops: Sequence[str] = (), device: str = "cpu") -> Dispatch
             rows = [_measure(op, device) for op in ops or OPS]
     finally:
         polyfuse.refresh()
-    return DispatchBench(device_name(device), versions(), rows)
+    return DispatchBench(device_name(device), rows)
 
 
-def _measure(name: str, device: str) -> DispatchRow:
-    op = _plan.CALLS[name]
-    values = place(make_inputs(OPS[name], cases(name)[0]), "torch", device)
+def _measure(op: str, device: str) -> DispatchRow:
+    values = place(make_inputs(OPS[op], cases(op)[0]), "torch", device)
+    arrays = sum(isinstance(value, torch.Tensor) for value in values.values())
+    call = partial(getattr(polyfuse, op), **values)
+    return DispatchRow(op, arrays, host_ns(_resolution(op, values)), host_ns(call))
+
+
+def _resolution(name: str, values: Mapping[str, Any]) -> Callable[[], Any]:
+    """What the dispatcher does for a call before it calls the chosen function: the one use of its inner parts here."""
+    from polyfuse.dispatch._plan import CALLS
+
+    op = CALLS[name]
     args = tuple(values[parameter] for parameter in op.names)
 
     def resolve() -> Any:
         return op.plan(op.read(args), None, torch.is_grad_enabled())
 
-    arrays = sum(isinstance(value, torch.Tensor) for value in args)
-    call = partial(getattr(polyfuse, name), **values)
-    return DispatchRow(name, arrays, _median_ns(resolve), _median_ns(call))
-
-
-def _median_ns(function: Callable[[], Any]) -> float:
-    function()
-    times = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter_ns()
-        for _ in range(CALLS):
-            function()
-        times.append((time.perf_counter_ns() - started) / CALLS)
-    return round(median(times), 1)
+    return resolve

@@ -4,25 +4,21 @@ Device time is that of a CUDA-graph replay of many calls, divided by their numbe
 Host time is wall time per call over calls that are queued without waiting for the device.
 """
 
-import json
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 import polyfuse
+from polyfuse.bench.results import Results, device_name
+from polyfuse.bench.timing import Call, Clock, jax_us
 from polyfuse.configs import model_configs
-from polyfuse.conformance import Case, device_name, make_inputs, place, versions
+from polyfuse.conformance import Case, make_inputs, place
 from polyfuse.conformance.cases import model_case
-from polyfuse.dispatch import examine, registry
-from polyfuse.dispatch._arrays import device_of
+from polyfuse.dispatch import device_of, examine, registry
 from polyfuse.spec import OPS, SpecError, bind
 
 CEILING_BYTES = 2**31
@@ -46,26 +42,11 @@ class Row:
 
 
 @dataclass
-class Bench:
-    """All rows of a run, with what they were measured on."""
+class Bench(Results):
+    """The time of every op that was measured."""
 
-    device: str
     ceiling_gb_s: float
-    versions: dict[str, str]
-    rows: list[Row]
-
-    def write(self, folder: Path) -> Path:
-        """Write the rows so far into a JSON file named after the device; returns its path."""
-        return write_json(folder, "", self.device, asdict(self))
-
-
-def write_json(folder: Path, prefix: str, device: str, data: object) -> Path:
-    """Write data into a JSON file named after the device; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = device.split("(")[-1].rstrip(")").lower().removeprefix("nvidia ").replace(" ", "_")
-    path = folder / f"{prefix}{name}.json"
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    return path
+    rows: list[Row] = field(default_factory=list)
 
 
 def run_bench(
@@ -85,7 +66,7 @@ def run_bench(
     if model is not None and model not in configs:
         raise SpecError(f"--model: expected one of {', '.join(configs)}, got {model!r}")
     ceiling = stream_ceiling(device)
-    result = Bench(device_name(device), round(ceiling, 1), versions(), [])
+    result = Bench(device_name(device), round(ceiling, 1))
     for name, config in configs.items():
         if model not in (None, name):
             continue
@@ -147,95 +128,23 @@ def _baseline(op: str, values: dict[str, Any], device: str, compiled: bool) -> t
             return eager, _time(partial(function, **arrays), "torch", device)[0]
 
 
-def _time(function: Callable[[], Any], family: str, device: str) -> tuple[float, float]:
-    """(device, host) microseconds per call."""
+def _time(function: Call, family: str, device: str) -> tuple[float, float]:
+    """Microseconds per call: of the device, and of the host."""
     if family == "jax":
-        return _time_jax(function)
-    for _ in range(3):
-        function()
-    if not device.startswith("cuda"):
-        wall = _wall(function, lambda: None)
-        return wall, wall
-    with _quiet_stream():
-        device_us = _graph_replay(function)
-    return device_us, _wall(function, torch.cuda.synchronize)
-
-
-def _time_jax(function: Callable[[], Any]) -> tuple[float, float]:
-    import jax
-
-    jax.block_until_ready(function())
-    rounds = []
-    for _ in range(7):
-        started = time.perf_counter()
-        results = [function() for _ in range(20)]
-        queued = time.perf_counter()
-        jax.block_until_ready(results)
-        rounds.append((time.perf_counter() - started, queued - started))
-    return median(r[0] for r in rounds) * 1e6 / 20, median(r[1] for r in rounds) * 1e6 / 20
-
-
-def _wall(function: Callable[[], Any], wait: Callable[[], None], calls: int = 50, rounds: int = 9) -> float:
-    times = []
-    for _ in range(rounds):
-        wait()
-        started = time.perf_counter()
-        for _ in range(calls):
-            function()
-        times.append((time.perf_counter() - started) / calls)
-        wait()
-    return median(times) * 1e6
-
-
-@contextmanager
-def _quiet_stream() -> Iterator[None]:
-    """A stream of its own, as capture needs."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-def _graph_replay(function: Callable[[], Any], rounds: int = 15) -> float:
-    """Microseconds per call of a captured run of calls, whose results are dropped one by one."""
-    function()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    once = time.perf_counter() - started
-    calls = max(4, min(200, int(0.004 / once)))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for _ in range(calls):
-            function()
-    return _events(graph.replay, rounds) / calls
-
-
-def _events(function: Callable[[], Any], rounds: int) -> float:
-    """Median device microseconds of a call."""
-    times = []
-    function()
-    for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return median(times)
+        return jax_us(function)
+    clock = Clock(device)
+    if device.startswith("cuda"):
+        return clock.replay_us(function), clock.queue_us(function)
+    wall_us = clock.queue_us(function)
+    return wall_us, wall_us
 
 
 def stream_ceiling(device: str) -> float:
     """Gigabytes per second of a large copy on the device, read and written bytes both counted."""
-    size = CEILING_BYTES if device.startswith("cuda") else CEILING_BYTES // 16
+    clock, on_gpu = Clock(device), device.startswith("cuda")
+    size = CEILING_BYTES if on_gpu else CEILING_BYTES // 16
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-
-    copy()
-    us = _events(copy, 15) if device.startswith("cuda") else _wall(copy, lambda: None, calls=3, rounds=5)
+    copy = partial(target.copy_, source)
+    us = clock.event_us(copy) if on_gpu else clock.queue_us(copy, calls=3, rounds=5, warm_up=1)
     return 2 * size / us / 1e3

@@ -8,21 +8,18 @@ import gc
 import random
 import resource
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.table import Table
 
-from polyfuse.bench.ops import write_json
-from polyfuse.bench.vision_models import Subject, exact_forward
-from polyfuse.conformance import device_name, versions
+from polyfuse.bench import timing
+from polyfuse.bench.results import Results, device_name
+from polyfuse.bench.subjects.vision import VisionModel, uncaptured
 from polyfuse.runtime.encoder.buffers import Tensors
 from polyfuse.runtime.encoder.manager import EncoderGraphManager
 
@@ -41,10 +38,9 @@ BOUND = {torch.bfloat16: 2.0**-7, torch.float32: 5e-6}
 
 
 @dataclass
-class SoakResult:
+class SoakResult(Results):
     """What a run found. Memory is the device's, in bytes; on a CPU the most that the process has held."""
 
-    device: str
     model: str
     depth: int
     seed: int
@@ -61,7 +57,6 @@ class SoakResult:
     reserved: list[int] = field(default_factory=list)
     seconds: float = 0.0
     stats: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=versions)
 
     @property
     def ok(self) -> bool:
@@ -69,27 +64,13 @@ class SoakResult:
         start, end = self.allocated
         return not self.mismatches and end - start <= start / 100 + 2**26
 
-    def write(self, folder: Path) -> Path:
-        """Write a JSON file named after the device; returns its path."""
-        return write_json(folder, "soak_encoder_", self.device, asdict(self) | {"ok": self.ok})
+    @property
+    def kind(self) -> str:
+        return "soak_encoder_"
 
-    def table(self) -> Table:
-        """The summary."""
-        table = Table(title=f"{self.model}, {self.depth} layers, on {self.device}", show_header=False)
-        replays, eager = self.stats["replays"].values(), self.stats["eager_batches"]
-        (start, end), (start_reserved, end_reserved) = self.allocated, self.reserved
-        table.add_row("batches", f"{self.batches} of {self.items} items from {self.threads} threads")
-        table.add_row("ran in", f"{sum(replays)} replays of {len(replays)} budgets, {eager} eager batches")
-        table.add_row("run twice", f"{self.repeated}")
-        table.add_row("buffers poisoned", f"{self.poisoned} times")
-        table.add_row("mismatches", f"{self.mismatches}")
-        table.add_row("largest difference", f"{self.worst:.1e} of a row's norm; the bound is {self.bound:.1e}")
-        table.add_row("allocated", f"{end / 2**20:,.0f} MiB, grown by {(end - start) / 2**20:,.1f}")
-        table.add_row(
-            "reserved", f"{end_reserved / 2**20:,.0f} MiB, grown by {(end_reserved - start_reserved) / 2**20:,.1f}"
-        )
-        table.add_row("time", f"{self.seconds:.1f} s")
-        return table
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as JSON has them, and `ok`."""
+        return super().as_dict() | {"ok": self.ok}
 
 
 class Soak:
@@ -97,7 +78,7 @@ class Soak:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: VisionModel,
         batches: int,
         threads: int = 4,
         seed: int = 0,
@@ -123,8 +104,12 @@ class Soak:
         """Run all batches; one that raises is a mismatch too."""
         self.subject.reserve(2 * self.rows)
         self.manager.capture()
-        self.subject.wait()
-        started = time.perf_counter()
+        self.subject.clock.wait()
+        self.result.seconds = timing.seconds(self._run_threads)
+        self.result.stats = self.manager.stats.as_dict()
+        return self.result
+
+    def _run_threads(self) -> None:
         with ThreadPoolExecutor(self.result.threads) as pool:
             futures = [pool.submit(self._work, thread) for thread in range(self.result.threads)]
             try:
@@ -133,9 +118,6 @@ class Soak:
             finally:  # at an interrupt the threads end too
                 self.stopped.set()
                 self.meeting.abort()
-        self.result.seconds = time.perf_counter() - started
-        self.result.stats = self.manager.stats.as_dict()
-        return self.result
 
     def _work(self, thread: int) -> None:
         cuda, tenth = self.subject.device.startswith("cuda"), self.batches // 10
@@ -161,11 +143,11 @@ class Soak:
         arguments = self.subject.arguments(request, draw.randrange(self.rows))
         poison, repeat = draw.random() < POISON_SHARE, number % REPEAT_EVERY == 0
         if poison:
-            self._poison()
+            self.manager.fill_buffers(torch.nan)
         outputs = self.manager.run(self.encoder.request(*arguments))
         kept.append((number, outputs, _checksums(outputs)))
-        with self.manager._lock:  # while one thread compiles, PyTorch lets no other call what is compiled
-            expected = exact_forward(self.encoder, *arguments)
+        with self.manager.exclusive():  # while one thread compiles, PyTorch lets no other call what is compiled
+            expected = uncaptured(self.encoder, *arguments)
         worst = row_difference(outputs, expected)
         if not worst <= result.bound:
             self._mismatch(number, f"a row differs by {worst:.1e} of its norm, in {request}")
@@ -185,14 +167,6 @@ class Soak:
         frames = draw.randint(2, 3) if draw.random() < VIDEO_SHARE else 1
         return [frames, *(self.subject.merge * draw.randint(1, self.side) for _ in range(2))]
 
-    def _poison(self) -> None:
-        """Fill the static buffers with NaN, in turn with the replays."""
-        manager = self.manager
-        with manager._lock, manager.runtime.after_last():
-            for buffer in (*manager._inputs.values(), *manager._outputs.values()):
-                if buffer.is_floating_point():
-                    buffer.fill_(torch.nan)
-
     def _check_kept(self, number: int, outputs: Tensors, checksums: torch.Tensor) -> None:
         if not torch.equal(_checksums(outputs), checksums):
             self._mismatch(number, "outputs were overwritten after they had been returned")
@@ -205,7 +179,7 @@ class Soak:
 
     def _sample_memory(self) -> None:
         gc.collect()
-        self.subject.wait()
+        self.subject.clock.wait()
         if self.subject.device == "cpu":
             allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         else:

@@ -1,7 +1,6 @@
 """`polyfuse demo`: real photos through a real vision tower, untouched and then accelerated."""
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import Qwen2VLImageProcessorPil, Qwen3VLVisionConfig, Qwen3VLV
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 import polyfuse
+from polyfuse.bench.timing import Clock
 from polyfuse.conformance.checks.values import compare
 from polyfuse.integrations.transformers import accelerate
 from polyfuse.reference import oracle
@@ -33,7 +33,7 @@ Timed = tuple[float, torch.Tensor]
 
 
 def run_demo(fast: bool, console: Console, device: str) -> int:
-    """What `accelerate` does to the speed and the output of a Qwen3-VL vision tower with random weights.
+    """Show what `accelerate` does to the speed and the output of a Qwen3-VL vision tower with random weights.
 
     `fast` takes a tower of 3 narrow layers in place of the 27 of Qwen3-VL. Returns the exit status: 1 if an
     embedding breaks the op's error bound, or the accelerated tower does not use what the op returns.
@@ -46,6 +46,7 @@ def run_demo(fast: bool, console: Console, device: str) -> int:
     options: dict[str, Any] = {"merge_size": tower.config.spatial_merge_size, "out_rows": len(pixels)}
     repeats = 1 if device == "cpu" and not fast else 3
     used: list[torch.Tensor] = []
+    clock = Clock(device)
 
     def encode() -> torch.Tensor:
         return tower(pixels, grid).pooler_output
@@ -54,13 +55,13 @@ def run_demo(fast: bool, console: Console, device: str) -> int:
         true = exact(table.float().cpu().numpy(), grid.tolist(), merge_size=options["merge_size"])["out"]
         theirs = transformers_rows(tower, grid)
         ours = polyfuse.pos_embed_interpolate(table, grid, out_dtype=torch.float32, **options)
-        old_rows = _timed(lambda: transformers_rows(tower, grid).to(table.dtype), 5)
-        new_rows = _timed(lambda: polyfuse.pos_embed_interpolate(table, grid, **options), 5)
+        old_rows = _timed(lambda: transformers_rows(tower, grid).to(table.dtype), clock, 5)
+        new_rows = _timed(lambda: polyfuse.pos_embed_interpolate(table, grid, **options), clock, 5)
         warm_up(tower, pixels)
-        old = _timed(encode, repeats)
+        old = _timed(encode, clock, repeats)
         accelerate(tower).pos_embed.register_forward_hook(lambda module, inputs, rows: used.append(rows[:, 0]))
         warm_up(tower, pixels)
-        new = _timed(encode, repeats)
+        new = _timed(encode, clock, repeats)
 
     results = Table("", "Transformers", "accelerated", "max |difference|", "max |value|", "relative change")
     results.add_row("position embeddings", *_row(old_rows, new_rows))
@@ -113,27 +114,15 @@ def transformers_rows(tower: Any, grid: torch.Tensor) -> torch.Tensor:
 
 
 def warm_up(tower: Any, pixels: torch.Tensor) -> None:
-    """One run on a small image."""
+    """Run the tower once on a small image."""
     tower(pixels[:64], torch.tensor([[1, 8, 8]], device=pixels.device))
 
 
-def _timed(run: Callable[[], torch.Tensor], repeats: int) -> Timed:
+def _timed(run: Callable[[], torch.Tensor], clock: Clock, repeats: int) -> Timed:
     """Median seconds of a run, and the last result."""
-    runs = [_timed_once(run) for _ in range(repeats)]
-    return statistics.median(seconds for seconds, _ in runs), runs[-1][1]
-
-
-def _timed_once(run: Callable[[], torch.Tensor]) -> Timed:
-    _synchronize()
-    start = time.perf_counter()
-    result = run()
-    _synchronize()
-    return time.perf_counter() - start, result
-
-
-def _synchronize() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    results = []
+    times = clock.latencies([lambda: results.append(run())] * repeats)
+    return statistics.median(times.done), results[-1]
 
 
 def _change(old: torch.Tensor, new: torch.Tensor) -> float:

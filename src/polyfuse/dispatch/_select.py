@@ -290,6 +290,3 @@ def explain_call(
             candidate = Candidate(name, "usable", f"comes after {winner} in {wanted.source}")
         candidates.append(candidate)
     return Explanation(op, family, device.kind, wanted, strict, winner, tuple(candidates))
-
-
-check_op = canonical

@@ -1,11 +1,13 @@
 """What makes the kernels pay in real models: parallel streams, and encoders in graphs."""
 
+from polyfuse._torch.projections import choose as choose_projection_strategy
 from polyfuse._torch.projections import stack_weights
 from polyfuse._torch.streams import StreamModule, execute_in_parallel, register_stream_module
 from polyfuse.runtime.encoder.capture import EagerReplay, GraphRuntime, register_graph_runtime
 from polyfuse.runtime.encoder.data_parallel import DataParallelEncoder
-from polyfuse.runtime.encoder.manager import EncoderGraphManager, EncoderStats
+from polyfuse.runtime.encoder.manager import EncoderGraphManager
 from polyfuse.runtime.encoder.protocol import BufferSpec, Capacity, EncoderRequest, GraphableEncoder, ItemSize, Rows
+from polyfuse.runtime.encoder.stats import EncoderStats
 from polyfuse.runtime.packing.planner import plan_packing, suggest_budgets
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "ItemSize",
     "Rows",
     "StreamModule",
+    "choose_projection_strategy",
     "execute_in_parallel",
     "plan_packing",
     "register_graph_runtime",

@@ -17,7 +17,7 @@ import transformers
 
 import polyfuse
 from polyfuse._torch.projections import as_one_weight
-from polyfuse.integrations.transformers import accelerate, restore
+from polyfuse.integrations.transformers import accelerate, restore, stacked_weights
 from polyfuse.integrations.transformers._gated_delta_net import gated_delta_nets, is_fused
 
 MODELING = "transformers.models.qwen3_5.modeling_qwen3_5"
@@ -357,6 +357,7 @@ def test_weights_are_stacked_in_the_order_of_the_ops(family: str, monkeypatch: p
     with torch.no_grad():
         layer(hidden(2, 3))
     assert as_one_weight(*given).data_ptr() == layer.polyfuse_in_proj.data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(stacked_weights(layer), given, strict=True))
     if family != "Qwen3Next":
         parts = [getattr(layer, f"in_proj_{name}").weight for name in ("qkv", "z", "b", "a")]
         assert torch.equal(torch.cat(parts), layer.polyfuse_in_proj)

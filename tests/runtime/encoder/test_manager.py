@@ -14,6 +14,7 @@ import torch
 
 from polyfuse import SpecError
 from polyfuse.runtime.encoder.capture import EagerReplay
+from polyfuse.runtime.encoder.forward import exact_forward
 from polyfuse.runtime.encoder.manager import EncoderGraphManager
 from polyfuse.runtime.encoder.protocol import BufferSpec, Capacity, EncoderRequest, ItemSize, Rows
 from polyfuse.runtime.packing.planner import Curve
@@ -118,9 +119,8 @@ def test_packing_takes_fewer_replays_than_greedy() -> None:
 def test_what_padding_holds_reaches_no_result() -> None:
     made, given = manager([64], max_items=4), items(30, 20)
     made.capture()
-    for buffer in made._inputs.values():
-        if buffer.is_floating_point():
-            buffer.fill_(NAN)
+    made.fill_buffers(NAN)
+    assert made.recompute(64)["rows"].isnan().all()
     check(made.execute(given), given)
 
 
@@ -393,3 +393,35 @@ def test_inference_mode_at_first_use() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(made.execute(given), given)
+
+
+def test_a_budget_is_recomputed_from_what_its_inputs_hold() -> None:
+    made, given = manager([16, 64], policy="greedy"), items(30, 20)
+    result = made.execute(given)
+    computed = made.recompute(64)
+    assert {name: len(rows) for name, rows in computed.items()} == {"rows": 128, "tokens": 64, "total": 16}
+    for name, rows in result.items():
+        assert torch.equal(rows, computed[name][: len(rows)])
+    with pytest.raises(SpecError, match=re.escape("Doubler: tokens: expected one of the budgets [16, 64], got 50")):
+        made.recompute(50)
+
+
+def test_an_exact_forward_computes_the_named_items_without_padding() -> None:
+    encoder, given = Doubler(), items(5, 3, 4)
+    request = encoder.request(given)
+    check(exact_forward(encoder, request), given)
+    check(exact_forward(encoder, request, [2, 0]), [given[2], given[0]])
+    assert encoder.calls == [Capacity(12, 3, 3), Capacity(9, 2, 2)]
+
+
+def test_other_threads_wait_for_the_end_of_an_exclusive_block() -> None:
+    made, given = manager([16]), items(8)
+    made.execute(given)
+    thread = threading.Thread(target=made.execute, args=(given,))
+    with made.exclusive():
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert made.stats.requests == 1
+    thread.join()
+    assert made.stats.requests == 2

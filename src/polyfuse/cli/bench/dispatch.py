@@ -5,15 +5,16 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from polyfuse.cli._terminal import console, default_device
-from polyfuse.cli.bench.encoder import device_option, out_option
+from polyfuse.cli._device import chosen_device
+from polyfuse.cli._options import device_option, known_ops, ops_option, out_option
+from polyfuse.cli._terminal import console
 
 
-@click.command("dispatch")
-@click.option("--op", "op_names", multiple=True, help="An op; repeat for several. Default: all.")
+@click.command()
+@ops_option
 @device_option
 @out_option
-def bench_dispatch(op_names: tuple[str, ...], device: str | None, out: Path | None) -> None:
+def command(op_names: tuple[str, ...], device: str | None, out: Path | None) -> None:
     """Measure the host time that the dispatcher adds to a call: with a backend that does nothing, in nanoseconds.
 
     \b
@@ -21,13 +22,9 @@ def bench_dispatch(op_names: tuple[str, ...], device: str | None, out: Path | No
       polyfuse bench dispatch --out benchmarks/results
     """
     from polyfuse.bench.dispatch import run_dispatch_bench
-    from polyfuse.dispatch import check_device
-    from polyfuse.dispatch._select import check_op
 
-    for op in op_names:
-        check_op(op)
-    device = device or default_device()
-    check_device("--device", device, ["torch"])
+    op_names = known_ops(op_names)
+    device = chosen_device(device, ["torch"])
     screen = console()
     with screen.status("measuring"):
         result = run_dispatch_bench(op_names, device)

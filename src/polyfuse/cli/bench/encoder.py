@@ -1,27 +1,24 @@
-"""`polyfuse bench encoder` and `polyfuse soak encoder`."""
+"""`polyfuse bench encoder`."""
 
-import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
+from rich.table import Table
 
-from polyfuse.cli._terminal import console, default_device, progress
+from polyfuse.cli._device import default_device
+from polyfuse.cli._options import device_option, out_option, tiny_option, vision_model_option
+from polyfuse.cli._terminal import console
 
-model_option = click.option(
-    "--model",
-    type=click.Choice(["qwen3_vl", "qwen3_5", "qwen2_5_vl", "siglip"]),
-    default="qwen3_vl",
-    show_default=True,
-    help="Its weights are random.",
-)
-device_option = click.option("--device", default=None, help="cpu, cuda, ...; the accelerator if there is one.")
-tiny_option = click.option("--tiny", is_flag=True, help="Take a tiny model instead of the real one.")
-out_option = click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the JSON file.")
+if TYPE_CHECKING:
+    from polyfuse.bench.encoder import EncoderBench
+    from polyfuse.bench.encoder.tower import TowerRow
+    from polyfuse.bench.encoder.trace import TraceRow
 
 
-@click.command("encoder")
-@model_option
+@click.command()
+@vision_model_option
 @click.option("--part", "parts", multiple=True, type=click.Choice(["tower", "trace"]), help="Default: both.")
 @click.option("--trace", "path", type=click.Path(exists=True, dir_okay=False), help="JSON file. Default: synthetic.")
 @click.option("--requests", type=click.IntRange(min=1), default=500, show_default=True, help="Of the trace.")
@@ -30,7 +27,7 @@ out_option = click.option("--out", type=click.Path(file_okay=False, path_type=Pa
 @device_option
 @tiny_option
 @out_option
-def bench_encoder(
+def command(
     model: str,
     parts: tuple[str, ...],
     path: str | None,
@@ -50,83 +47,78 @@ def bench_encoder(
       polyfuse bench encoder --model qwen3_vl --part trace --out benchmarks/results
       torchrun --nproc-per-node 4 -m polyfuse bench encoder --data-parallel
     """
-    from polyfuse.bench import encoder as suite
-    from polyfuse.bench.vision_models import Subject
+    from polyfuse.bench.encoder import EncoderBench
+    from polyfuse.bench.encoder.parallel import measure_parallel, torchrun_rank
+    from polyfuse.bench.encoder.tower import measure_tower
+    from polyfuse.bench.encoder.trace import POLICIES, load_requests, measure_trace
+    from polyfuse.bench.subjects.vision import VisionModel
 
     screen, device = console(), device or default_device()
     if data_parallel:
-        with suite.torchrun_rank(device) as (rank, ranks, own):
-            subject = Subject(model, own, tiny)
-            result = suite.EncoderBench.of(subject, ranks)
-            result.parallel = suite.measure_parallel(subject)
+        with torchrun_rank(device) as (rank, ranks, own):
+            subject = VisionModel(model, own, tiny)
+            result = EncoderBench.of(subject, ranks)
+            result.parallel = measure_parallel(subject)
         if rank:
             return
     else:
-        trace, sample = suite.load_requests(path, requests)
-        subject = Subject(model, device, tiny)
-        result = suite.EncoderBench.of(subject)
+        trace, sample = load_requests(path, requests)
+        subject = VisionModel(model, device, tiny)
+        result = EncoderBench.of(subject)
         with screen.status("measuring"):
             for part in parts or ("tower", "trace"):
                 if part == "tower":
-                    result.tower = list(suite.measure_tower(subject))
+                    result.tower = list(measure_tower(subject))
                 else:
-                    result.trace = list(suite.measure_trace(subject, trace, sample, policies or suite.POLICIES))
+                    result.trace = list(measure_trace(subject, trace, sample, policies or POLICIES))
                 if out:  # what a killed run leaves behind
                     result.write(out)
-    for table in result.tables():
+    for table in _tables(result):
         screen.print(table)
     if out:
         screen.print(f"written: {result.write(out)}", soft_wrap=True)
 
 
-@click.group()
-def soak() -> None:
-    """Run random work for long, and compare every result.
+def _tables(result: "EncoderBench") -> Iterator[Table]:
+    """One table for each part that was measured."""
+    title = f"{result.model}, {result.depth} layers, {result.dtype}, on {result.device}"
+    if result.tower:
+        yield _tower_table(result.tower, title)
+    for rows in (result.trace, result.parallel):
+        if rows:
+            yield _trace_table(rows, title)
 
-    \b
-    Example:
-      polyfuse soak encoder --batches 10000
-    """
+
+def _tower_table(rows: Sequence["TowerRow"], title: str) -> Table:
+    columns = "rows", "items", "", "ms", "device ms", "equal", "from untouched, at most"
+    table = Table(*columns, title=f"One request: {title}")
+    for row in rows:
+        difference = f"{max(row.difference.values()):.1e}" if row.difference else "-"
+        equal = {None: "-", True: "yes", False: "[bold red]no[/]"}[row.equal]
+        counts, times = (f"{row.rows}", f"{row.items}"), (f"{row.ms:.2f}", f"{row.device_ms:.2f}")
+        table.add_row(*counts, row.variant, *times, equal, difference)
+    return table
 
 
-@soak.command("encoder")
-@model_option
-@click.option("--batches", type=click.IntRange(min=1), default=10_000, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--depth", type=click.IntRange(min=1), help="Layers; default 4 for speed, 2 if tiny.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@device_option
-@tiny_option
-@out_option
-def soak_encoder(
-    model: str,
-    batches: int,
-    threads: int,
-    depth: int | None,
-    seed: int,
-    device: str | None,
-    tiny: bool,
-    out: Path | None,
-) -> None:
-    """Send random batches through a vision encoder's graphs, from several threads, and compare every output.
+def _trace_table(rows: Sequence["TraceRow"], title: str) -> Table:
+    first = rows[0]
+    columns = "", "mean ms", "p50", "p99", "host ms", "speed-up", "req/s", "tokens/s"
+    of_graphs = "waste", "replays", "eager", "pool MiB", "largest alone", "capture s"
+    counts = f"{first.requests} requests, {first.items} items, {first.tokens} tokens"
+    table = Table(*columns, *of_graphs, title=f"{counts}: {title}")
+    for row in rows:
+        times = (f"{ms:.2f}" for ms in (row.mean_ms, row.p50_ms, row.p99_ms, row.host_ms))
+        rates = f"{first.mean_ms / row.mean_ms:.2f}x", f"{row.requests_per_s:.1f}", f"{row.tokens_per_s:.0f}"
+        table.add_row(row.variant, *times, *rates, *_graph_cells(row.graphs or {}))
+    return table
 
-    Exit status 0 if nothing differed and no memory was lost, else 1.
 
-    \b
-    Example:
-      polyfuse soak encoder --batches 10000 --threads 4
-    """
-    from polyfuse.bench.soak import Soak
-    from polyfuse.bench.vision_models import Subject
-
-    screen = console()
-    subject = Subject(model, device or default_device(), tiny, depth or (2 if tiny else 4))
-    with progress(screen) as bar:
-        task = bar.add_task("soak", total=batches)
-        result = Soak(subject, batches, threads, seed, lambda: bar.advance(task)).run()
-    screen.print(result.table())
-    for text in result.messages:
-        screen.print(f"[bold red]mismatch[/] {escape(text)}", soft_wrap=True)
-    if out:
-        screen.print(f"written: {result.write(out)}", soft_wrap=True)
-    sys.exit(0 if result.ok else 1)
+def _graph_cells(graphs: Mapping[str, Any]) -> Iterator[str]:
+    """The cells of a way that runs in graphs; of another none, which leaves them empty."""
+    if graphs:
+        yield f"{graphs['waste']:.1%}"
+        yield f"{sum(graphs['replays'].values())}"
+        yield f"{graphs['eager_batches']}"
+        yield f"{graphs['pool_bytes'] / 2**20:.0f}"
+        yield f"{graphs['largest_pool_bytes'] / 2**20:.0f}"
+        yield f"{graphs['capture_seconds']:.1f}"

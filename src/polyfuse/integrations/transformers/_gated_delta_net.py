@@ -132,6 +132,15 @@ def stack_projections(module: Any) -> None:
     setattr(module, _SOURCES, sources)
 
 
+def stacked_weights(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights that a layer patched by `accelerate` gives to `polyfuse.gdn_in_proj`: [q | k | v | z] and [b | a].
+
+    Views of one buffer, of shape [rows, hidden]. Raises `AttributeError` for a layer whose weights are not stacked.
+    """
+    stack, large = getattr(module, _STACK), module.conv_dim + module.value_dim
+    return stack[:large], stack[large:]
+
+
 def _is_covered(module: Any, hidden_states: torch.Tensor, cache_params: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call is inference that the ops cover, with weights stacked for it."""
     if torch.is_grad_enabled() or module.training or torch.is_autocast_enabled(hidden_states.device.type):
@@ -164,10 +173,8 @@ def _projections(module: Any) -> list[Any]:
 
 def _project(module: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """qkv, z, b and a of hidden states [rows, hidden], as columns of the two projections."""
-    stack, channels = getattr(module, _STACK), module.conv_dim
-    large = channels + module.value_dim
-    qkvz, ba = polyfuse.gdn_in_proj(rows, stack[:large], stack[large:])
-    return *qkvz.split([channels, module.value_dim], dim=-1), *ba.chunk(2, dim=-1)
+    qkvz, ba = polyfuse.gdn_in_proj(rows, *stacked_weights(module))
+    return *qkvz.split([module.conv_dim, module.value_dim], dim=-1), *ba.chunk(2, dim=-1)
 
 
 def _names(module: Any) -> Any:

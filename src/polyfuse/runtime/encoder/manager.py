@@ -9,8 +9,9 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ import torch
 from polyfuse.configs import EncoderConfig, encoder_config
 from polyfuse.runtime.encoder.buffers import Tensors, allocate, check_request, gather, load, scatter, views
 from polyfuse.runtime.encoder.capture import GraphRuntime, Step, graph_runtime
+from polyfuse.runtime.encoder.forward import exact_forward, forward
 from polyfuse.runtime.encoder.protocol import Capacity, EncoderRequest, GraphableEncoder, ItemSize
+from polyfuse.runtime.encoder.stats import EncoderStats
 from polyfuse.runtime.packing.planner import Batch, Budget, Curve, plan_packing, predicted_time, suggest_budgets
 from polyfuse.spec import fail
 
@@ -26,33 +29,6 @@ EAGER_POINTS = 6  # sizes at which eager calls are measured
 FRAMES = 64  # attention segments of a replay, if not configured
 
 log = logging.getLogger("polyfuse")
-
-
-@dataclass
-class EncoderStats:
-    """What a manager has done since it was made or cleared. Tokens are output tokens."""
-
-    requests: int = 0
-    items: int = 0
-    replays: Counter[int] = field(default_factory=Counter)  # per budget
-    eager_batches: int = 0
-    eager_items: int = 0
-    tokens: int = 0  # of items that were replayed
-    padding: int = 0  # replayed for nothing
-    capture_failures: int = 0
-    capture_seconds: float = 0.0  # with the measuring
-    pool_bytes: int = 0
-    buffer_bytes: int = 0
-    costs: dict[int, float] = field(default_factory=dict)  # seconds of a replay, per captured budget
-
-    @property
-    def waste(self) -> float:
-        """Padding as a share of all replayed tokens."""
-        return self.padding / max(1, self.padding + self.tokens)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"replays": dict(self.replays), "waste": self.waste}
 
 
 class EncoderGraphManager:
@@ -168,6 +144,40 @@ class EncoderGraphManager:
             self._log()
             return results
 
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """A block in which no other thread plans, captures or replays: they wait for its end.
+
+        What the device was given before may still run in it.
+        """
+        with self._lock:
+            yield
+
+    def fill_buffers(self, value: float) -> None:
+        """Fill the static buffers of floating-point numbers with a value, after the last replay and before the next.
+
+        It serves checks that nothing left in a buffer reaches a result: NaN would be seen there. Before `capture()` or
+        the first request there are no buffers.
+        """
+        with self._lock, self.runtime.after_last():
+            for buffer in (*self._inputs.values(), *self._outputs.values()):
+                if buffer.is_floating_point():
+                    buffer.fill_(value)
+
+    def recompute(self, tokens: int) -> Tensors:
+        """The outputs of a budget of this many tokens, computed uncaptured from what its static inputs hold now.
+
+        The budget's last replay, if no other came after it, gave the same bits. Raises `SpecError` if there is no such
+        budget.
+        """
+        with self._lock:
+            self.capture()
+            capacity = self._capacities.get(tokens)
+            if capacity is None:
+                fail(self.encoder.name, "tokens", f"one of the budgets {sorted(self._capacities)}", tokens)
+            with self.runtime.after_last():
+                return forward(self.encoder, views(self._inputs, self._in, capacity), capacity)
+
     def predict(self, sizes: Sequence[ItemSize]) -> float:
         """Predicted seconds of a request of these items."""
         with self._lock:
@@ -199,7 +209,7 @@ class EncoderGraphManager:
         outputs = views(self._outputs, self._out, capacity)
 
         def step() -> None:
-            computed = self._forward(inputs, capacity)
+            computed = forward(self.encoder, inputs, capacity)
             for name, out in outputs.items():
                 if computed[name].shape != out.shape:
                     fail(self.encoder.name, name, f"an output {list(out.shape)}", list(computed[name].shape))
@@ -244,7 +254,7 @@ class EncoderGraphManager:
         inputs = gather(self._in, example, items, self.encoder.device)
 
         def step() -> None:
-            self._forward(inputs, total)
+            forward(self.encoder, inputs, total)
 
         return step
 
@@ -266,17 +276,10 @@ class EncoderGraphManager:
         fitting = range(min(len(example.sizes), capacity.items, capacity.frames))
         load(views(self._inputs, self._in, capacity), self._in, example, fitting)
 
-    def _forward(self, inputs: Tensors, capacity: Capacity) -> Tensors:
-        # One mode for all calls, whatever the caller's: compiled blocks are specialised on it.
-        with torch.inference_mode(False), torch.no_grad():
-            return dict(self.encoder.forward(inputs, capacity))
-
     def _eager(self, request: EncoderRequest, items: Sequence[int]) -> Tensors:
-        sizes = [request.sizes[i] for i in items]
-        exact = Capacity(sum(s.tokens for s in sizes), len(sizes), sum(s.frames for s in sizes))
         self._stats.eager_batches += 1
-        self._stats.eager_items += len(sizes)
-        return self._forward(gather(self._in, request, items, self.encoder.device), exact)
+        self._stats.eager_items += len(items)
+        return exact_forward(self.encoder, request, items)
 
     def _replay(self, request: EncoderRequest, items: Sequence[int], tokens: int) -> None:
         capacity, used = self._capacities[tokens], sum(request.sizes[i].tokens for i in items)

@@ -1,21 +1,39 @@
 """`polyfuse new-backend`: a package for a backend of one's own, with a stub per op, from `templates/backend`."""
 
 import re
-from inspect import Parameter, signature
+import shlex
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+import click
 
 import polyfuse
-from polyfuse.dispatch import registry
-from polyfuse.spec import OPS, OpSpec, docstring, fail
+from polyfuse.spec import OPS, OpSpec, docstring, fail, literal, parameters_source
 
 TEMPLATES = Path(__file__).parents[1] / "templates/backend"
 ARRAYS = {"torch": "torch.Tensor", "jax": "jax.Array", "numpy": "numpy.ndarray"}
-TYPES = {"int": "int", "float": "float", "bool": "bool", "enum": "str", "dtype": "str"}
 WIDTH = 120  # before a docstring's indentation; no line of a formula is longer
+
+
+@click.command()
+@click.argument("name")
+@click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder to write. Default: polyfuse-NAME.")
+@click.option("--family", default="torch", show_default=True, help="Kind of arrays: torch, jax or numpy.")
+def command(name: str, folder: Path | None, family: str) -> None:
+    """Write a package for a backend NAME of your own, with a stub for every op.
+
+    \b
+    Example:
+      polyfuse new-backend mychip --dir polyfuse-mychip
+    """
+    folder = folder or Path(f"polyfuse-{name}")
+    for path in new_backend(name, folder, family):
+        click.echo(f"created {path}")
+    click.echo("next:")
+    click.echo(f"  cd {shlex.quote(str(folder))} && python -m pip install --editable '.[test]'")
+    click.echo(f"  polyfuse conformance --backend {name} --profile quick")
+    click.echo("  python -m pytest")
 
 
 def new_backend(name: str, folder: Path, family: str = "torch") -> list[Path]:
@@ -24,6 +42,8 @@ def new_backend(name: str, folder: Path, family: str = "torch") -> list[Path]:
     `name` is a lowercase identifier that no backend has; `folder` is new or empty; `family` is the kind of the
     backend's arrays: torch, jax or numpy. Raises `SpecError`, and then has written nothing.
     """
+    from polyfuse.dispatch import registry
+
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         fail("new-backend", "NAME", "a lowercase identifier", repr(name), "mychip")
     if name in registry().names():
@@ -43,6 +63,8 @@ def new_backend(name: str, folder: Path, family: str = "torch") -> list[Path]:
 
 def render(name: str, family: str) -> dict[str, str]:
     """The files of the package: paths in it to their text. A template with OP in its path makes a file per op."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -70,41 +92,20 @@ def render(name: str, family: str) -> dict[str, str]:
 def _describe(spec: OpSpec, array: str) -> dict[str, Any]:
     """What the stub of an op says about it."""
     lines = [line for line in docstring(spec).splitlines() if not line.startswith("    backend: ")]
-    dtypes = {t.name: _source(t.dtypes) for t in spec.tensors if not t.host_unless}
-    dtypes |= {a.name: _source(a.values) for a in spec.attrs if a.kind == "dtype"}
-    choices = {a.name: _source(a.values) for a in spec.attrs if a.kind == "enum"}
-    choices |= {a.name: _source((False, True)) for a in spec.attrs if a.kind == "bool"}
+    dtypes = {t.name: literal(t.dtypes) for t in spec.tensors if not t.host_unless}
+    dtypes |= {a.name: literal(a.values) for a in spec.attrs if a.kind == "dtype"}
+    choices = {a.name: literal(a.values) for a in spec.attrs if a.kind == "enum"}
+    choices |= {a.name: literal((False, True)) for a in spec.attrs if a.kind == "bool"}
     return {
         "name": spec.name,
         "version": spec.version,
         "doc": "\n".join(_wrapped(line) for line in lines),
-        "parameters": _parameters(spec, array),
+        "parameters": parameters_source(spec, array),
         "result": array if len(spec.outputs) == 1 else f"tuple[{', '.join([array] * len(spec.outputs))}]",
         "takes_host": any(t.host_unless for t in spec.tensors),
         "dtypes": dtypes,
         "choices": choices,
     }
-
-
-def _parameters(spec: OpSpec, array: str) -> list[str]:
-    """The parameters of the public function, without `backend`, as source text."""
-    kinds = {t.name: f"Sequence[Sequence[int]] | {array}" if t.host_unless else array for t in spec.tensors}
-    kinds |= {a.name: TYPES[a.kind] for a in spec.attrs}
-    text: list[str] = []
-    for p in signature(getattr(polyfuse, spec.name)).parameters.values():
-        if p.name == "backend":
-            continue
-        if p.kind is Parameter.KEYWORD_ONLY and "*" not in text:
-            text.append("*")
-        kind = kinds[p.name] + (" | None" if p.default is None else "")
-        default = "" if p.default is Parameter.empty else f" = {_source(p.default)}"
-        text.append(f"{p.name}: {kind}{default}")
-    return text
-
-
-def _source(value: Any) -> str:
-    """A value as source text, with double quotes; no string of a spec contains a quote."""
-    return repr(value).replace("'", '"')
 
 
 def _wrapped(line: str) -> str:

@@ -1,0 +1,60 @@
+"""FP8 weights for a model's MLPs, and the linear function that Transformers would take from the hub for them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from polyfuse.integrations.transformers._fp8_mlp import ALIGNED, BLOCK, block_scaled_mm
+from polyfuse.unfused import block_quant
+
+MLP = "gate_proj", "up_proj", "down_proj"
+
+
+def quantise_mlps(model: nn.Module) -> None:
+    """Put weights of float8_e4m3fn in blocks of 128 x 128, as Transformers keeps them, into every MLP of a model."""
+    for module in list(model.modules()):
+        children = module._modules
+        if all(name in children for name in MLP):
+            for name in MLP:
+                setattr(module, name, _quantised(children[name]))
+
+
+def fp8_linear(device: str) -> AbstractContextManager[Any]:
+    """A block in which Transformers has an FP8 linear function; it would take one from the hub.
+
+    The activation is quantised by `polyfuse.unfused.block_quant`, under torch.compile on an accelerator, and multiplied
+    by the GEMM that the accelerated model has. Untouched and accelerated models both call it.
+    """
+    from transformers.integrations import finegrained_fp8
+
+    quantise = block_quant if device == "cpu" else torch.compile(block_quant, dynamic=True)
+    return patch.object(finegrained_fp8, "fp8_linear", _linear_of(quantise))
+
+
+def _quantised(linear: Any) -> nn.Module:
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    with torch.device(linear.weight.device):
+        fp8: Any = FP8Linear(linear.in_features, linear.out_features, block_size=(BLOCK, BLOCK)).requires_grad_(False)
+    blocks = linear.weight.detach().float().unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    scale = blocks.abs().amax((1, 3)) / 448  # [N / 128, K / 128]
+    fp8.weight.copy_((blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1).to(torch.float8_e4m3fn))
+    fp8.weight_scale_inv.copy_(scale)
+    return fp8.eval()
+
+
+def _linear_of(quantise: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    def fp8_linear(input: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, **options: Any) -> torch.Tensor:
+        rows = input.flatten(0, -2)
+        q, row_scale = quantise(
+            pad(rows, (0, 0, 0, -len(rows) % ALIGNED)), group_size=BLOCK, scale_layout="col_major", scale_min=0.0
+        )
+        out = block_scaled_mm(q, row_scale, weight, scale, input.dtype)[: len(rows)]
+        return out.view(*input.shape[:-1], len(weight))
+
+    return fp8_linear

@@ -1,0 +1,159 @@
+"""Every loop that measures time is in this module.
+
+Device time is that of CUDA-graph replays or between two CUDA events. All else is wall time, and the ways to take it
+differ in what is waited for: `latencies` wait for the device before and after every call, `row_ms` after a row of
+calls, `queue_us` never, so that it is the host's time.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+Call = Callable[[], Any]
+
+SLOW_CALLS = 3  # of a whole model or layer, on a CPU
+REPLAY_SECONDS = 0.004  # that one captured run of calls takes, about
+JAX_CALLS, JAX_ROUNDS = 20, 7
+
+
+class Latencies(NamedTuple):
+    """Seconds of each call: until the device had done it, and until it returned on the host."""
+
+    done: list[float]
+    returned: list[float]
+
+
+class Clock:
+    """Times of calls that work on one device, named as torch names it."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def wait(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.device != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def repeats(self, calls: int) -> int:
+        """How often to repeat a call of a whole model or layer: `calls` times, or fewer on a CPU, which takes long."""
+        return min(calls, SLOW_CALLS) if self.device == "cpu" else calls
+
+    def latencies(self, calls: Sequence[Call]) -> Latencies:
+        """The times of each call, with the device idle before and after it."""
+        found = Latencies([], [])
+        for call in calls:
+            self.wait()
+            started = time.perf_counter()
+            call()
+            found.returned.append(time.perf_counter() - started)
+            self.wait()
+            found.done.append(time.perf_counter() - started)
+        return found
+
+    def latency_ms(self, function: Call, calls: int = 5, warm_up: int = 2) -> float:
+        """Median milliseconds of a call of a model or layer, with the device idle before and after it."""
+        _repeat(function, warm_up)
+        return median(self.latencies([function] * self.repeats(calls)).done) * 1e3
+
+    def row_ms(self, function: Call, calls: int) -> float:
+        """Milliseconds per call of that many in a row, until the device has done the last."""
+        self.wait()
+        started = time.perf_counter()
+        _repeat(function, calls)
+        self.wait()
+        return (time.perf_counter() - started) / calls * 1e3
+
+    def queue_us(self, function: Call, calls: int = 50, rounds: int = 9, warm_up: int = 3) -> float:
+        """Microseconds per call until the host has queued it, of calls in a row; the median of some rounds."""
+        _repeat(function, warm_up)
+        times = []
+        for _ in range(rounds):
+            self.wait()
+            started = time.perf_counter()
+            _repeat(function, calls)
+            times.append((time.perf_counter() - started) / calls)
+        self.wait()
+        return median(times) * 1e6
+
+    def device_us(self, function: Call) -> float:
+        """Device microseconds of a call of a model or layer; its latency where there are no CUDA graphs."""
+        if self.device.startswith("cuda"):
+            return self.replay_us(function, rounds=7, warm_up=2)
+        return 1e3 * self.latency_ms(function)
+
+    def replay_us(self, function: Call, rounds: int = 15, warm_up: int = 3) -> float:
+        """Device microseconds per call of a captured run of calls, whose results are dropped one by one. CUDA only."""
+        _repeat(function, warm_up)
+        with _own_stream():
+            function()
+            once = self.row_ms(function, 1) / 1e3
+            calls = max(4, min(200, int(REPLAY_SECONDS / once)))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                _repeat(function, calls)
+            return self.event_us(graph.replay, rounds) / calls
+
+    def event_us(self, function: Call, rounds: int = 15) -> float:
+        """Median device microseconds of a call, between two events. CUDA only."""
+        times = []
+        function()
+        for _ in range(rounds):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3)
+        return median(times)
+
+
+def host_ns(function: Call, calls: int = 100, rounds: int = 201) -> float:
+    """Median nanoseconds per call of a function that only the host runs; a round is short, so few are interrupted."""
+    function()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter_ns()
+        _repeat(function, calls)
+        times.append((time.perf_counter_ns() - started) / calls)
+    return round(median(times), 1)
+
+
+def jax_us(function: Call) -> tuple[float, float]:
+    """Microseconds per call of a JAX function, of calls in a row: until all are done, and until all are queued."""
+    import jax
+
+    jax.block_until_ready(function())
+    done, queued = [], []
+    for _ in range(JAX_ROUNDS):
+        started = time.perf_counter()
+        results = [function() for _ in range(JAX_CALLS)]
+        queued.append(time.perf_counter() - started)
+        jax.block_until_ready(results)
+        done.append(time.perf_counter() - started)
+    return median(done) * 1e6 / JAX_CALLS, median(queued) * 1e6 / JAX_CALLS
+
+
+def seconds(function: Call) -> float:
+    """Wall seconds of one call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def _repeat(function: Call, calls: int) -> None:
+    for _ in range(calls):
+        function()
+
+
+@contextmanager
+def _own_stream() -> Iterator[None]:
+    """A CUDA stream of its own, as capture needs one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)

@@ -1,0 +1,35 @@
+"""Options that several commands have, and the checks of what is given for them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from polyfuse.spec import canonical
+
+ops_option = click.option("--op", "op_names", multiple=True, help="An op; repeat for several. Default: all.")
+backends_option = click.option(
+    "--backend", "backends", multiple=True, help="A backend; repeat for several. Default: all."
+)
+device_option = click.option("--device", default=None, help="cpu, cuda, ...; the accelerator if there is one.")
+tiny_option = click.option("--tiny", is_flag=True, help="Take a tiny model instead of the real one.")
+out_option = click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the JSON file.")
+vision_model_option = click.option(
+    "--model",
+    type=click.Choice(["qwen3_vl", "qwen3_5", "qwen2_5_vl", "siglip"]),
+    default="qwen3_vl",
+    show_default=True,
+    help="Its weights are random.",
+)
+
+
+def known_ops(names: Sequence[str]) -> tuple[str, ...]:
+    """The ops by the names that they have now. Raises `SpecError` for a name that is no op's."""
+    return tuple(canonical(name) for name in names)
+
+
+def check_backends(names: Sequence[str]) -> list[str]:
+    """The array family of each named backend. Raises `BackendError` for a name that is no backend's."""
+    from polyfuse.dispatch import registry
+
+    return [registry().get(name).family for name in names]
