@@ -43,13 +43,15 @@ class DispatchBench(Results):
 
 
 class _Nothing(Backend):
-    """A backend whose functions take any call and return None."""
+    """A backend whose functions take any call and return None for every result."""
 
     def missing(self, op: str) -> None:
         return None
 
     def load(self, op: str) -> Implementation:
-        return Implementation(lambda *args, **attrs: None, Capability())
+        results = (None,) * len(OPS[op].outputs)
+        result = results if len(results) > 1 else None
+        return Implementation(lambda *args, **attrs: result, Capability())
 
 
 def run_dispatch_bench(ops: Sequence[str] = (), device: str = "cpu") -> DispatchBench:

@@ -9,7 +9,6 @@ from rich.table import Table
 import polyfuse
 from polyfuse.cli._device import chosen_device
 from polyfuse.cli._terminal import console
-from polyfuse.conformance import cases
 from polyfuse.spec import OPS, SpecError, canonical
 
 
@@ -27,7 +26,7 @@ def command(op: str, family: str, device: str | None, as_json: bool) -> None:
     Example:
       POLYFUSE_BACKEND=triton polyfuse explain pos_embed_interpolate
     """
-    from polyfuse.conformance import make_inputs, place
+    from polyfuse.conformance import cases, make_inputs, place
     from polyfuse.dispatch._arrays import FAMILIES
 
     op = canonical(op)
