@@ -22,6 +22,7 @@ from torch.nn.functional import pad, silu
 
 import polyfuse
 from polyfuse.runtime import fusion
+from polyfuse.runtime.fusion._passes import Settings
 from polyfuse.runtime.fusion._replace import PLACED, fuse
 from polyfuse.spec import FLOATS, SpecError
 from polyfuse.spec.silu_mul_block_quant import QMAX, SCALE_FORMATS, SCALE_LAYOUTS
@@ -53,11 +54,12 @@ def rewrite(function: Callable[..., Any], *inputs: Any, materialize: bool = True
     seen: dict[str, Any] = {}
 
     def compiler(module: torch.fx.GraphModule, _: Any) -> Any:
-        count, seen["reasons"] = fuse(module.graph, materialize)
+        matches, near_misses = fuse(module.graph, materialize)
+        seen["reasons"] = [near_miss.reason for near_miss in near_misses]
         module.graph.lint()
         module.recompile()
         seen["placed"] = [node.meta[PLACED] for node in module.graph.nodes if PLACED in node.meta]
-        assert count == len(seen["placed"])
+        assert len(matches) == len(seen["placed"])
         return make_boxed_func(module.forward)
 
     backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=select_decomp_table())
@@ -641,8 +643,8 @@ def test_the_last_enable_holds_and_disable_ends_all() -> None:
     assert slots() == (None, None)
     fusion.enable()
     with fusion.enable(materialize=False, strict=True):
-        assert [slot.settings for slot in slots()] == [fusion.Settings(strict=True, materialize=False)] * 2
-    assert [slot.settings for slot in slots()] == [fusion.Settings(strict=False, materialize=True)] * 2
+        assert [slot.settings for slot in slots()] == [Settings(strict=True, materialize=False)] * 2
+    assert [slot.settings for slot in slots()] == [Settings(strict=False, materialize=True)] * 2
     fusion.enable(strict=True)
     fusion.disable()
     assert slots() == (None, None)
