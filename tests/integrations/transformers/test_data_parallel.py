@@ -1,8 +1,5 @@
-"""A tower over four gloo processes, each running this file, against the untouched tower in one."""
+"""A tower over four gloo processes, which run this file, against the untouched tower in one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import transformers
 
 from polyfuse.integrations.transformers import make_encoder
 from polyfuse.runtime import DataParallelEncoder, EncoderGraphManager
+from tests.forked_ranks import fork_ranks, run_ranks
 
 WORLD = 4
 REQUESTS = [
@@ -51,15 +49,7 @@ def process(rank: int, directory: Path) -> None:
 
 
 def test_four_processes_give_the_result_of_one(tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank)], env=env, stderr=subprocess.PIPE, text=True) for rank in range(4)]
-    try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * WORLD, "\n".join(errors)
+    run_ranks("tests.integrations.transformers.test_data_parallel", tmp_path, timeout_s=120)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
     tower = build()
     for i, grid in enumerate(REQUESTS):
@@ -76,4 +66,4 @@ def test_four_processes_give_the_result_of_one(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    process(int(sys.argv[2]), Path(sys.argv[1]))
+    fork_ranks(process, WORLD)

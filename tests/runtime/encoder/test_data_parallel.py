@@ -1,8 +1,6 @@
-"""Data-parallel encoding: the assignment here, the encoder in four gloo processes, each running this file."""
+"""Data-parallel encoding: the assignment here, the encoder in four gloo processes, which run this file."""
 
 import os
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +15,7 @@ from polyfuse.runtime.encoder import data_parallel
 from polyfuse.runtime.encoder.data_parallel import DataParallelEncoder, assign_items, item_cost
 from polyfuse.runtime.encoder.protocol import BufferSpec, EncoderRequest, ItemSize, Rows
 from polyfuse.spec import fail
+from tests.forked_ranks import fork_ranks, run_ranks
 
 WORLD = 4
 REQUESTS = {
@@ -113,18 +112,8 @@ def process(rank: int, directory: Path) -> None:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ranks")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "FATAL"}
-    command = [sys.executable, "-W", "error", __file__]
-    started = [
-        subprocess.Popen([*command, str(rank), directory], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [one.communicate(timeout=60)[1] for one in started]
-    finally:
-        for one in started:
-            one.kill()
-    assert [one.returncode for one in started] == [0] * WORLD, "\n".join(errors)
+    module = "tests.runtime.encoder.test_data_parallel"
+    run_ranks(module, directory, options=["-W", "error"], timeout_s=60, TORCH_CPP_LOG_LEVEL="FATAL")
     return [torch.load(directory / f"{rank}.pt") for rank in range(WORLD)]
 
 
@@ -272,4 +261,4 @@ def test_costs_count_attention_within_a_frame():
 
 
 if __name__ == "__main__":
-    process(int(sys.argv[1]), Path(sys.argv[2]))
+    fork_ranks(process, WORLD)

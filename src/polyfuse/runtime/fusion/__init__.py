@@ -6,39 +6,37 @@
 
 The pass reads the ATen graph before Inductor changes it, so that every rounding of the eager code is still in it, and
 replaces what the op computes bit for bit.
+
+**The way of a match through the files.** `enable` has `_passes.py` put two passes into Inductor's configuration.
+`FusePass` gets each graph first, and calls `fuse` in `_replace.py`, which takes three steps:
+
+1. **Read.** `_reader.py` goes through the nodes from front to back and gives each node that it understands a label of
+   `_labels.py`: what its value is, such as "y = silu(gate) * up, rounded to bfloat16". A label depends on those of the
+   node's arguments. The reader of `silu` finds the label of a gate on its argument, the reader of `amax` that of |y|,
+   until the conversion to fp8 of a quotient whose scale is known gives a `Quantised`: a q, with the whole way to it in
+   its label. The readers stand in the order of that way: `_product.py` (gate and up, y), `_scale.py` (amax, the
+   division, its bounds), `_power_of_two.py` (ue8m0 scales), `_ratio.py` (y / scale, q), and `_layout.py` (packed,
+   transposed or padded scales). `_nodes.py` has what all of them ask of a node. What no reader knows has no label, and
+   no label rests on a guess.
+2. **Match.** `_match.py` compares each `Quantised` with what the op computes: qmax, bounds, roundings. It becomes a
+   `Match`, with the op's attributes, or a `NearMiss` with a reason. `_results.py` decides which of the graph's scales
+   is the op's result, in which format and layout, and which nodes it replaces.
+3. **Replace.** `_replace.py` puts the op's call before the first of these nodes, and erases what nothing uses any more.
+
+Then Inductor changes and lowers the graph. `CountPass` runs at the end, and adds what is in the graph to Inductor's
+counters, from which `report` reads it.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
-import torch._inductor.config as inductor
-from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.utils import counters
-from torch._inductor import custom_graph_pass
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph
 
-import polyfuse.spec.silu_mul_block_quant as op
-from polyfuse.dispatch import _torch_library
-from polyfuse.dispatch._plan import CALLS
-from polyfuse.runtime.fusion._replace import NAME, PLACED, fuse, is_inference
-from polyfuse.spec import SpecError, fail
+from polyfuse.runtime.fusion._passes import COUNTER, NoMatch, Settings, configure
+from polyfuse.spec import fail
 
 __all__ = ["Enabled", "GraphReport", "NoMatch", "disable", "enable", "report"]
-
-_COUNTER = "polyfuse.fusion "
-
-
-class NoMatch(SpecError, ShortenTraceback):
-    """A graph compiled under `enable(strict=True)` has nothing to fuse; raised by the call that compiles it."""
-
-    def __init__(self, message: str) -> None:
-        ShortenTraceback.__init__(self, message, first_useful_frame=None)  # of the errors that torch does not wrap
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,6 @@ class GraphReport:
 
     matches: tuple[dict[str, Any], ...]
     left: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of `enable`."""
-
-    strict: bool
-    materialize: bool
 
 
 class Enabled:
@@ -76,6 +66,14 @@ class Enabled:
         if self in _in_force:
             _in_force.remove(self)
         _configure()
+
+
+_in_force: list[Enabled] = []
+
+
+def _configure() -> None:
+    """Have the last of what is in force hold, or nothing."""
+    configure(_in_force[-1].settings if _in_force else None)
 
 
 def enable(*, strict: bool = False, materialize: bool = True) -> Enabled:
@@ -105,79 +103,7 @@ def report() -> list[GraphReport]:
     """
     graphs: list[GraphReport] = []
     for key, count in counters["inductor"].items():
-        if key.startswith(_COUNTER):
-            entry = json.loads(key.removeprefix(_COUNTER))
+        if key.startswith(COUNTER):
+            entry = json.loads(key.removeprefix(COUNTER))
             graphs += [GraphReport(tuple(entry["matches"]), tuple(entry["left"]))] * count
     return graphs
-
-
-class _Pass(CustomGraphPass):
-    """A pass behind those that were configured before it."""
-
-    def __init__(self, settings: Settings, earlier: Any) -> None:
-        self.settings = settings
-        self.earlier = earlier
-
-    def run(self, graph: Graph) -> None:
-        raise NotImplementedError
-
-    def __call__(self, graph: Graph) -> None:
-        inference_aware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", ())
-        for earlier in _as_tuple(self.earlier):
-            options = {"is_inference": is_inference(graph)} if isinstance(earlier, inference_aware) else {}
-            earlier(graph, **options)
-        self.run(graph)
-
-    def uuid(self) -> Any:
-        """What identifies the graphs' changes for compile caches; None if an earlier pass has no such identity."""
-        earlier = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in _as_tuple(self.earlier)]
-        own = (type(self).__name__, self.settings.strict, self.settings.materialize, _source())
-        return None if None in earlier else (own, *earlier)
-
-
-class _Fuse(_Pass):
-    def run(self, graph: Graph) -> None:
-        matches, left = fuse(graph, self.settings.materialize) if is_inference(graph) else (0, [_GRADIENTS])
-        if not matches and self.settings.strict:
-            reasons = f" ({'; '.join(left)})" if left else ""
-            raise NoMatch(f"fusion.enable: strict: expected something to fuse in each graph, got none{reasons}")
-        _meta(graph)[PLACED] = left
-
-
-class _Count(_Pass):
-    """Adds what is in a graph to Inductor's counters: a compile cache keeps with a graph what it added."""
-
-    def run(self, graph: Graph) -> None:
-        matches = [node.meta[PLACED] for node in graph.nodes if PLACED in node.meta]
-        left = _meta(graph).get(PLACED, []) if is_inference(graph) else [_GRADIENTS]
-        counters["inductor"][_COUNTER + json.dumps({"matches": matches, "left": left})] += 1
-
-
-_GRADIENTS = "the graph computes gradients, which the op has none of"
-_SLOTS: dict[str, type[_Pass]] = {"joint_custom_pre_pass": _Fuse, "post_grad_custom_post_pass": _Count}
-_in_force: list[Enabled] = []
-
-
-def _configure() -> None:
-    """Put the passes of the last `enable` into Inductor's configuration, or take them out of it."""
-    for slot, kind in _SLOTS.items():
-        current = getattr(inductor, slot)
-        earlier = current.earlier if isinstance(current, _Pass) else current
-        setattr(inductor, slot, kind(_in_force[-1].settings, earlier) if _in_force else earlier)
-
-
-def _meta(graph: Graph) -> dict[str, Any]:
-    module = graph.owning_module
-    return {} if module is None else module.meta
-
-
-def _as_tuple(passes: Any) -> tuple[Any, ...]:
-    if passes is None:
-        return ()
-    return tuple(passes) if isinstance(passes, Sequence) else (passes,)
-
-
-@lru_cache(maxsize=1)
-def _source() -> str:
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(op.__file__)]
-    return sha256(b"".join(f.read_bytes() for f in files) + _torch_library.schema(CALLS[NAME]).encode()).hexdigest()

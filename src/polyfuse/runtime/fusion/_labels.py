@@ -5,6 +5,7 @@ what it views. `inexact` says why a value may differ in its last bits from what 
 """
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TypeAlias
 
 import torch
@@ -25,19 +26,26 @@ class Halves:
     x: Node
 
 
+class Part(Enum):
+    """Which half of x [..., 2*D] a value is; the number is its index among the two."""
+
+    GATE = 0
+    UP = 1
+
+
 @dataclass(frozen=True)
 class Half:
-    """gate (part 0) or up (part 1) of x, clamped to [low, high]."""
+    """Gate or up of x, clamped to [low, high]; None is no bound."""
 
     x: Node
-    part: int
+    part: Part
     low: float | None = None
     high: float | None = None
 
 
 @dataclass(frozen=True)
 class Silu:
-    """silu(gate). `computed` is the dtype of silu's argument, `rounded` the dtype that its value was rounded to."""
+    """silu(gate); `computed` is the dtype of silu's argument, and `rounded` the dtype that its value was rounded to."""
 
     gate: Half
     computed: torch.dtype
@@ -47,19 +55,20 @@ class Silu:
 
 @dataclass(frozen=True)
 class Product:
-    """y = silu(gate) * up, rounded to a dtype."""
+    """y = silu(gate) * up, rounded to the dtype `rounded`."""
 
     silu: Silu
     rounded: torch.dtype
 
     @property
     def x(self) -> Node:
+        """The tensor whose halves are gate and up."""
         return self.silu.gate.x
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """|y|."""
+    """The absolute values of y."""
 
     y: Product
 
@@ -68,7 +77,8 @@ class Magnitude:
 class Scale:
     """The largest |y| of each group, then divided by `divisor`, at most `high`, at least `low`, a power of two.
 
-    `reciprocal`: multiplied by the float32 nearest to 1 / divisor instead.
+    None is a step that was not taken. With `reciprocal` it is no division, but a multiplication by the float32 nearest
+    to 1 / divisor.
     """
 
     y: Product
@@ -81,19 +91,43 @@ class Scale:
     inexact: str = ""
 
 
+class Stage(Enum):
+    """What `Step` has computed from a scale."""
+
+    WITH_INDEX = "the tuple (scale, index) that a maximum gives"
+    IS_INFINITE = "scale == inf"
+    RECIPROCAL = "1 / scale"
+    BITS = "the scale's bits as int32"
+    CARRIED_BITS = "those bits + 0x7FFFFF, which carries into the exponent unless the mantissa is zero"
+    RAISED_BITS = "the carried bits without their mantissa"
+    RAISED = "the raised bits as float32: the scale rounded up to a power of two, but for NaN"
+    EXPONENTS = "the bits >> 23, as int32"
+    LOG2 = "log2(scale)"
+    CEIL_LOG2 = "ceil(log2(scale))"
+
+
 @dataclass(frozen=True)
 class Step:
-    """A value on the way from a scale to another or to its packed form; `kind` names it, `number` is its argument.
+    """A value on the way from a scale to another scale or to its packed form."""
 
-    indexed: (scale, index) of a maximum    capped: min(scale, number)    infinite: scale == inf
-    bits: as int32    carried: bits + 0x7FFFFF    raised_bits: carried, without mantissa    raised: that as float32
-    shifted: bits >> 23    exponents: that as bytes (number 1: padded to whole words)
-    log2    ceil_log2    reciprocal: 1 / scale
-    """
-
-    kind: str
+    stage: Stage
     scale: Scale
-    number: float = 0.0
+
+
+@dataclass(frozen=True)
+class Capped:
+    """min(scale, high), which also bounds an infinite scale."""
+
+    scale: Scale
+    high: float
+
+
+@dataclass(frozen=True)
+class ExponentBytes:
+    """The exponents of a scale, one uint8 for each group; `padded` with zeros to whole int32 words."""
+
+    scale: Scale
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,16 +139,21 @@ class Packed:
 
 @dataclass(frozen=True)
 class Moved:
-    """A scale with its dimensions in another order; `padded`: with rows added at the end."""
+    """A scale, as it is or packed, with its dimensions in another order; `padded` with rows at the end."""
 
     label: Scale | Packed
     order: tuple[int, ...]
     padded: bool = False
 
+    @property
+    def scale(self) -> Scale:
+        """The scale itself."""
+        return self.label.scale if isinstance(self.label, Packed) else self.label
+
 
 @dataclass(frozen=True)
 class Ratio:
-    """y / scale, then clamped to [low, high], rounded to integers, NaN replaced by 0."""
+    """y / scale, then clamped to [low, high], rounded to integers, its NaN replaced by 0; each only if it says so."""
 
     scale: Scale
     low: float | None = None
@@ -140,7 +179,21 @@ class Quantised:
 
 
 Label: TypeAlias = (
-    Const | Halves | Half | Silu | Product | Magnitude | Scale | Step | Packed | Moved | Ratio | IsNaN | Quantised
+    Const
+    | Halves
+    | Half
+    | Silu
+    | Product
+    | Magnitude
+    | Scale
+    | Step
+    | Capped
+    | ExponentBytes
+    | Packed
+    | Moved
+    | Ratio
+    | IsNaN
+    | Quantised
 )
 
 
@@ -149,9 +202,9 @@ def scale_of(label: Label | None) -> Scale | None:
     match label:
         case Scale():
             return label
-        case Step() | Packed() | Ratio():
+        case Step() | Capped() | ExponentBytes() | Packed() | Moved() | Ratio():
             return label.scale
-        case Moved() | IsNaN():
+        case IsNaN():
             return scale_of(label.label)
         case Quantised():
             return label.ratio.scale

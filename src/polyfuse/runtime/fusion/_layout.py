@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from polyfuse.runtime.fusion._graph import Args, Labels, Reader, same, sizes, width_of, with_defaults
-from polyfuse.runtime.fusion._labels import Label, Moved, Packed, Scale, Step
+from polyfuse.runtime.fusion._labels import ExponentBytes, Label, Moved, Packed, Scale, Stage, Step
+from polyfuse.runtime.fusion._nodes import Args, Labels, Reader, same, sizes, width_of, with_defaults
 
 aten, prims = torch.ops.aten, torch.ops.prims
+
+_MANTISSA_WIDTH = 23
 
 
 def _groups(scale: Scale) -> int:
@@ -18,31 +20,35 @@ def _groups(scale: Scale) -> int:
 
 
 def _shift(node: Node, args: Args, labels: Labels) -> Label | None:
-    match labels.get(args[0]), args[1]:
-        case Step("bits", scale), 23:
-            return Step("shifted", scale)
+    """The exponents of a scale, shifted out of its bits."""
+    match labels.get(args[0]):
+        case Step(Stage.BITS, scale) if args[1] == _MANTISSA_WIDTH:
+            return Step(Stage.EXPONENTS, scale)
     return None
 
 
 def _convert(node: Node, args: Args, labels: Labels) -> Label | None:
-    match labels.get(args[0]), args[1]:
-        case Step("shifted", scale), torch.uint8:
-            return Step("exponents", scale)
+    """The exponents as bytes."""
+    match labels.get(args[0]):
+        case Step(Stage.EXPONENTS, scale) if args[1] is torch.uint8:
+            return ExponentBytes(scale)
     return None
 
 
 def _view_as(node: Node, args: Args, labels: Labels) -> Label | None:
-    match labels.get(args[0]), args[1]:
-        case Step("exponents", scale, padded), torch.int32 if padded or _groups(scale) % 4 == 0:
+    """The exponent bytes as whole int32 words."""
+    match labels.get(args[0]):
+        case ExponentBytes(scale, padded) if args[1] is torch.int32 and (padded or _groups(scale) % 4 == 0):
             return Packed(scale)
     return None
 
 
 def _pad(node: Node, args: Args, labels: Labels) -> Label | None:
+    """The exponent bytes with columns of zeros up to a whole word, or scales `[rows, columns]` with more rows."""
     source, amounts, value = with_defaults(args, None, None, 0.0)
     match labels.get(source), amounts:
-        case Step("exponents", scale, 0.0), [0, columns] if value == 0 and columns == -_groups(scale) % 4:
-            return Step("exponents", scale, 1.0) if sizes(source)[-1] == _groups(scale) else None
+        case ExponentBytes(scale, padded=False), [0, columns] if value == 0 and columns == -_groups(scale) % 4:
+            return ExponentBytes(scale, padded=True) if sizes(source)[-1] == _groups(scale) else None
         case (Scale() | Packed()) as label, [0, 0, 0, _] if len(sizes(source)) == 2:
             return Moved(label, (0, 1), padded=True)
     return None
@@ -51,15 +57,15 @@ def _pad(node: Node, args: Args, labels: Labels) -> Label | None:
 def _slice(node: Node, args: Args, labels: Labels) -> Label | None:
     """The rows that were there before the padding."""
     source, dim, start, _, step = with_defaults(args, None, 0, None, None, 1)
-    label = labels.get(source)
-    if not isinstance(label, Moved) or label.order[dim] != 0 or start not in (None, 0) or step != 1:
+    moved = labels.get(source)
+    if not isinstance(moved, Moved) or moved.order[dim] != 0 or start not in (None, 0) or step != 1:
         return None
-    scale = label.label if isinstance(label.label, Scale) else label.label.scale
-    whole = same((sizes(node)[dim],), (prod(sizes(scale.y.x)[:-1]),))
-    return _settled(replace(label, padded=False)) if whole else None
+    rows = prod(sizes(moved.scale.y.x)[:-1])
+    return _settled(replace(moved, padded=False)) if same((sizes(node)[dim],), (rows,)) else None
 
 
 def _permute(node: Node, args: Args, labels: Labels) -> Label | None:
+    """Scales with their dimensions in another order."""
     source, dims = args
     label = labels.get(source)
     if not isinstance(label, Scale | Packed | Moved):

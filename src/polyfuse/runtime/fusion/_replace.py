@@ -8,12 +8,12 @@ from torch.fx import Graph, Node, map_arg
 
 from polyfuse.dispatch import _torch_library
 from polyfuse.dispatch._plan import CALLS
-from polyfuse.runtime.fusion._graph import dtype_of, same, sizes
-from polyfuse.runtime.fusion._match import Match, find
+from polyfuse.runtime.fusion._match import Match, NearMiss, find
+from polyfuse.runtime.fusion._nodes import dtype_of, same, sizes
 from polyfuse.runtime.fusion._reader import read
 
 NAME = "silu_mul_block_quant"
-PLACED = "polyfuse_fusion"  # key of the meta of a node that the pass put there: what it computes
+PLACED = "polyfuse_fusion"  # in the meta of a node that the pass put there: what it computes
 
 aten = torch.ops.aten
 
@@ -24,27 +24,28 @@ def is_inference(graph: Graph) -> bool:
     return not any(name.startswith(("primals", "tangents")) for name in names)
 
 
-def fuse(graph: Graph, materialize: bool) -> tuple[int, list[str]]:
-    """Rewrite a graph; gives the number of matches, and for what is almost a match the reason why it is none."""
-    matches, reasons = find(read(graph), materialize)
+def fuse(graph: Graph, materialize: bool) -> tuple[list[Match], list[NearMiss]]:
+    """Rewrite a graph in place; gives what was replaced, and what is almost a match."""
+    matches, near_misses = find(read(graph), materialize)
     if matches:
         order = {node: i for i, node in enumerate(graph.nodes)}
         for match in matches:
             _replace(graph, match, min((*match.q, *match.scale), key=order.__getitem__))
         for match in matches:
             _erase_unused(graph, [*match.q, *match.scale])
-    return len(matches), reasons
+    return matches, near_misses
 
 
 def _replace(graph: Graph, match: Match, first: Node) -> None:
+    """Put the op's call before `first`, the first node that it replaces, and its results in their places."""
     op = CALLS[NAME]
     values = {**op.spec.parameters, **match.attrs, "x": match.x}
     with graph.inserting_before(first), match.x.meta["val"].fake_mode:
         target = getattr(torch.ops.polyfuse, NAME).default
         call = _call(graph, target, *_torch_library.flatten(op, tuple(values[name] for name in op.names)))
         call.meta[PLACED] = _description(match)
-        for i, places in enumerate((match.q, match.scale)):
-            result = _call(graph, operator.getitem, call, i)
+        for index, places in enumerate((match.q, match.scale)):
+            result = _call(graph, operator.getitem, call, index)
             for place in places:
                 place.replace_all_uses_with(_shaped(graph, result, place, match.x))
 
@@ -68,20 +69,21 @@ def _call(graph: Graph, target: Any, *args: Any) -> Node:
 
 
 def _shaped(graph: Graph, result: Node, place: Node, x: Node) -> Node:
-    """The result in the shape of the node whose place it takes."""
+    """The result in the shape of the node whose place it takes, of which one size may be unknown."""
     if same(sizes(result), sizes(place)):
         return result
     shape: list[int | Node] = []
     for size in sizes(place):
-        dims = [i for i, own in enumerate(sizes(x)) if same((own,), (size,))]
         if isinstance(size, int):
             shape.append(size)
-        else:
-            shape.append(_call(graph, aten.sym_size.int, x, dims[0]) if dims else -1)
+            continue
+        dims_of_x = [dim for dim, own in enumerate(sizes(x)) if same((own,), (size,))]
+        shape.append(_call(graph, aten.sym_size.int, x, dims_of_x[0]) if dims_of_x else -1)
     return _call(graph, aten.view.default, result, shape)
 
 
 def _description(match: Match) -> dict[str, Any]:
+    """What a call computes: shape and dtype of x, and the attributes that are not the op's defaults."""
     defaults = CALLS[NAME].spec.parameters
     attrs = {name: value for name, value in match.attrs.items() if value != defaults[name]}
     return {"shape": [str(size) for size in sizes(match.x)], "dtype": str(dtype_of(match.x)), **attrs}

@@ -1,12 +1,14 @@
-"""The budgets that a plan can choose from, prepared for looking up. Standard library only."""
+"""The budgets that a plan can choose from, prepared for looking up."""
 
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
+from polyfuse.runtime.packing.curve import slope
 from polyfuse.spec import fail
 
 
@@ -18,17 +20,33 @@ class Budget(NamedTuple):
     frames: int
     cost: float
 
+    def holds(self, tokens: int, items: int, frames: int) -> bool:
+        """Whether so much is within all three limits."""
+        return self.tokens >= tokens and self.items >= items and self.frames >= frames
 
-class Menu(NamedTuple):
-    """What depends on the budgets alone."""
 
-    budgets: tuple[Budget, ...]  # by tokens, without those that a cheaper one replaces
+class Line(NamedTuple):
+    """A straight line below the costs of all budgets: each costs at least `base + per_token * tokens`; `base >= 0`."""
+
+    base: float
+    per_token: float
+
+
+@dataclass(frozen=True, eq=False)
+class Menu:
+    """What depends on the budgets alone.
+
+    `budgets` are in order of tokens, without those that a cheaper one can replace; `tokens` are theirs. `holding[i]`
+    are the budgets of at least `tokens[i]` tokens, cheapest first. `lines` bound all costs from below.
+    """
+
+    budgets: tuple[Budget, ...]
     tokens: tuple[int, ...]
-    holding: tuple[tuple[Budget, ...], ...]  # holding[i]: those of at least tokens[i] tokens, cheapest first
-    lines: tuple[tuple[float, float], ...]  # (a, b), a >= 0: every budget costs at least a + b * tokens
+    holding: tuple[tuple[Budget, ...], ...]
+    lines: tuple[Line, ...]
 
     def cheapest(self, tokens: int, items: int, frames: int) -> Budget | None:
-        """The cheapest budget that holds so much."""
+        """The cheapest budget that holds so much, or None."""
         at = bisect_left(self.tokens, tokens)
         if at < len(self.tokens):
             for budget in self.holding[at]:
@@ -41,32 +59,37 @@ class Menu(NamedTuple):
 def make_menu(budgets: tuple[Budget, ...]) -> Menu:
     """Check the budgets and order them. Raises `SpecError` as `plan_packing` says."""
     for i, budget in enumerate(budgets):
-        if min(budget[:3]) < 1:
+        if min(budget.tokens, budget.items, budget.frames) < 1:
             fail("plan_packing", f"budgets[{i}]", "tokens, items and frames >= 1", tuple(budget))
         if not 0 <= budget.cost < math.inf:
             fail("plan_packing", f"budgets[{i}]", "a finite cost >= 0", tuple(budget))
-    kept: list[Budget] = []
+    kept: list[Budget] = []  # cheapest first
     for budget in sorted(budgets, key=lambda b: (b.cost, -b.tokens, -b.items, -b.frames)):
-        if not any(k.tokens >= budget.tokens and k.items >= budget.items and k.frames >= budget.frames for k in kept):
+        if not any(cheaper.holds(budget.tokens, budget.items, budget.frames) for cheaper in kept):
             kept.append(budget)
     ordered = tuple(sorted(kept))
-    holding = tuple(tuple(b for b in kept if b.tokens >= budget.tokens) for budget in ordered)
-    return Menu(ordered, tuple(b.tokens for b in ordered), holding, _supporting_lines(ordered))
+    tokens = tuple(budget.tokens for budget in ordered)
+    holding = tuple(tuple(budget for budget in kept if budget.tokens >= count) for count in tokens)
+    return Menu(ordered, tokens, holding, _supporting_lines(ordered))
 
 
-def _supporting_lines(budgets: Sequence[Budget]) -> tuple[tuple[float, float], ...]:
-    """The edges of the lower convex hull of cost over tokens, as far as they meet the axis above zero."""
+def _supporting_lines(budgets: Sequence[Budget]) -> tuple[Line, ...]:
+    """The edges of the lower convex hull of cost over tokens, as far as they meet the axis above zero.
+
+    The last line goes through the origin, at the least cost per token.
+    """
     if not budgets:
         return ()
-    hull: list[tuple[int, float]] = [(0, min(b.cost for b in budgets))]
-    for point in ((b.tokens, b.cost) for b in budgets):
+    hull: list[tuple[int, float]] = [(0, min(budget.cost for budget in budgets))]
+    for budget in budgets:
+        point = (budget.tokens, budget.cost)
         while len(hull) > 1 and slope(hull[-2], point) <= slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
-    edges = [(p[1] - slope(p, q) * p[0], slope(p, q)) for p, q in pairwise(hull)]
-    return (*(edge for edge in edges if edge[0] > 0), (0.0, min(b.cost / b.tokens for b in budgets)))
-
-
-def slope(p: tuple[int, float], q: tuple[int, float]) -> float:
-    """Of the line through two points; infinite if it is upright."""
-    return math.inf if p[0] == q[0] else (q[1] - p[1]) / (q[0] - p[0])
+    lines = []
+    for left, right in pairwise(hull):
+        per_token = slope(left, right)
+        base = left[1] - per_token * left[0]
+        if base > 0:
+            lines.append(Line(base, per_token))
+    return (*lines, Line(0.0, min(budget.cost / budget.tokens for budget in budgets)))

@@ -1,4 +1,4 @@
-"""What the readers of a graph share: looking at nodes, shapes and numbers."""
+"""What the readers of a graph share: looking at nodes, their shapes and strides, and numbers."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -15,6 +15,7 @@ Args: TypeAlias = tuple[Any, ...]
 Reader: TypeAlias = Callable[[Node, Args, Labels], Label | None]
 Sizes: TypeAlias = tuple[int | torch.SymInt, ...]
 
+# The 16-bit dtypes of activations, with NumPy's of the same format.
 NARROW: dict[torch.dtype, Any] = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16}
 
 
@@ -24,7 +25,7 @@ def sizes(node: Node) -> Sizes:
 
 
 def width_of(x: Node) -> int:
-    """D, of a node with value x [..., 2*D]."""
+    """D, half of the last dimension of a node with value x [..., 2*D]."""
     return x.meta["val"].shape[-1] // 2
 
 
@@ -41,17 +42,33 @@ def same(first: Sizes, second: Sizes) -> bool:
 
 
 def with_defaults(args: Args, *defaults: Any) -> Args:
-    """The arguments of a node, with defaults for the last ones."""
+    """The arguments of a node, with the last of `defaults` in the place of those that it leaves out."""
     return *args, *defaults[len(args) :]
 
 
+def contiguous_strides(node: Node) -> Sizes:
+    """The strides of a contiguous tensor of a node's shape."""
+    strides: list[Any] = [1]
+    for size in reversed(sizes(node)[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides)
+
+
+def is_contiguous(node: Node) -> bool:
+    """Whether a value's elements lie in row-major order; the stride of a size of 1 does not matter."""
+    for size, stride, wanted in zip(sizes(node), node.meta["val"].stride(), contiguous_strides(node), strict=True):
+        if not same((size,), (1,)) and not same((stride,), (wanted,)):
+            return False
+    return True
+
+
 def is_number(value: Any) -> bool:
-    """Whether an argument is a Python number."""
+    """Whether a node's argument is a Python number."""
     return isinstance(value, int | float)
 
 
 def is_call(value: Any, target: Any, *args: Any) -> bool:
-    """Whether an argument is the node `target(*args)`."""
+    """Whether a node's argument is the node `target(*args)`."""
     return isinstance(value, Node) and value.target is target and value.args == args and not value.kwargs
 
 
