@@ -93,9 +93,11 @@ def encoder_manager(model: nn.Module) -> EncoderGraphManager:
 
 
 def _vision_models(model: nn.Module) -> list[Any]:
+    """The vision models in a model that have an adapter, itself included."""
     return [module for module in model.modules() if type(module).__name__ in ENCODERS]
 
 
 def _is_patched(module: nn.Module) -> bool:
+    """Whether `accelerate` has replaced the module's `forward`."""
     encodes = isinstance(vars(module).get("forward"), AcceleratedForward)
     return encodes or _gated_delta_net.is_fused(module) or _fp8_mlp.is_fused(module)

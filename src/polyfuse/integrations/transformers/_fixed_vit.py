@@ -46,15 +46,20 @@ class FixedResolutionEncoder:
 
     @property
     def _weight(self) -> torch.Tensor:
+        """The kernel of the patch embedding, whose dtype and device are the model's."""
         return self.model.embeddings.patch_embedding.weight
 
     @property
     def _image(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of every image."""
         side = self.model.config.image_size
         return self.model.config.num_channels, side, side
 
     def request(self, pixel_values: Any) -> EncoderRequest:
-        """Check `pixel_values` `[images, channels, side, side]`."""
+        """Check `pixel_values` `[images, channels, side, side]`, floating point; any such dtype is converted.
+
+        Raises `SpecError` for another shape, device or dtype, and for no images.
+        """
         image, device = list(self._image), self.device
         if not isinstance(pixel_values, torch.Tensor) or list(pixel_values.shape[1:]) != image:
             got = list(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
@@ -67,13 +72,16 @@ class FixedResolutionEncoder:
         return self._request(pixel_values)
 
     def example(self, tokens: int) -> EncoderRequest:
+        """Images of zeros."""
         images = tokens // self.token_multiple
         return self._request(torch.zeros(images, *self._image, dtype=self._weight.dtype, device=self.device))
 
     def _request(self, images: torch.Tensor) -> EncoderRequest:
+        """Describe images that are known to be right."""
         return EncoderRequest((ItemSize(self.token_multiple),) * len(images), {"pixel_values": images})
 
     def forward(self, inputs: Mapping[str, torch.Tensor], capacity: Capacity) -> Mapping[str, torch.Tensor]:
+        """The model's outputs for each image of the buffer, as the model computes them."""
         model = self.model
         # SigLIP embeds into transposed memory, and every compiled layer would go on with it, slower.
         hidden = model.embeddings(inputs["pixel_values"]).contiguous()

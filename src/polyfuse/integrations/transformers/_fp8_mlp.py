@@ -2,7 +2,6 @@
 
 import threading
 from functools import cache
-from itertools import permutations
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,13 +19,20 @@ from polyfuse.spec import FLOATS
 FP8_LINEAR = "transformers.integrations.finegrained_fp8.FP8Linear"
 SILU = ("SiLU", "SiLUActivation")
 
-# What an MLP's `forward` may compute, as `_formula` writes it: from two projections, or from one for both halves.
-_HALVES = "chunk(gate_up_proj(x), 2, dim=-1)"
-FORMULAS = {
-    f"down_proj(mul({', '.join(factors)}))"
-    for pair in (("silu(gate_proj(x))", "up_proj(x)"), (f"silu(getitem({_HALVES}, 0))", f"getitem({_HALVES}, 1)"))
-    for factors in permutations(pair)
-}
+
+def _formulas() -> set[str]:
+    """What an MLP's `forward` may compute, as `_formula` writes it: the factors of the product in either order."""
+    halves = "chunk(gate_up_proj(x), 2, dim=-1)"
+    two_projections = ("silu(gate_proj(x))", "up_proj(x)")
+    one_for_both_halves = (f"silu(getitem({halves}, 0))", f"getitem({halves}, 1)")
+    formulas = set()
+    for activated_gate, up in (two_projections, one_for_both_halves):
+        formulas.add(f"down_proj(mul({activated_gate}, {up}))")
+        formulas.add(f"down_proj(mul({up}, {activated_gate}))")
+    return formulas
+
+
+FORMULAS = _formulas()
 
 BLOCK = 128  # rows and columns of a weight, and columns of an activation, that share a scale
 ALIGNED = 4  # cuBLASLt takes multiples of this many rows, and of this many blocks along K
@@ -106,6 +112,7 @@ def block_scaled_mm(
 
 
 def _infers(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a call is inference that the fused path covers, on a device that has its GEMM."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or module.training or not x.numel():
         return False
     return _has_gemm(x.device, x.dtype) and not _is_observed(module)
@@ -127,6 +134,7 @@ def _weights(module: nn.Module, x: torch.Tensor) -> Pair | None:
 
 
 def _fused(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """The MLP's result for x [..., K], in its dtype, with the weight and scales of gate and up as one."""
     from transformers.integrations import finegrained_fp8
 
     first, *_, down = _projections(module)
@@ -145,6 +153,7 @@ def _fused(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, weight_scal
 
 
 def _has_gemm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `block_scaled_mm` gives results of this dtype there."""
     if device.type == "cpu":
         return str(dtype).removeprefix("torch.") in FLOATS
     return device.type == "cuda" and dtype == torch.bfloat16 and _has_scaled_mm(device)
@@ -158,6 +167,7 @@ def _has_scaled_mm(device: torch.device) -> bool:
 
 
 def _fits(module: nn.Module) -> bool:
+    """Whether a module is an MLP that `forward` can stand in for, as `fp8_mlps` says."""
     linears = _projections(module)
     if not linears or _is_observed(module):
         return False
@@ -175,6 +185,7 @@ def _projections(module: nn.Module) -> list[Any]:
 
 
 def _is_block_fp8(linear: Any) -> bool:
+    """Whether a projection is an FP8Linear with blocks, scales and sizes that `block_scaled_mm` takes."""
     if f"{type(linear).__module__}.{type(linear).__qualname__}" != FP8_LINEAR:
         return False
     return (
@@ -194,10 +205,12 @@ def _is_observed(module: nn.Module) -> bool:
 
 
 def _places(linears: list[Any]) -> list[Any]:
+    """What tells whether projections or their weights were replaced or moved."""
     return [(linear, *(p.data_ptr() for p in linear._parameters.values() if p is not None)) for linear in linears]
 
 
 def _joined(linears: list[Any]) -> Pair | None:
+    """The weights and scales of all projections but the last as one; None if they are not such as can be joined."""
     *first, _ = linears
     if not all(map(_is_block_fp8, linears)) or first[0].weight.is_inference():
         return None
@@ -205,6 +218,7 @@ def _joined(linears: list[Any]) -> Pair | None:
 
 
 def _as_one(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One tensor of which the parts are views, moved into a new one if they are not yet."""
     whole = parts[0].detach() if len(parts) == 1 else as_one_weight(*parts)
     if whole is None:
         with torch.inference_mode(False), torch.no_grad():
@@ -215,12 +229,17 @@ def _as_one(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 class _Tracer(fx.Tracer):
+    """Traces a module's own `forward` alone, its children as they are."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
 def _formula(module: nn.Module) -> str | None:
-    """What the class's `forward(x)` computes, with SiLU as `silu` and other children by name; None if it branches."""
+    """What a `forward(x)` computes, with SiLU as `silu` and other children by name.
+
+    None if it branches, or takes other arguments.
+    """
     try:
         graph = _Tracer().trace(module)
     except (TraceError, TypeError):
@@ -230,6 +249,7 @@ def _formula(module: nn.Module) -> str | None:
 
 
 def _written(node: Any, module: nn.Module) -> str:
+    """The expression that a node of a traced `forward` computes."""
     if not isinstance(node, fx.Node):
         return repr(node)
     if node.op == "placeholder":

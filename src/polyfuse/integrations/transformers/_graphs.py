@@ -71,7 +71,7 @@ class AcceleratedForward:
         return all(value is None or value is False for value in extra)
 
     def manager(self) -> EncoderGraphManager | None:
-        """The manager of the model as it is now, made at the first use; None if it is not to use graphs.
+        """Give the manager of the model as it is now, made at the first use; None if it is not to use graphs.
 
         A graph reads the weights where they were when it was captured: a model that was moved, or loaded into other
         tensors, gets a new one. Its first parameter tells; who exchanges a single other one calls `clear()`.

@@ -28,15 +28,15 @@ class LocalRepository:
     layer_name: str
 
     def load(self) -> type[nn.Module]:
-        """The class whose `forward` serves the layer."""
+        """Give the class whose `forward` serves the layer."""
         return GatedDeltaNet
 
 
 def kernel_mapping() -> dict[str, dict[str, dict[Any, LocalRepository]]]:
-    """The mapping for `kernels.use_kernel_mapping`: layer name, device, mode, repository.
+    """The mapping for `kernels.use_kernel_mapping`: from layer name to device, mode and repository.
 
-    For inference, compiled or not. Layers of Qwen3.5, dense and MoE, take it as they are. Those of Qwen3-Next have to
-    be given their name first, with `kernels.replace_kernel_forward_from_hub(Qwen3NextGatedDeltaNet,
+    It serves inference, compiled or not. Layers of Qwen3.5, dense and MoE, take it as they are. Those of Qwen3-Next
+    have to be given their name first, with `kernels.replace_kernel_forward_from_hub(Qwen3NextGatedDeltaNet,
     "Qwen3NextGatedDeltaNet")`. Raises `ImportError` without the `kernels` package.
     """
     mode = import_module("kernels").Mode

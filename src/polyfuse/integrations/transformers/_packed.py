@@ -27,12 +27,12 @@ class PackedTower:
 
     @property
     def _kernel(self) -> torch.Tensor:
-        """Of the patch embedding: [hidden, channels, frames, rows, columns]."""
+        """The kernel of the patch embedding, [hidden, channels, frames, rows, columns]."""
         return self.tower.patch_embed.proj.weight
 
     @property
     def _width(self) -> int:
-        """Values of a flattened patch."""
+        """How many values a flattened patch has."""
         return self._kernel.shape[1:].numel()
 
     @property
@@ -41,7 +41,11 @@ class PackedTower:
         return {"pixels": pixels, "grid": BufferSpec(Rows(per_item=1), (3,), torch.int64, zero=True)}
 
     def request(self, hidden_states: Any, grid_thw: Any) -> EncoderRequest:
-        """Check `hidden_states` `[patches, channels]` against `grid_thw` `[items, 3]`, which is read back once."""
+        """Check `hidden_states` `[patches, width]`, floating point, against `grid_thw` `[items, 3]`, integers.
+
+        The grid is read back once. Raises `SpecError` for other shapes, dtypes or a wrong device, for no items, and for
+        sides that cannot be merged or do not add up to the patches.
+        """
         name, merge, width = self.name, self.tower.spatial_merge_size, self._width
         if not isinstance(hidden_states, torch.Tensor) or hidden_states.dim() != 2 or hidden_states.shape[1] != width:
             fail(name, "pixels", f"a tensor [patches, {width}]", _described(hidden_states))
@@ -66,7 +70,7 @@ class PackedTower:
         return EncoderRequest(sizes, {"pixels": hidden_states, "grid": grid_thw})
 
     def example(self, tokens: int) -> EncoderRequest:
-        """Images of `EXAMPLE_SIDE` squared tokens, and one strip with the rest."""
+        """Zeros as images of `EXAMPLE_SIDE` squared tokens, and one strip with the rest."""
         merge, side = self.tower.spatial_merge_size, EXAMPLE_SIDE
         images = [[1, side * merge, side * merge]] * (tokens // side**2)
         if rest := tokens % side**2:

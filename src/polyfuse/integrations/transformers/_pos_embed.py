@@ -29,14 +29,14 @@ class InterpolatedEmbedding(nn.Embedding):
         self._original = (original,)  # a bare module would be registered, and add keys to the state dict
 
     def forward(self, input: torch.Tensor | _Request) -> torch.Tensor:
-        """[rows, 1, D] for a `_Request`: a single tap, which the tower weights by one and sums."""
+        """For a `_Request`, all rows `[rows, 1, D]`: as a single tap, which the tower weights by one and sums."""
         if not isinstance(input, _Request):
             return super().forward(input)
         table = self.weight[: input.side**2]
         return polyfuse.pos_embed_interpolate(table, input.grid_thw, **input.options)[:, None]
 
     def release(self) -> nn.Embedding:
-        """The original, with this module's present parameter and mode."""
+        """Give the original back, with this module's present parameter and mode."""
         (original,) = self._original
         original.weight = self.weight
         return original.train(self.training)

@@ -15,9 +15,9 @@ from polyfuse.runtime.encoder.windows import max_windows, window_tables
 class WindowedQwenEncoder(PackedTower):
     """A Transformers Qwen2.5-VL vision tower, which it uses and does not change.
 
-    Images and videos. As the tower returns them, `last_hidden_state` is in window order, which keeps each item's rows
-    together, and `pooler_output` in the order of the pixels. With `compile_blocks` the blocks and the merger are
-    compiled by Inductor, once for all sizes.
+    Items are images and videos. As the tower returns them, `last_hidden_state` is in window order, which keeps each
+    item's rows together, and `pooler_output` in the order of the pixels. With `compile_blocks` the blocks and the
+    merger are compiled by Inductor, once for all sizes.
     """
 
     def __init__(self, tower: Any, compile_blocks: bool = False) -> None:
@@ -60,6 +60,7 @@ class WindowedQwenEncoder(PackedTower):
 def _tables(
     tower: Any, hidden: torch.Tensor, grid: torch.Tensor, frames: int, windows: int, side: int
 ) -> tuple[torch.Tensor, ...]:
+    """Token order, patch order, cos and sin in that order, and the boundaries of frames and of windows."""
     merge, unit = tower.spatial_merge_size, tower.spatial_merge_unit
     order, window_edges = window_tables(grid, len(hidden) // unit, windows, side, merge)
     patches = (order[:, None] * unit + torch.arange(unit, device=order.device)).flatten()
@@ -68,4 +69,5 @@ def _tables(
 
 
 def _merge(merger: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Merged patches; a function of its own, so that it can be compiled once for all towers."""
     return merger(hidden)

@@ -17,8 +17,8 @@ from polyfuse.runtime.encoder.segments import frame_boundaries, patch_positions
 class QwenVisionEncoder(PackedTower):
     """A Transformers Qwen3-VL or Qwen3.5 vision tower, which it uses and does not change.
 
-    Images and videos, deepstack outputs included; position embeddings by `pos_embed_interpolate`. With `compile_blocks`
-    the blocks and mergers are compiled by Inductor, once for all sizes.
+    Items are images and videos. It gives the deepstack outputs too, and takes the position embeddings from
+    `pos_embed_interpolate`. With `compile_blocks` the blocks and mergers are compiled by Inductor, once for all sizes.
     """
 
     def __init__(self, tower: Any, compile_blocks: bool = False) -> None:
@@ -39,6 +39,7 @@ class QwenVisionEncoder(PackedTower):
 
     @property
     def _deepstack(self) -> list[int]:
+        """The blocks whose output is also merged and returned; Qwen3.5 has none."""
         return getattr(self.tower, "deepstack_visual_indexes", [])
 
     def forward(self, inputs: Mapping[str, torch.Tensor], capacity: Capacity) -> Mapping[str, torch.Tensor]:
@@ -69,9 +70,11 @@ class QwenVisionEncoder(PackedTower):
 
 
 def _tables(tower: Any, hidden: torch.Tensor, grid: torch.Tensor, frames: int) -> tuple[torch.Tensor, ...]:
+    """Cos and sin of each patch, and the boundaries of the frames."""
     cos, sin = tower.rotary_pos_emb(hidden, patch_positions(grid, len(hidden), tower.spatial_merge_size))
     return cos, sin, frame_boundaries(grid, frames)
 
 
 def _call(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """The module's result; a function of its own, so that it can be compiled once for all mergers."""
     return module(x)

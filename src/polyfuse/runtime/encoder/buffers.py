@@ -13,18 +13,21 @@ Tensors = dict[str, torch.Tensor]
 
 
 def allocate(specs: Specs, tokens: int, items: int, device: torch.device) -> Tensors:
-    """Buffers for this many tokens and items, uninitialised."""
+    """Make one uninitialised buffer `[rows, *shape]` for each spec, with the rows of so many tokens and items."""
     shapes = {name: (spec.rows.of(tokens, items), *spec.shape) for name, spec in specs.items()}
     return {name: torch.empty(shapes[name], dtype=spec.dtype, device=device) for name, spec in specs.items()}
 
 
 def views(buffers: Tensors, specs: Specs, capacity: Capacity) -> Tensors:
-    """The first rows of each buffer, as many as the capacity has."""
+    """View the first rows of each buffer, as many as the capacity has."""
     return {name: buffers[name][: spec.rows.of(capacity.tokens, capacity.items)] for name, spec in specs.items()}
 
 
 def check_request(name: str, specs: Specs, request: EncoderRequest) -> None:
-    """Raise `SpecError` unless every tensor has just the rows that the items' sizes say."""
+    """Check that a request has items, and every tensor of `specs` with just the rows that the items' sizes say.
+
+    Raises `SpecError` in the name of the encoder `name` if not.
+    """
     if not request.sizes:
         fail(name, "request", "at least one item", "none")
     for size in request.sizes:
@@ -40,7 +43,10 @@ def check_request(name: str, specs: Specs, request: EncoderRequest) -> None:
 
 
 def load(buffers: Tensors, specs: Specs, request: EncoderRequest, items: Sequence[int]) -> None:
-    """Copy the items' rows to the start of every buffer, packed, and zero the rest where the spec says so."""
+    """Copy the items' rows to the start of every buffer, packed, and zero the rest where the spec says so.
+
+    The items are indices into the request, and their rows are converted to the buffer's dtype and device.
+    """
     for name, spec in specs.items():
         source, used = request.tensors[name], 0
         for start, packed, rows in _moves(spec.rows, request.sizes, items):
@@ -53,7 +59,10 @@ def load(buffers: Tensors, specs: Specs, request: EncoderRequest, items: Sequenc
 
 
 def gather(specs: Specs, request: EncoderRequest, items: Sequence[int], device: torch.device) -> Tensors:
-    """The items' rows alone, one behind another; the request's own tensors if those are all its items in order."""
+    """The items' rows alone, one behind another, in the specs' dtypes on the device.
+
+    They are the request's own tensors if the items are all of it in order and nothing has to be converted.
+    """
     picked = {}
     for name, spec in specs.items():
         source = request.tensors[name]
@@ -65,18 +74,20 @@ def gather(specs: Specs, request: EncoderRequest, items: Sequence[int], device: 
 def scatter(
     outputs: Mapping[str, torch.Tensor], results: Tensors, specs: Specs, sizes: Sequence[ItemSize], items: Sequence[int]
 ) -> None:
-    """Copy packed rows of `items` to these items' places in `results`."""
+    """Copy packed rows of `items` to these items' places in `results`, which hold all items of these sizes."""
     for name, spec in specs.items():
         for start, packed, rows in _moves(spec.rows, sizes, items):
             results[name][start : start + rows].copy_(outputs[name][packed : packed + rows])
 
 
 def _moves(rows: Rows, sizes: Sequence[ItemSize], items: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(row among all items, row among the picked ones, count) of every run of neighbours among the picked items."""
+    """Every run of picked items that are neighbours, as (row among all items, row among the picked ones, rows)."""
     starts = [0, *accumulate(rows.of(size.tokens) for size in sizes)]
     packed = first = 0
     for position, item in enumerate(items):
-        if position + 1 == len(items) or items[position + 1] != item + 1:
-            start, count = starts[items[first]], starts[item + 1] - starts[items[first]]
+        ends_run = position + 1 == len(items) or items[position + 1] != item + 1
+        if ends_run:
+            start = starts[items[first]]
+            count = starts[item + 1] - start
             yield start, packed, count
             packed, first = packed + count, position + 1

@@ -1,4 +1,4 @@
-"""Graph capture of one kind of device, as a protocol: CUDA graphs, and an eager stand-in for every other device.
+"""Graph capture as a protocol, `GraphRuntime`: CUDA graphs, and an eager stand-in for every other device.
 
 An accelerator with graphs of its own registers a `GraphRuntime` for its device type.
 """
@@ -28,7 +28,7 @@ class GraphRuntime(Protocol):
         ...
 
     def pool_bytes(self) -> int:
-        """Device memory that the graphs' pool holds."""
+        """How many bytes of device memory the graphs' pool holds."""
         ...
 
     def reset(self) -> None:
@@ -36,16 +36,16 @@ class GraphRuntime(Protocol):
         ...
 
     def after_last(self) -> AbstractContextManager[None]:
-        """What is queued inside runs after what was queued inside the last time, on whichever stream that was."""
+        """A context in which work runs after what was queued in it the last time, on whichever stream that was."""
         ...
 
     def seconds(self, step: Step, rounds: int = 3) -> float:
-        """Median wall time of a step, with the device idle before and after it."""
+        """The median wall time of a step over `rounds` calls, with the device idle before and after each."""
         ...
 
 
 class EagerReplay:
-    """No graphs: a replay is a call of the step, over the same static buffers and padding."""
+    """Does without graphs: a replay is a call of the step, over the same static buffers and padding."""
 
     captures = False
 
@@ -70,7 +70,7 @@ class EagerReplay:
 
 
 class CudaGraphs:
-    """CUDA graphs that share one memory pool."""
+    """Captures CUDA graphs that share one memory pool."""
 
     captures = True
 
@@ -128,6 +128,8 @@ class CudaGraphs:
 
 
 class _CudaOrder(AbstractContextManager[None]):
+    """Orders what is queued inside by an event: after its last record, which is then set anew."""
+
     def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
         self._event, self._device = event, device
 
@@ -153,7 +155,7 @@ _RUNTIMES: dict[str, Callable[[torch.device], GraphRuntime]] = {"cuda": CudaGrap
 
 
 def register_graph_runtime(device_type: str, factory: Callable[[torch.device], GraphRuntime]) -> None:
-    """Use `factory(device)` for devices of this type from now on."""
+    """Use `factory(device)` for devices of this type, such as "xpu", from now on."""
     _RUNTIMES[device_type] = factory
 
 

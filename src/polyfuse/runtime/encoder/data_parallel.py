@@ -33,7 +33,7 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 
 
 class _Manager(Protocol):
-    """What is used of `EncoderGraphManager`."""
+    """The part of `EncoderGraphManager` that is used here."""
 
     encoder: GraphableEncoder
 
@@ -64,7 +64,7 @@ def assign_items(costs: Sequence[float], ranks: int) -> list[list[int]]:
         if not 0 <= cost < math.inf:
             fail("assign_items", f"costs[{i}]", "a finite number >= 0", cost)
     loads = [(0.0, rank) for rank in range(ranks)]
-    takers: dict[float, list[int]] = {}  # of the items of each cost
+    takers: dict[float, list[int]] = {}  # by an item's cost, the ranks that take the items of that cost
     for cost in sorted(costs, reverse=True):
         load, rank = loads[0]
         takers.setdefault(cost, []).append(rank)
@@ -130,6 +130,7 @@ class DataParallelEncoder:
         return encoder.result(outputs, request)
 
     def _run(self, request: EncoderRequest) -> dict[str, torch.Tensor]:
+        """Encode this rank's items, gather those of all ranks, and put them in order."""
         encoder = self._manager.encoder
         assigned = assign_items([item_cost(size) for size in request.sizes], self._ranks)
         spans = [_spans(encoder.outputs, [request.sizes[i] for i in items]) for items in assigned]
@@ -152,25 +153,32 @@ class DataParallelEncoder:
             header[0] = len(text)
         self._wait(_all_gather(gathered.view(-1), row, group=self._group, async_op=True))
         _raise_failures(gathered, self._rank, error)
-        owners = {i: rank for rank, items in enumerate(assigned) for i in items}
-        neighbours = [(rank, list(run)) for rank, run in groupby(range(len(owners)), owners.__getitem__)]
         merged = {}
         for name, spec in encoder.outputs.items():
             packed = [_rows(gathered[rank, _HEADER:], spans[rank][name], spec) for rank in range(self._ranks)]
-            used, pieces = [0] * self._ranks, []
-            for rank, run in neighbours:
-                start = used[rank]
-                used[rank] += _count(spec, [request.sizes[i] for i in run])
-                pieces.append(packed[rank][start : used[rank]])
-            merged[name] = torch.cat(pieces)
+            merged[name] = _in_order(packed, spec, request.sizes, assigned)
         return merged
 
     def _wait(self, work: dist.Work) -> None:
-        """`Work.wait` on the host for NCCL too; by itself that looks at the device every millisecond only."""
+        """Wait for the all-gather on the host, for NCCL too, whose own wait looks only every millisecond."""
         end = time.monotonic() + self._timeout.total_seconds()
         while not work.is_completed() and time.monotonic() < end:
             time.sleep(2e-5)
         work.wait(self._timeout)
+
+
+def _in_order(
+    packed: Sequence[torch.Tensor], spec: BufferSpec, sizes: Sequence[ItemSize], assigned: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """The rows of all items in order, from those of each rank's items one after another."""
+    owners = {item: rank for rank, items in enumerate(assigned) for item in items}
+    used = [0] * len(packed)
+    pieces = []
+    for rank, neighbours in groupby(range(len(owners)), owners.__getitem__):
+        start = used[rank]
+        used[rank] += _count(spec, [sizes[item] for item in neighbours])
+        pieces.append(packed[rank][start : used[rank]])
+    return torch.cat(pieces)
 
 
 def _aligned(size: int) -> int:
@@ -182,7 +190,7 @@ def _count(spec: BufferSpec, sizes: Sequence[ItemSize]) -> int:
 
 
 def _spans(outputs: Mapping[str, BufferSpec], sizes: Sequence[ItemSize]) -> dict[str, slice]:
-    """The bytes of a payload that each output of items of these sizes takes."""
+    """Which bytes of a payload each output takes, for items of these sizes."""
     spans, start = {}, 0
     for name, spec in outputs.items():
         spans[name] = slice(start, start + _count(spec, sizes) * math.prod(spec.shape) * spec.dtype.itemsize)
@@ -191,11 +199,12 @@ def _spans(outputs: Mapping[str, BufferSpec], sizes: Sequence[ItemSize]) -> dict
 
 
 def _rows(payload: torch.Tensor, span: slice, spec: BufferSpec) -> torch.Tensor:
-    """The output in these bytes of a payload, as `[rows, *shape]`."""
+    """View these bytes of a payload as the output `[rows, *shape]` that they hold."""
     return payload[span].view(spec.dtype).view(-1, *spec.shape)
 
 
 def _raise_failures(gathered: torch.Tensor, own: int, error: Exception | None) -> None:
+    """Raise `RuntimeError` if a rank failed, from this rank's own error, or if requests differ between the ranks."""
     headers = gathered[:, :_HEADER].view(torch.int64).tolist()
     failures = []
     for rank, (size, _) in enumerate(headers):

@@ -30,13 +30,13 @@ class Capacity(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows of a buffer belong to an item."""
+    """How many rows of a buffer belong to an item: some for each of its tokens, and some for itself."""
 
     per_token: int = 0
     per_item: int = 0
 
     def of(self, tokens: int, items: int = 1) -> int:
-        """Rows of `items` items of `tokens` tokens together; of a whole buffer for a capacity's numbers."""
+        """The rows of `items` items of `tokens` tokens together; of a whole buffer for a capacity's numbers."""
         return self.per_token * tokens + self.per_item * items
 
 
@@ -62,27 +62,27 @@ class GraphableEncoder(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages and stats."""
+        """What messages and stats call the encoder."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and the buffers will be."""
+        """The device of the weights, on which the buffers will be."""
         ...
 
     @property
     def inputs(self) -> Mapping[str, BufferSpec]:
-        """The input buffers, by name."""
+        """The specs of the input buffers, by name."""
         ...
 
     @property
     def outputs(self) -> Mapping[str, BufferSpec]:
-        """The outputs of `forward`, by name; `zero` is not used."""
+        """The specs of what `forward` gives, by name; their `zero` is not used."""
         ...
 
     @property
     def token_multiple(self) -> int:
-        """Every item has a multiple of this many tokens, so budgets are multiples of it."""
+        """A number that divides every item's tokens, and so every budget."""
         ...
 
     def request(self, *args: Any, **kwargs: Any) -> EncoderRequest:
@@ -93,7 +93,7 @@ class GraphableEncoder(Protocol):
         ...
 
     def example(self, tokens: int) -> EncoderRequest:
-        """A typical request of exactly `tokens` tokens (a multiple of `token_multiple`), for warm-up and timing."""
+        """Make a typical request of exactly `tokens` tokens, a multiple of `token_multiple`, to warm up and to time."""
         ...
 
     def forward(self, inputs: Mapping[str, torch.Tensor], capacity: Capacity) -> Mapping[str, torch.Tensor]:
@@ -105,5 +105,5 @@ class GraphableEncoder(Protocol):
         ...
 
     def result(self, outputs: Mapping[str, torch.Tensor], request: EncoderRequest) -> Any:
-        """The outputs of all items of a request, in order, as the model itself returns them."""
+        """Give the outputs of all items of a request, in order, as the model itself returns them."""
         ...

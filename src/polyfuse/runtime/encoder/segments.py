@@ -14,7 +14,10 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 
 def frame_boundaries(grid: torch.Tensor, frames: int) -> torch.Tensor:
-    """Cumulative patches at the start of every frame, `[frames + 1]` int32; unused frames are empty, at the end."""
+    """How many patches lie before every frame of a grid `[items, 3]`, integers: `[frames + 1]` int32.
+
+    Frames that the grid does not have are empty, at the end.
+    """
     ends = grid[:, 0].cumsum(0)
     index = torch.arange(frames, device=grid.device, dtype=ends.dtype)
     item = torch.searchsorted(ends, index, right=True)
@@ -24,7 +27,11 @@ def frame_boundaries(grid: torch.Tensor, frames: int) -> torch.Tensor:
 
 
 def patch_positions(grid: torch.Tensor, rows: int, merge_size: int) -> torch.Tensor:
-    """(row, column) of each patch in its frame, `[rows, 2]` int64 in spatial-merge order; unused rows are (0, 0)."""
+    """The (row, column) of each patch in its frame, for a grid `[items, 3]`, integers: `[rows, 2]` int64.
+
+    Patches are in spatial-merge order: `merge_size x merge_size` blocks by rows, and by rows inside. Unused rows are
+    (0, 0).
+    """
     counts = grid.prod(-1)
     ends = counts.cumsum(0)
     index = torch.arange(rows, device=grid.device, dtype=ends.dtype)

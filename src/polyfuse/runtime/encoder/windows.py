@@ -10,7 +10,7 @@ import torch
 
 
 def max_windows(tokens: int, frames: int, window_side: int) -> int:
-    """The most windows that up to `frames` frames of up to `tokens` tokens in all can have."""
+    """The most windows of `window_side` squared tokens that `frames` frames of `tokens` tokens in all can have."""
     # With s = window_side, a frame of a x b windows has at least ((a-1)s + 1)((b-1)s + 1) >= (ab-1)s + 1 tokens.
     # So a frame of n tokens has ab <= (n-1)/s + 1 = (n + s - 1)/s windows; sum over the frames.
     return (tokens + frames * (window_side - 1)) // window_side
