@@ -5,10 +5,12 @@ and JAX (tracers too) alike.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from functools import cache
 from math import isqrt
+from numbers import Real
+from operator import index
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -16,12 +18,28 @@ from polyfuse.spec._errors import SpecError
 from polyfuse.spec._types import REQUIRED, AttrSpec, Call, OpSpec, Output, TensorSpec
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
+LONGEST_VALUE = 200  # characters
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2}
 
 
 def fail(op: str, argument: str, expected: str, got: object, hint: str = "") -> NoReturn:
-    """Raise the one kind of message: `op: argument: expected X, got Y; try Z`."""
-    raise SpecError(f"{op}: {argument}: expected {expected}, got {got}" + (f"; try {hint}" if hint else ""))
+    """Raise the one kind of message: `op: argument: expected X, got Y; try Z`, in one line."""
+    raise SpecError(f"{op}: {argument}: expected {expected}, got {one_line(got)}" + (f"; try {hint}" if hint else ""))
+
+
+def one_line(text: object) -> str:
+    """A text without line breaks, shortened to what a message can hold."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= LONGEST_VALUE else f"{line[:LONGEST_VALUE]}..."
+
+
+def shown(value: object) -> str:
+    """A received value for a message: an array by its kind, shape and dtype, anything else by its `repr`."""
+    if _is_array(value):
+        array: Any = value
+        kind = f"{type(array).__module__.partition('.')[0]} array"
+        return f"a {kind} of shape {list(array.shape)} and dtype {dtype_name(array.dtype)}"
+    return one_line(repr(value))
 
 
 def dtype_name(dtype: Any) -> str:
@@ -85,6 +103,7 @@ def bind(spec: OpSpec, arguments: Mapping[str, Any], *, read_host: bool = True) 
 
 
 def _attr(spec: OpSpec, attr: AttrSpec, value: Any) -> Any:
+    """The canonical value of an attribute: a dtype by its name, a number or a flag as Python's own."""
     if value is None or value is REQUIRED:
         if attr.optional:
             return None
@@ -92,27 +111,52 @@ def _attr(spec: OpSpec, attr: AttrSpec, value: Any) -> Any:
             spec.name, attr.name, "a value" if attr.default is REQUIRED else f"a value (default {attr.default!r})", None
         )
     if attr.kind in ("enum", "dtype"):
-        name = dtype_name(value) if attr.kind == "dtype" else value
-        if name not in attr.values:
-            fail(spec.name, attr.name, f"one of {', '.join(attr.values)}", repr(value))
-        return name
+        return _choice(spec, attr, value)
     if attr.kind == "bool":
-        if not isinstance(value, bool):
-            fail(spec.name, attr.name, "True or False", repr(value))
-        return value
-    if isinstance(value, bool):
-        fail(spec.name, attr.name, "a number", repr(value))
+        if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+            fail(spec.name, attr.name, "True or False", shown(value))
+        return bool(value)
     if attr.kind == "int":
-        if not hasattr(value, "__index__"):
-            fail(spec.name, attr.name, "an integer", repr(value))
-        if attr.minimum is not None and value < attr.minimum:
-            fail(spec.name, attr.name, f"an integer >= {attr.minimum}", value)
-        return value
-    if not isinstance(value, (int, float)):
-        fail(spec.name, attr.name, "a number", repr(value))
-    if attr.minimum is not None and not value >= attr.minimum:
+        number = _integer(value)
+        if number is None:
+            fail(spec.name, attr.name, "an integer", shown(value))
+        if attr.minimum is not None and number < attr.minimum:
+            fail(spec.name, attr.name, f"an integer >= {attr.minimum}", number)
+        return number
+    if isinstance(value, bool) or not isinstance(value, Real):
+        fail(spec.name, attr.name, "a number", shown(value))
+    real = float(value)
+    if attr.minimum is not None and not real >= attr.minimum:
         fail(spec.name, attr.name, f"a number >= {attr.minimum}", value)
-    return float(value)
+    return real
+
+
+def _choice(spec: OpSpec, attr: AttrSpec, value: Any) -> str:
+    """The name of one of an attribute's values."""
+    name = None if _is_array(value) else dtype_name(value) if attr.kind == "dtype" else value
+    if not isinstance(name, str) or name not in attr.values:
+        fail(spec.name, attr.name, f"one of {', '.join(attr.values)}", shown(value))
+    return name
+
+
+def _integer(value: Any) -> Any:
+    """An integer, symbolic ones too, or the one integer in an array without dimensions; None for anything else."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    if not _is_array(value):
+        return value if type(value).__name__ == "SymInt" else index(value)
+    if tuple(value.shape) or "int" not in dtype_name(value.dtype):
+        return None
+    try:
+        return index(value)
+    except (TypeError, RuntimeError):  # an array without a value: traced, or on the meta device
+        return None
+
+
+def _is_array(value: Any) -> bool:
+    return (
+        hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "ndim") and not isinstance(value, type)
+    )
 
 
 def _to_host(spec: OpSpec, tensor: TensorSpec, value: Any, read: bool) -> Any:
@@ -124,18 +168,24 @@ def _to_host(spec: OpSpec, tensor: TensorSpec, value: Any, read: bool) -> Any:
             fail(spec.name, tensor.name, f"shape {_shape_text(tensor.shape)}", list(value.shape))
         if not read:
             return value
-        value = value.tolist()
+        try:
+            value = value.tolist()
+        except (NotImplementedError, RuntimeError):
+            fail(spec.name, tensor.name, "an array whose values can be read", shown(value))
     width = int(tensor.shape[1])
+    if isinstance(value, (str, bytes, Set, Mapping)):
+        fail(spec.name, tensor.name, f"rows of {width} integers", shown(value))
     try:
-        rows = tuple(tuple(row) for row in value)
-    except TypeError:
-        fail(spec.name, tensor.name, f"rows of {width} integers", repr(value))
+        given = tuple(tuple(row) for row in value)
+    except (TypeError, RuntimeError):
+        fail(spec.name, tensor.name, f"rows of {width} integers", shown(value))
+    rows = tuple(tuple(_integer(number) for number in row) for row in given)
     for i, row in enumerate(rows):
-        if len(row) != width or not all(hasattr(v, "__index__") and not isinstance(v, bool) for v in row):
-            fail(spec.name, f"{tensor.name}[{i}]", f"{width} integers", list(row))
+        if len(row) != width or None in row:
+            fail(spec.name, f"{tensor.name}[{i}]", f"{width} integers", list(given[i]))
     if not rows:
         fail(spec.name, tensor.name, "at least one row", "[]")
-    return tuple(tuple(int(v) for v in row) for row in rows)
+    return rows
 
 
 def _dtype(spec: OpSpec, tensor: TensorSpec, dtype: str, bound: dict[str, str]) -> str:

@@ -132,10 +132,12 @@ def test_the_public_function_adds_backend(op: str) -> None:
     assert parameters(getattr(polyfuse, op)) == specified_parameters(op) | backend
 
 
-def test_median_source_file_is_short() -> None:
+def test_source_files_are_short() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in sources(*LAYERS, "src")}
     written = {path: n for path, n in lines.items() if path.name != "__init__.py"}
-    assert statistics.median(written.values()) < 180, sorted(written.items(), key=lambda item: -item[1])[:10]
+    longest_first = sorted(written.items(), key=lambda item: -item[1])
+    assert statistics.median(written.values()) <= 150, longest_first[:10]
+    assert longest_first[0][1] <= 400, longest_first[:3]
 
 
 @pytest.mark.parametrize("folder", [*LAYERS, "src", "tests"])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from polyfuse.dispatch._arrays import FAMILIES, Device, device_of, family_of, is_traced
-from polyfuse.spec import Call, OpSpec, SpecError, bind, dtype_name
+from polyfuse.spec import Call, OpSpec, SpecError, bind, dtype_name, fail
 
 _ROW, _INTEGER = frozenset([tuple]), frozenset([int])
 
@@ -25,6 +25,7 @@ def examine_arguments(spec: OpSpec, names: Sequence[str], args: tuple[Any, ...])
                 kinds = ", ".join(FAMILIES)
                 raise SpecError(f"{spec.name}: {tensor.name}: expected an array of {kinds}, got {type(value).__name__}")
             continue
+        _check_kind(spec, tensor.name, value, kind)
         here = device_of(value, kind)
         place = value.device if kind == "torch" else here
         if first is None:
@@ -42,6 +43,18 @@ def examine_arguments(spec: OpSpec, names: Sequence[str], args: tuple[Any, ...])
     if family is None or device is None:
         raise SpecError(f"{spec.name}: expected at least one array")
     return call, family, device, needs_grad
+
+
+def _check_kind(spec: OpSpec, name: str, value: Any, family: str) -> None:
+    """Raise `SpecError` for an array that holds its elements in another way than densely."""
+    if family == "torch":
+        import torch
+
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+            kind = "quantised" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
+            fail(spec.name, name, "a dense tensor", f"a tensor that is {kind}", "its dense form")
+    elif family == "numpy" and isinstance(value, (np.ma.MaskedArray, np.matrix)):
+        fail(spec.name, name, "a plain array", f"a {type(value).__name__}", "numpy.asarray or .filled()")
 
 
 def _place_text(place: Any) -> str:

@@ -13,6 +13,7 @@ from polyfuse.configs import platform_order, user_config
 from polyfuse.dispatch._arrays import Device
 from polyfuse.dispatch._registry import Implementation, registry
 from polyfuse.spec import FORMER_NAMES, BackendError, Call, SpecError, Unsupported, canonical
+from polyfuse.spec._validate import one_line
 
 log = logging.getLogger("polyfuse")
 
@@ -81,9 +82,9 @@ class Explanation:
 
 def as_names(backend: str | Sequence[str]) -> tuple[str, ...]:
     """A backend name or a list of them as a tuple. Raises `SpecError` for anything else."""
-    names = (backend,) if isinstance(backend, str) else tuple(backend)
-    if not names or not all(isinstance(n, str) for n in names):
-        raise SpecError(f"backend: expected a name or a list of names, got {backend!r}")
+    names = (backend,) if isinstance(backend, str) else tuple(backend) if isinstance(backend, (list, tuple)) else ()
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise SpecError(f"backend: expected a name or a list of names, got {one_line(repr(backend))}")
     for name in names:
         if name not in registry().names():
             registry().get(name)
