@@ -3,6 +3,7 @@
 if __name__ != "polyfuse.configs":
     raise ImportError(f"import polyfuse.configs, not {__name__}")
 
+from polyfuse.configs._environment import check_variables, did_you_mean, flag
 from polyfuse.configs._load import (
     EncoderConfig,
     ModelCase,
@@ -23,7 +24,10 @@ __all__ = [
     "ModelConfig",
     "Profile",
     "UserConfig",
+    "check_variables",
+    "did_you_mean",
     "encoder_config",
+    "flag",
     "model_configs",
     "platform_order",
     "profile",

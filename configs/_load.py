@@ -8,12 +8,17 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from polyfuse.configs._environment import ENCODER, did_you_mean
 from polyfuse.spec import FORMER_NAMES, OPS, SpecError, canonical
+from polyfuse.spec._validate import one_line
 
 ROOT = Path(__file__).parent
 
 
 def _as_list(value: Any) -> Any:
+    """A name as a list of one."""
+    if not isinstance(value, (str, list)):
+        raise ValueError("expected a name or a list of names")
     return [value] if isinstance(value, str) else value
 
 
@@ -143,20 +148,79 @@ class Profile(_Strict):
 _T = TypeVar("_T", bound=_Strict)
 
 
-def _validate(schema: type[_T], data: Any, where: object) -> _T:
+def _validate(schema: type[_T], data: Any, where: object, text: str = "") -> _T:
+    """Data as a schema has it. Raises `SpecError` with the place: `text` is the file's, for the line in it."""
     try:
         return schema.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
+        loc = [part for part in first["loc"] if not isinstance(part, int)]
         key = ".".join(map(str, first["loc"])) or "file"
-        keys = ", ".join(schema.model_fields)
-        hint = f"; known keys are {keys}" if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else ""
-        raise SpecError(f"{where}: {key}: {first['msg']}, got {first['input']!r}{hint}") from error
+        line = _line_of(text, loc)
+        place = f"{where}: line {line}: {key}" if line else f"{where}: {key}"
+        if first["type"] == "extra_forbidden":
+            keys = list(_fields_at(schema, loc[:-1]))
+            raise SpecError(f"{place}: unknown key{did_you_mean(str(loc[-1]), keys)}") from error
+        expected = _expected(first)
+        got = "" if ", got " in expected else f", got {one_line(repr(first['input']))}"
+        raise SpecError(f"{place}: expected {expected}{got}") from error
+
+
+# What a value should have been, by pydantic's name of the mistake.
+_EXPECTED = {
+    "list_type": "a list",
+    "string_type": "a name",
+    "too_short": "at least one entry",
+    "dict_type": "a mapping",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+}
+
+
+def _expected(error: Any) -> str:
+    """What a value should have been, in our words."""
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "value_error":
+            return str(context["error"]).removeprefix("expected ")
+        case "literal_error":
+            return f"one of {context['expected']}"
+        case "greater_than_equal":
+            return f"a number >= {context['ge']}"
+        case kind:
+            return _EXPECTED.get(kind, "another kind of value")
+
+
+def _fields_at(schema: type[BaseModel], loc: list[Any]) -> list[str]:
+    """The keys of the part of a schema that `loc` leads to."""
+    for key in loc:
+        inner = schema.model_fields[key].annotation if key in schema.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        schema = inner
+    return list(schema.model_fields)
+
+
+def _line_of(text: str, loc: list[Any]) -> int | None:
+    """The line of a YAML text on which a nested key stands, from 1; of the last key in `loc` that there is."""
+    node, line = yaml.compose(text) if text else None, None
+    for key in loc:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        found = [(k, v) for k, v in node.value if k.value == key]
+        if not found:
+            break
+        line, node = found[0][0].start_mark.line + 1, found[0][1]
+    return line
 
 
 def _read(path: Path, schema: type[_T]) -> _T:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -167,7 +231,7 @@ def _read(path: Path, schema: type[_T]) -> _T:
         data = {}
     if not isinstance(data, dict):
         raise SpecError(f"{path}: expected a mapping, got {type(data).__name__}")
-    return _validate(schema, data, path)
+    return _validate(schema, data, path, text)
 
 
 def _names(folder: str) -> list[str]:
@@ -199,9 +263,8 @@ def encoder_config(**settings: Any) -> EncoderConfig:
     """
     named = user_config()
     data = named[0].encoder.model_dump(exclude_unset=True) if named else {}
-    prefix = "POLYFUSE_ENCODER_"
-    for variable in sorted(v for v in os.environ if v.startswith(prefix)):
-        key = variable.removeprefix(prefix).lower()
+    for variable in sorted(v for v in os.environ if v.startswith(ENCODER)):
+        key = variable.removeprefix(ENCODER).lower()
         try:
             value = yaml.safe_load(os.environ[variable])
         except yaml.YAMLError as error:

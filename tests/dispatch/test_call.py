@@ -52,9 +52,13 @@ def test_a_backend_of_another_family_is_reached_by_conversion(family, backend):
     np.testing.assert_allclose(to_numpy(out), WANT, atol=2e-6)
 
 
-def test_backends_of_two_families_in_one_list_are_refused():
+def test_of_a_list_for_two_families_the_arrays_own_one_counts():
+    for backend in (["torch", "jax"], ["jax", "torch"]):
+        assert (
+            polyfuse.explain("pos_embed_interpolate", torch.from_numpy(TABLE), GRID, backend=backend).winner == "torch"
+        )
     with pytest.raises(SpecError, match="expected backends of one array family"):
-        polyfuse.pos_embed_interpolate(torch.from_numpy(TABLE), GRID, backend=["torch", "jax"])
+        polyfuse.pos_embed_interpolate(torch.from_numpy(TABLE), GRID, backend=["numpy", "jax"])
 
 
 def test_a_warm_cache_does_not_let_a_bad_argument_through():

@@ -2,7 +2,10 @@
 
 import asyncio
 import logging
+import sys
 import threading
+from contextlib import nullcontext
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -74,10 +77,69 @@ def test_config_file_named_by_the_environment(monkeypatch, tmp_path):
         winner()
 
 
-def test_a_preference_for_other_arrays_says_nothing_about_this_call():
-    with polyfuse.use_backend("pallas"):
-        assert winner().winner == "torch"
-    assert polyfuse.pos_embed_interpolate(TABLE, GRID, backend="numpy").dtype == torch.float32
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("use", ["call", "context", "environment", "config"])
+def test_a_backend_of_other_arrays_gets_converted_ones_wherever_it_is_named(monkeypatch, tmp_path, use, strict):
+    backend = None
+    context = nullcontext()
+    if strict:
+        monkeypatch.setenv("POLYFUSE_STRICT", "1")
+    if use == "call":
+        backend = "jax"
+    elif use == "context":
+        context = polyfuse.use_backend("jax")
+    elif use == "environment":
+        monkeypatch.setenv("POLYFUSE_BACKEND", "jax")
+    else:
+        (tmp_path / "polyfuse.yaml").write_text("backend: jax\n")
+        monkeypatch.chdir(tmp_path)
+    polyfuse.refresh()
+    with context:
+        assert polyfuse.explain(OP, TABLE, GRID, backend=backend).winner == "jax"
+        out = polyfuse.pos_embed_interpolate(TABLE, GRID, backend=backend)
+    assert isinstance(out, torch.Tensor)
+    assert polyfuse.call_counts() == {(OP, "jax"): 1}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        (
+            "POLYFUSE_BACKEND_SILU_MUL_BLOK_QUANT",
+            "torch",
+            "unknown; did you mean POLYFUSE_BACKEND_SILU_MUL_BLOCK_QUANT",
+        ),
+        (
+            "POLYFUSE_BACKENDS",
+            "torch",
+            "environment variable POLYFUSE_BACKENDS: unknown; did you mean POLYFUSE_BACKEND?",
+        ),
+        ("POLYFUSE_QUUX", "1", "environment variable POLYFUSE_QUUX: unknown; known are POLYFUSE_BACKEND, "),
+        ("POLYFUSE_BACKEND", "trition", "environment variable POLYFUSE_BACKEND: .*got 'trition'; did you mean triton?"),
+        ("POLYFUSE_STRICT", "true", "environment variable POLYFUSE_STRICT: expected 0 or 1, got 'true'"),
+    ],
+)
+def test_a_variable_without_a_meaning_is_an_error_that_names_it(monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    polyfuse.refresh()
+    with pytest.raises((SpecError, BackendError), match=message):
+        polyfuse.pos_embed_interpolate(TABLE, GRID)
+
+
+def test_a_backend_registered_late_is_considered():
+    with polyfuse.use_backend("torch"):
+        before = polyfuse.pos_embed_interpolate(TABLE, GRID)
+        late = Backend("torch", "torch", "polyfuse.late", implements={OP: 1}, override=True)
+        sys.modules["polyfuse.late"] = ModuleType("polyfuse.late")
+        module = ModuleType(f"polyfuse.late.{OP}")
+        module.__dict__.update(CAPABILITY=Capability(), **{OP: lambda table, grid, **_: before + 1})
+        sys.modules[module.__name__] = module
+        try:
+            registry().add(late)
+            assert torch.equal(polyfuse.pos_embed_interpolate(TABLE, GRID), before + 1)
+        finally:
+            registry.cache_clear()
+            polyfuse.refresh()
 
 
 @pytest.mark.parametrize("use", ["call", "context", "environment"])
@@ -90,7 +152,7 @@ def test_an_unknown_name_lists_the_known_ones(monkeypatch, use):
     if use == "environment":
         monkeypatch.setenv("POLYFUSE_BACKEND", "trition")
         polyfuse.refresh()
-    with pytest.raises(BackendError, match="expected one of numpy, jax, pallas, torch, triton, got 'trition'"):
+    with pytest.raises(BackendError, match="expected one of numpy, jax, pallas, torch, triton, got 'trition'; did you"):
         uses[use]()
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from polyfuse.dispatch._arguments import examine_arguments
 from polyfuse.dispatch._arrays import convert
-from polyfuse.dispatch._plan import CALLS, Calls, Plan, calls, counter
+from polyfuse.dispatch._plan import CALLS, Calls, Plan, calls, counter, forget_plans
 from polyfuse.dispatch._registry import registry
 from polyfuse.dispatch._select import Explanation, as_names, clear_settings, explain_call, warn_once
 from polyfuse.spec import OPS, REQUIRED, BackendError, SpecError, Unsupported, canonical, docstring
@@ -109,6 +109,5 @@ def refresh() -> None:
     """Read environment, config file and installed plugins again; they are otherwise read once per process."""
     clear_settings()
     registry.cache_clear()
-    for op in CALLS.values():
-        op.forget()
+    forget_plans()
     calls.clear()

@@ -7,7 +7,7 @@ from typing import Any
 
 from polyfuse.dispatch._arguments import examine_arguments, read_hosts
 from polyfuse.dispatch._arrays import family_of, is_traced
-from polyfuse.dispatch._registry import Implementation, registry
+from polyfuse.dispatch._registry import Implementation, on_change, registry
 from polyfuse.dispatch._select import as_names, context, resolve
 from polyfuse.spec import OPS, OpSpec, SpecError
 
@@ -113,6 +113,15 @@ class Calls:
 
 
 CALLS = {name: Calls(spec) for name, spec in OPS.items()}
+
+
+def forget_plans() -> None:
+    """Decide every call anew."""
+    for op in CALLS.values():
+        op.forget()
+
+
+on_change.append(forget_plans)
 
 
 def counter(op: str, backend: str) -> list[int]:

@@ -187,6 +187,8 @@ class Registry:
             raise BackendError(f"backend {backend.name!r} ({backend.module}) exists already ({by}); try override=True")
         self._plugins.pop(backend.name, None)
         self._backends[backend.name] = backend
+        for changed in on_change:
+            changed()
 
     def _load(self, entry: EntryPoint) -> None:
         try:
@@ -196,6 +198,10 @@ class Registry:
             self.add(replace(backend, origin=f"entry point {entry.value}"))
         except Exception:
             self.problems.append((entry.name, traceback.format_exc()))
+
+
+# Called when a backend is added: what was decided without it is decided anew.
+on_change: list[Callable[[], None]] = []
 
 
 @lru_cache(maxsize=1)

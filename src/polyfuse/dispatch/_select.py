@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from polyfuse.configs import platform_order, user_config
+from polyfuse.configs import check_variables, did_you_mean, flag, platform_order, user_config
 from polyfuse.dispatch._arrays import Device
-from polyfuse.dispatch._registry import Implementation, registry
+from polyfuse.dispatch._registry import Implementation, on_change, registry
 from polyfuse.spec import FORMER_NAMES, BackendError, Call, SpecError, Unsupported, canonical
 from polyfuse.spec._validate import one_line
 
@@ -35,11 +35,16 @@ _warned: set[tuple[str, str, str]] = set()
 
 @dataclass(frozen=True)
 class Preference:
-    """An order of backends and where it comes from. `asked`: by the user, not by a platform's default."""
+    """An order of backends and where it comes from.
+
+    `asked`: by the user, not by a platform's default. `converts`: none of them takes the call's kind of arrays, so that
+    the first that can run the call gets converted ones.
+    """
 
     names: tuple[str, ...]
     source: str
     asked: bool
+    converts: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,30 @@ class Explanation:
         return "\n".join(lines)
 
 
-def as_names(backend: str | Sequence[str]) -> tuple[str, ...]:
-    """A backend name or a list of them as a tuple. Raises `SpecError` for anything else."""
+def as_names(backend: str | Sequence[str], source: str = "backend") -> tuple[str, ...]:
+    """A backend name or a list of them as a tuple; `source` is where it was given.
+
+    Raises `SpecError` for anything else, and `BackendError` for a name that no backend has.
+    """
     names = (backend,) if isinstance(backend, str) else tuple(backend) if isinstance(backend, (list, tuple)) else ()
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise SpecError(f"backend: expected a name or a list of names, got {one_line(repr(backend))}")
+        raise SpecError(f"{source}: expected a name or a list of names, got {one_line(repr(backend))}")
     for name in names:
         if name not in registry().names():
-            registry().get(name)
+            check_known(name, source)
     return names
+
+
+def check_known(name: str, source: str) -> None:
+    """Raise `BackendError` for a name that no backend has, or that of one that cannot be used."""
+    try:
+        registry().get(name)
+    except BackendError as error:
+        known = list(registry().names())
+        if any(name == broken for broken, _ in registry().problems):
+            raise
+        expected = f"{source}: expected one of {', '.join(known)}, got {name!r}"
+        raise BackendError(expected + did_you_mean(name, known).partition("; known are")[0]) from error
 
 
 @contextmanager
@@ -112,6 +132,7 @@ def use_backend(backend: str | Sequence[str] | None = None, *, strict: bool | No
 @lru_cache(maxsize=64)
 def _user_preferences(op: str) -> tuple[Preference, ...]:
     """What environment and config file say about an op, highest first; read once per process."""
+    check_variables()
     found = []
     variables = [f"POLYFUSE_BACKEND_{op.upper()}", "POLYFUSE_BACKEND"]
     for former in (old for old, new in FORMER_NAMES.items() if new == op):
@@ -121,26 +142,27 @@ def _user_preferences(op: str) -> tuple[Preference, ...]:
     for variable in variables:
         value = os.environ.get(variable)
         if value:
-            names = as_names([n.strip() for n in value.split(",") if n.strip()])
-            found.append(Preference(names, f"environment variable {variable}", True))
+            source = f"environment variable {variable}"
+            names = as_names([n.strip() for n in value.split(",") if n.strip()], source)
+            found.append(Preference(names, source, True))
     config = user_config()
     if config:
         settings, path = config
         if op in settings.ops:
-            found.append(Preference(as_names(settings.ops[op]), f"{path}: ops.{op}", True))
+            source = f"{path}: ops.{op}"
+            found.append(Preference(as_names(settings.ops[op], source), source, True))
         if settings.backend:
-            found.append(Preference(as_names(settings.backend), f"{path}: backend", True))
+            source = f"{path}: backend"
+            found.append(Preference(as_names(settings.backend, source), source, True))
     return tuple(found)
 
 
 @lru_cache(maxsize=1)
 def _strict_setting() -> bool:
     """What environment and config file say of strictness; read once per process."""
-    value = os.environ.get("POLYFUSE_STRICT")
-    if value:
-        if value not in ("0", "1"):
-            raise SpecError(f"environment variable POLYFUSE_STRICT: expected 0 or 1, got {value!r}")
-        return value == "1"
+    asked = flag("POLYFUSE_STRICT")
+    if asked is not None:
+        return asked
     config = user_config()
     return config is not None and config[0].strict
 
@@ -183,19 +205,21 @@ def warn_once(op: str, name: str, reason: str) -> None:
 
 
 def preference(op: str, family: str, device: Device, names: tuple[str, ...] | None) -> Preference:
-    """The highest preference that names a backend for arrays of this family.
+    """The highest preference for a call with arrays of this family, wherever it was given.
 
-    A name on the call counts whatever its family: the caller asked for the conversion.
+    Of a list for several families the backends of this one count. A list without one asks for the arrays to be
+    converted.
     """
+    given = list(_user_preferences(op))
+    in_context = context().names
+    if in_context is not None:
+        given.insert(0, Preference(in_context, "polyfuse.use_backend", True))
     if names is not None:
-        return Preference(names, "backend= on the call", True)
-    above = list(_user_preferences(op))
-    asked = context().names
-    if asked is not None:
-        above.insert(0, Preference(asked, "polyfuse.use_backend", True))
-    for candidate in above:
-        if any(_family(name) in (family, None) for name in candidate.names):
-            return candidate
+        given.insert(0, Preference(names, "backend= on the call", True))
+    if given:
+        highest = given[0]
+        own = tuple(name for name in highest.names if _family(name) in (family, None))
+        return Preference(own or highest.names, highest.source, True, converts=not own)
     order, source = platform_order(device.kind, family, op)
     own = _plugins_of(device.kind) if source.endswith("default.yaml") else ()
     if own:
@@ -214,6 +238,9 @@ def _plugins_of(kind: str) -> tuple[str, ...]:
         except BackendError:  # `polyfuse info` shows it
             continue
     return tuple(names)
+
+
+on_change.append(_plugins_of.cache_clear)
 
 
 def _family(name: str) -> str | None:
@@ -254,7 +281,7 @@ def resolve(
     allowed = wanted.names[:1] if is_strict() else wanted.names
     usable, refused = [], []
     for name in allowed:
-        candidate, implementation = examine(op, name, call, None if names else family, device, needs_grad)
+        candidate, implementation = examine(op, name, call, None if wanted.converts else family, device, needs_grad)
         if implementation:
             usable.append((name, implementation))
         else:
@@ -280,7 +307,7 @@ def explain_call(
     order = list(dict.fromkeys((*wanted.names, *registry().names())))
     candidates, winner = [], None
     for name in order:
-        candidate, implementation = examine(op, name, call, None if names else family, device, needs_grad)
+        candidate, implementation = examine(op, name, call, None if wanted.converts else family, device, needs_grad)
         if implementation and name not in wanted.names:
             candidate = Candidate(name, "usable", f"not named by {wanted.source}")
         elif implementation and name not in allowed:
