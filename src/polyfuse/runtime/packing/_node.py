@@ -123,9 +123,10 @@ class Node:
         A budget's fillings end where even a bound on what is left is not below the goal.
         """
         problem, plan, rest, subsets = self._problem, self._plan, self._rest, self._subsets
+        replays, other_tokens = self._bound.replays, self._other_tokens
         base, per_token, eager = self._bound.base, self._bound.per_token, plan.eager_time
         goal, far, first_tokens, first_units = self._goal, self._far, self._first_tokens, self._first_units
-        others_eager = problem.eager_time(plan.eager_tokens + max(1, self._other_tokens - fullest))
+        others_eager = problem.eager_time(plan.eager_tokens + max(1, other_tokens - fullest))
         fillings = 1 if far else max(1, min(_MOST_FILLINGS, _FILLINGS // (len(choices) * len(rest.items))))
         found: dict[tuple[int, int], Budget] = {}
         for choice in choices:
@@ -141,11 +142,11 @@ class Node:
                     break
                 grains, filled_units = sums
                 filled = grains * subsets.grain
-                left = max(1, self._other_tokens - filled)
+                left = max(1, other_tokens - filled)
                 if spent + min(eager + base + per_token * left, others_eager) >= goal:
                     break
                 units_left = max(1, self._other_units - filled_units) if subsets.counts_units else 1
-                bound = spent + eager + self._bound.replays(left, units_left, 2) * base + per_token * left
+                bound = spent + eager + replays(left, units_left, 2) * base + per_token * left
                 last_but_one = math.inf
                 if not far:
                     last = problem.cheapest_for_units(left, units_left)

@@ -54,7 +54,7 @@ class BestPlan:
         time = plan.spent + self._problem.eager_time(plan.eager_tokens + rest.tokens)
         if time < self.time:
             self.groups, self.time = plan.finished(rest.items, None), time
-        budget = self._problem.cheapest_for_load(rest)
+        budget = self._problem.menu.cheapest(rest.tokens, len(rest.items), rest.frames)
         if budget is not None:
             time = plan.spent + plan.eager_time + budget.cost
             if time < self.time:

@@ -79,10 +79,6 @@ class Problem:
         frames = sum([self.frames[i] for i in items]) if self.frames_differ else len(items) * self.least_frames
         return Load(items, tokens, frames if self.counts_frames else len(items), frames)
 
-    def cheapest_for_load(self, load: Load) -> Budget | None:
-        """The cheapest budget that holds the load."""
-        return self.menu.cheapest(load.tokens, len(load.items), load.frames)
-
     def cheapest_for_units(self, tokens: int, units: int) -> Budget | None:
         """The cheapest budget that may hold items of so many tokens and units: a lower bound, as far as is known."""
         if self.counts_frames:

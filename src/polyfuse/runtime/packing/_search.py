@@ -51,7 +51,7 @@ def _offer_greedy(problem: Problem, best: BestPlan) -> None:
     for items, budget in greedy_groups(problem.sizes, problem.menu.budgets):
         load = problem.load(items)
         if budget is not None:
-            budget = problem.cheapest_for_load(load)
+            budget = problem.menu.cheapest(load.tokens, len(items), load.frames)
         groups.append((items, budget))
         time += problem.eager_time(load.tokens) if budget is None else budget.cost
     best.offer(tuple(groups), time)
