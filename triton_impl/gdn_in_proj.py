@@ -8,8 +8,10 @@ is filled by them and its short side by the rows.
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import linear
 
-from polyfuse._torch.projections import STRATEGIES, choose
+from polyfuse._torch.projections import Bias, Pair, choose, one_bias, one_weight
+from polyfuse._torch.streams import execute_in_parallel
 from polyfuse.spec import Capability
 from polyfuse.triton_impl._common import INTERPRETED, on_device, round_to
 
@@ -84,9 +86,7 @@ def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def fused(
-    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: torch.Tensor | None, b2: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fused(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
     """Both products in one launch."""
     hidden, n1, n2 = x.shape[-1], len(w1), len(w2)
     out1 = torch.empty((*x.shape[:-1], n1), dtype=x.dtype, device=x.device)
@@ -122,7 +122,24 @@ def fused(
     return out1, out2
 
 
-_ALL = {**STRATEGIES, "fused": fused}
+def sequential(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
+    """One product of PyTorch's after the other."""
+    return linear(x, w1, b1), linear(x, w2, b2)
+
+
+def parallel(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
+    """The second product runs on an auxiliary stream."""
+    large, small = execute_in_parallel(lambda: linear(x, w1, b1), lambda: linear(x, w2, b2), device=x.device)
+    return large, small
+
+
+def merged(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
+    """One product with both weights as one matrix; the results are views of one buffer."""
+    large, small = linear(x, one_weight(w1, w2), one_bias(b1, b2, (w1, w2))).split([len(w1), len(w2)], dim=-1)
+    return large, small
+
+
+STRATEGIES = {"sequential": sequential, "parallel": parallel, "merged": merged, "fused": fused}
 
 
 def gdn_in_proj(
@@ -133,8 +150,8 @@ def gdn_in_proj(
     bias_qkvz: torch.Tensor | None = None,
     bias_ba: torch.Tensor | None = None,
     strategy: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Pair:
     """qkvz and ba, each rounded once."""
     if strategy == "auto":
-        strategy = choose(x, w_qkvz, w_ba, tuple(_ALL))
-    return _ALL[strategy](x, w_qkvz, w_ba, bias_qkvz, bias_ba)
+        strategy = choose(x, w_qkvz, w_ba, tuple(STRATEGIES))
+    return STRATEGIES[strategy](x, w_qkvz, w_ba, bias_qkvz, bias_ba)
