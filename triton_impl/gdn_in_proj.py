@@ -13,7 +13,8 @@ from torch.nn.functional import linear
 from polyfuse._torch.projections import Bias, Pair, choose, one_bias, one_weight
 from polyfuse._torch.streams import execute_in_parallel
 from polyfuse.spec import Capability
-from polyfuse.triton_impl._common import INTERPRETED, on_device, round_to
+from polyfuse.triton_impl._common import INTERPRETED, round_to
+from polyfuse.triton_impl._launch import Launcher
 
 NAME = "gdn_in_proj"
 
@@ -24,11 +25,10 @@ LEAST_ROWS, MOST_ROWS = 16, 64  # rows a program computes: what the matrix unit 
 
 
 @triton.jit
-def _project(
-    x_ptr, w_ptr, bias_ptr, out_ptr, block, row, rows, columns, hidden, x_stride, w_stride,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def _project(activation, projection, block, row, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """out[row, block of columns] = x[row] @ w[block of columns].T + bias."""
+    x_ptr, x_stride, rows, hidden = activation
+    w_ptr, w_stride, bias_ptr, out_ptr, columns = projection
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, row.shape[0]], tl.float32)
     w_row = w_ptr + column.to(tl.int64) * w_stride
@@ -71,15 +71,16 @@ def _kernel(
     block = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     blocks1 = tl.cdiv(n1, BLOCK_N)
+    activation = (x_ptr, x_stride, rows, hidden)
     if block < blocks1:
-        _project(
-            x_ptr, w1_ptr, bias1_ptr, out1_ptr, block, row, rows, n1, hidden, x_stride, w1_stride, BLOCK_N, BLOCK_K
-        )
+        projection = (w1_ptr, w1_stride, bias1_ptr, out1_ptr, n1)
+        _project(activation, projection, block, row, BLOCK_N, BLOCK_K)
     else:
-        block -= blocks1
-        _project(
-            x_ptr, w2_ptr, bias2_ptr, out2_ptr, block, row, rows, n2, hidden, x_stride, w2_stride, BLOCK_N, BLOCK_K
-        )
+        projection = (w2_ptr, w2_stride, bias2_ptr, out2_ptr, n2)
+        _project(activation, projection, block - blocks1, row, BLOCK_N, BLOCK_K)
+
+
+_launch = Launcher(NAME, _kernel, num_stages=STAGES)
 
 
 def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,28 +98,14 @@ def fused(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bia
         return out1, out2
     w1, w2 = _unit_stride(w1), _unit_stride(w2)
     block_rows = min(max(LEAST_ROWS, triton.next_power_of_2(rows)), MOST_ROWS)
-    with on_device(NAME, x):
-        _kernel[(triton.cdiv(n1, BLOCK_N) + triton.cdiv(n2, BLOCK_N), triton.cdiv(rows, block_rows))](
-            flat,
-            w1,
-            w2,
-            None if b1 is None else _unit_stride(b1),
-            None if b2 is None else _unit_stride(b2),
-            out1,
-            out2,
-            rows,
-            n1,
-            n2,
-            hidden,
-            flat.stride(0),
-            w1.stride(0),
-            w2.stride(0),
-            BLOCK_ROWS=block_rows,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            num_warps=WARPS,
-            num_stages=STAGES,
-        )
+    inputs = (
+        *(flat, w1, w2),
+        None if b1 is None else _unit_stride(b1),
+        None if b2 is None else _unit_stride(b2),
+    )
+    fixed = n1, n2, hidden, flat.stride(0), w1.stride(0), w2.stride(0), block_rows, BLOCK_N, BLOCK_K
+    grid = triton.cdiv(n1, BLOCK_N) + triton.cdiv(n2, BLOCK_N), triton.cdiv(rows, block_rows), 1
+    _launch(grid, inputs, (out1, out2), (rows,), fixed, WARPS)
     return out1, out2
 
 

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
-from polyfuse.triton_impl._common import on_device, round_to, widen
-from polyfuse.triton_impl._gdn import Launcher, gate_tile, l2_normalise
+from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._gdn import gate_tile, l2_normalise, new_outputs
+from polyfuse.triton_impl._launch import Launcher
 
 NAME = "gdn_post_conv"
 
@@ -93,23 +94,8 @@ def _kernel(
     program = tl.program_id(0)
     gate_programs = tl.cdiv(length, GATE_TOKENS)
     if program < gate_programs:
-        gate_tile(
-            program,
-            a_ptr,
-            b_ptr,
-            A_log_ptr,
-            dt_bias_ptr,
-            g_ptr,
-            beta_ptr,
-            length,
-            a_row,
-            a_column,
-            b_row,
-            b_column,
-            HV,
-            GATE_TOKENS,
-            G_EXP,
-        )
+        gates = (a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr)
+        gate_tile(gates, (a_row, a_column, b_row, b_column), program, length, HV, GATE_TOKENS, G_EXP)
     else:
         tile = (program - gate_programs) // BLOCKS
         block = (program - gate_programs) % BLOCKS
@@ -131,7 +117,7 @@ def _kernel(
             )
 
 
-_launch = Launcher(_kernel)
+_launch = Launcher(NAME, _kernel)
 
 
 @lru_cache(maxsize=256)
@@ -163,11 +149,7 @@ def gdn_post_conv(
 ) -> tuple[torch.Tensor, ...]:
     """q, k, v, g, beta, each rounded once."""
     length, value_heads = a.shape
-    q = conv_out.new_empty(length, num_k_heads, head_k_dim)
-    k = torch.empty_like(q)
-    v = conv_out.new_empty(length, value_heads, head_v_dim)
-    g = torch.empty(length, value_heads, dtype=torch.float32, device=conv_out.device)
-    beta = torch.empty_like(g)
+    q, k, v, g, beta = new_outputs(conv_out, length, value_heads, num_k_heads, head_k_dim, head_v_dim)
     if length == 0:
         return q, k, v, g, beta
     inputs = conv_out, a, b, A_log.contiguous(), dt_bias.contiguous()
@@ -179,6 +161,5 @@ def gdn_post_conv(
     programs = -(-length // gate_tokens) + -(-length // tokens) * blocks
     eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
     fixed = *strides, *dims, l2norm, output_g_exp, *tile
-    with on_device(NAME, conv_out):
-        _launch(programs, inputs, (q, k, v, g, beta), (length, eps), fixed, warps)
+    _launch((programs, 1, 1), inputs, (q, k, v, g, beta), (length, eps), fixed, warps)
     return q, k, v, g, beta
