@@ -39,7 +39,7 @@ def gdn_in_proj(
     bias_ba: torch.Tensor | None = None,
     strategy: str = "auto",
 ) -> Pair:
-    """qkvz and ba, each rounded once."""
+    """Returns qkvz and ba, each rounded once."""
     if strategy == "auto":
         strategy = choose(x, w_qkvz, w_ba, tuple(STRATEGIES))
     return STRATEGIES[strategy](x, w_qkvz, w_ba, bias_qkvz, bias_ba)

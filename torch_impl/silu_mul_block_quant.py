@@ -37,7 +37,7 @@ def silu_mul_block_quant(
     materialize: bool = False,
     reciprocal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and scale, each rounded once; rows past num_rows, which nothing may depend on, are like the others."""
+    """Returns q and scale, each rounded once; rows past num_rows, which nothing may depend on, are like the others."""
     q, scale = block_quant(
         silu_mul(x, limit=limit) if materialize else _unrounded(x, limit),
         group_size=group_size,

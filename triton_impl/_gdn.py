@@ -65,7 +65,7 @@ def sigmoid(x):
 
 @triton.jit
 def gate_tile(gates, strides, tile, length, HV: tl.constexpr, TOKENS: tl.constexpr, G_EXP: tl.constexpr):
-    """g and beta of TOKENS rows.
+    """Computes g and beta of TOKENS rows.
 
     `gates` are pointers to a, b [length, HV] with `strides`, A_log, dt_bias [HV], and to g, beta [length, HV].
     """

@@ -22,7 +22,7 @@ CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cp
 
 STEP = tl.constexpr(4)  # rows that a strip takes at a time: that many loads are under way
 SHORT = 512  # up to this many rows programs are small, so that there are many
-STRIPS = 640  # that a long call is divided into: each begins with reading its weights and the rows before it
+STRIPS = 640  # a long call has about so many: each begins with reading its weights and the rows before it
 COLUMNS = (512, 1024)  # per program of single rows, of strips: whole pages of a row, 16 bytes for each of 128 threads
 GATES = (128, 512)  # g and beta per program of a short, a long call
 STAGES = tl.constexpr(3)
@@ -32,7 +32,7 @@ NEVER = tl.constexpr(2**31 - 1)  # a row that does not come
 
 @triton.jit
 def _place(cu_ptr, sequences, length, row):
-    """The sequence that a row is in, its first row and the next one's; outside of all it is -1 or `sequences`."""
+    """The sequence that a row is in, its first row and that of the next; -1 or `sequences` for a row outside of all."""
     sequence = (row.to(tl.int64) * sequences // length).to(tl.int32)  # where all are of one length
     begin = tl.load(cu_ptr + sequence).to(tl.int32)
     end = tl.load(cu_ptr + sequence + 1).to(tl.int32)
@@ -64,7 +64,7 @@ def _unpacked(bits, DTYPE: tl.constexpr):
 
 @triton.jit
 def _weights(weight_ptr, mask, stride, W: tl.constexpr, DTYPE: tl.constexpr):
-    """The conv's weights, the row's own first: four tiles over channels, as `weight_ptr` is, of which W count."""
+    """The conv's weights, the row's own first, as four tiles over channels, of which the first W count."""
     if weight_ptr.dtype.element_ty == tl.int64:  # four of DTYPE in one: no thread needs those of another
         packed = tl.load(weight_ptr, mask=mask, other=0)
         return (
@@ -93,7 +93,7 @@ def _weights(weight_ptr, mask, stride, W: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _write(out_ptr, window, weights, bias, mask, eps, W: tl.constexpr, NORMALISE: tl.constexpr):
-    """One row's outputs, from the inputs in its window. As the weights, the row's own come first."""
+    """Stores one row's outputs, made from the inputs in its window. As in the weights, the row's own comes first."""
     y = tl.fma(weights[0], window[0], bias)
     y = tl.fma(weights[1], window[1], y)
     if W > 2:
@@ -138,7 +138,7 @@ def _strip(
     NORMALISE: tl.constexpr,
     W: tl.constexpr,
 ):
-    """A strip of HEADS heads of the q, k or v whose columns in x begin at `first_column`."""
+    """Computes a strip of HEADS heads of the q, k or v whose columns in x begin at `first_column`."""
     x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, x_row, weight_channel, weight_tap, state_strides = conv
     state_sequence, state_channel, state_tap = state_strides
     row, rows, length, sequences = span
@@ -212,7 +212,7 @@ def _strip(
 
 @triton.jit
 def _final_state(conv, out_ptr, length, sequence, block, C: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr):
-    """The last W - 1 inputs of CHANNELS channels of one sequence; `out_ptr` is to [sequences, W - 1, C]."""
+    """Stores the last W - 1 inputs of CHANNELS channels of one sequence; `out_ptr` is to [sequences, W - 1, C]."""
     x_ptr, _, _, state_ptr, cu_ptr, x_row, _, _, state_strides = conv
     state_sequence, state_channel, state_tap = state_strides
     channel = (block * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
@@ -318,7 +318,7 @@ _launch = Launcher(NAME, _kernel)
 
 @lru_cache(maxsize=256)
 def _tile(length: int, sequences: int, H: int, K: int, HV: int, V: int) -> tuple[int, int, int, int, int]:
-    """Rows of a strip; heads of q and k, heads of v, tokens of gates and channels of states per program."""
+    """The rows of a strip; and of a program, its heads of q and k, heads of v, tokens of gates, channels of states."""
     step = STEP.value
     single = length < step * sequences  # most rows are among the first of their sequence
     rows = 1 if single else step * max(1 + (length > SHORT), length // (step * STRIPS))
@@ -348,7 +348,7 @@ def gdn_conv_prep(
     output_g_exp: bool = False,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """q, k, v, g, beta, final_state, each rounded once."""
+    """Returns q, k, v, g and beta, each rounded once, and final_state."""
     length, value_heads = a.shape
     (channels, width), sequences = weight.shape, 1 if cu_seqlens is None else len(cu_seqlens) - 1
     states = sequences if output_final_state else 0

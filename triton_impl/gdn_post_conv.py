@@ -43,7 +43,7 @@ def _heads(
     HEADS: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):
-    """TOKENS x HEADS heads of the q, k or v whose columns in `in_ptr` begin at `first_column`."""
+    """Computes TOKENS x HEADS heads of the q, k or v whose columns in `in_ptr` begin at `first_column`."""
     PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
     row = (tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
     lane = tl.arange(0, PADDED)[None, None, :]
@@ -122,7 +122,7 @@ _launch = Launcher(NAME, _kernel)
 
 @lru_cache(maxsize=256)
 def _tile(short: bool, strided: bool, H: int, K: int, HV: int, V: int) -> tuple[int, int, int, int, int]:
-    """Tokens, heads of q and k, heads of v and tokens of gates per program; warps."""
+    """What a program takes: tokens, heads of q and k, heads of v, tokens of gates; and its warps."""
     width, width_v = triton.next_power_of_2(K), triton.next_power_of_2(V)
     gate_tokens = max(1, GATES[not short] // triton.next_power_of_2(HV or 1))
     if strided:
@@ -147,7 +147,7 @@ def gdn_post_conv(
     l2norm_eps: float = 1e-6,
     output_g_exp: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """q, k, v, g, beta, each rounded once."""
+    """Returns q, k, v, g and beta, each rounded once."""
     length, value_heads = a.shape
     q, k, v, g, beta = new_outputs(conv_out, length, value_heads, num_k_heads, head_k_dim, head_v_dim)
     if length == 0:

@@ -223,7 +223,7 @@ def pos_embed_interpolate(
     out_dtype: str | None = None,
     out_rows: int | None = None,
 ) -> torch.Tensor:
-    """[rows, D], rounded once."""
+    """Returns [rows, D], rounded once."""
     used = 0 if isinstance(grid_thw, torch.Tensor) else sum(t * h * w for t, h, w in grid_thw)
     rows = used if out_rows is None else out_rows
     cells, columns = table.shape

@@ -45,7 +45,7 @@ def _silu(gate):
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + exp(-x)), to a few units in the last place."""
+    """1 / (1 + exp(-x))."""
     if INTERPRETED:
         return tl.div_rn(1.0, 1.0 + tl.exp(-x))
     else:  # these two flush to 0 what is below the least normal number, which saves a third of the instructions
@@ -173,7 +173,7 @@ def _converts(device: torch.device, quant_dtype: str) -> bool:
 
 
 def _tile(group: int, itemsize: int, elements: int) -> tuple[int, int]:
-    """Groups and warps per program."""
+    """How many groups and warps a program has."""
     columns = triton.next_power_of_2(group)
     tiles = TILES if group >= 128 else SMALL_GROUP_TILES
     tile_bytes, thread_bytes = next(t[1:] for t in tiles if elements * itemsize <= t[0])
@@ -254,7 +254,7 @@ def silu_mul_block_quant(
     materialize: bool = False,
     reciprocal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and scale, each rounded once."""
+    """Returns q and scale, each rounded once."""
     shape = x.shape
     if num_rows is None:
         if len(shape) > 2:
