@@ -1,12 +1,9 @@
 """The plain PyTorch backend of `gdn_conv_prep`: any device, differentiable."""
 
-from functools import reduce
-from operator import iadd
-
 import torch
 
 from polyfuse.spec import Capability
-from polyfuse.torch_impl.gdn_post_conv import gates, l2_normalised, rounded, sigmoid
+from polyfuse.torch_impl._gdn import gates, heads, sigmoid
 
 CAPABILITY = Capability(differentiable=True)
 
@@ -30,20 +27,14 @@ def gdn_conv_prep(
     output_g_exp: bool = False,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """q, k, v, g, beta, each rounded once, and final_state."""
+    """Returns q, k, v, g and beta, each rounded once, and final_state."""
     before = weight.shape[1] - 1
     inputs, first, last = _with_states(x, initial_state, cu_seqlens, before)
     c = _conv(inputs, weight, bias, first, len(x))
     # Not silu(): on a CPU its last bit depends on the place of the element in the tensor.
     y = c * sigmoid(c)
-    width, heads_v = num_k_heads * head_k_dim, a.shape[1]
-    q, k, v = y.split([width, width, heads_v * head_v_dim], dim=1)
-    q, k = (part.unflatten(1, (num_k_heads, head_k_dim)) for part in (q, k))  # [tokens, heads, width]
-    if l2norm:
-        q, k = l2_normalised(q, l2norm_eps, x.dtype), l2_normalised(k, l2norm_eps, x.dtype)
-    else:
-        q, k = rounded(q, x.dtype), rounded(k, x.dtype)
-    v = rounded(v.unflatten(1, (heads_v, head_v_dim)), x.dtype)
+    eps = l2norm_eps if l2norm else None
+    q, k, v = heads(y, num_k_heads, head_k_dim, a.shape[1], head_v_dim, eps, x.dtype)
     state = inputs[last if output_final_state else last[:0]].transpose(1, 2)
     return q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp), state
 
@@ -51,10 +42,10 @@ def gdn_conv_prep(
 def _with_states(
     x: torch.Tensor, state: torch.Tensor | None, cu_seqlens: torch.Tensor | None, before: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The rows of all sequences, those of each after the `before` inputs that precede it, which other ones do not.
+    """The inputs of all sequences in one tensor: each sequence's rows stand behind the `before` inputs that precede it.
 
-    Also where the window of each row begins there [L], None if that is at 0, 1, ...; and where the last inputs of each
-    sequence are [S, before].
+    Returned are that tensor; the places [L] in it at which the rows' windows begin, None if these are 0, 1, ...; and
+    the places [S, before] of the last inputs of each sequence.
     """
     window = torch.arange(before, device=x.device)
     if cu_seqlens is None:
@@ -75,8 +66,13 @@ def _with_states(
 def _conv(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, first: torch.Tensor | None, length: int
 ) -> torch.Tensor:
-    """c [L, C] in fp32: the products of each window and the weight, added oldest first, then the bias."""
+    """c [L, C] in fp32: the products of each window and the weights are added, the oldest first, and then the bias."""
     taps = weight.float().t().contiguous()  # [W, C]
-    rows = (inputs[j : j + length] if first is None else inputs.index_select(0, first + j) for j in range(len(taps)))
-    c = reduce(iadd, (row * tap for row, tap in zip(rows, taps, strict=True)))
+
+    def inputs_at(tap: int) -> torch.Tensor:
+        return inputs[tap : tap + length] if first is None else inputs.index_select(0, first + tap)  # [L, C]
+
+    c = inputs_at(0) * taps[0]
+    for tap in range(1, len(taps)):
+        c += inputs_at(tap) * taps[tap]
     return c if bias is None else c + bias.float()

@@ -24,7 +24,7 @@ def pos_embed_interpolate(
     out_dtype: str | None = None,
     out_rows: int | None = None,
 ) -> torch.Tensor:
-    """[rows, D], rounded once."""
+    """Returns [rows, D], rounded once."""
     cells, width = table.shape
     side = isqrt(cells)
     dtype = getattr(torch, out_dtype) if out_dtype else (table if base is None else base).dtype
@@ -50,7 +50,10 @@ def pos_embed_interpolate(
 
 
 def _locate(grid: torch.Tensor, rows: int, merge_size: int, side: int) -> tuple[torch.Tensor, ...]:
-    """Of each row: its image's h and w, its number in the image, whether it is live; whether the grid is invalid."""
+    """Of each row, its image's h and w, its number in that image and whether it is live; if the grid is invalid.
+
+    A row is live if it belongs to an image of a valid grid.
+    """
     t, h, w = grid.unbind(1)
     valid = (grid.amin(1) > 0) & (h % merge_size == 0) & (w % merge_size == 0)
     valid &= grid[:, 1:].amax(1) < (2**31 - 1) // (2 * side)
@@ -68,7 +71,7 @@ def _locate(grid: torch.Tensor, rows: int, merge_size: int, side: int) -> tuple[
 
 
 def _patch(image_row: torch.Tensor, h: torch.Tensor, w: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of each patch; the rows of a frame are in order (h/m, w/m, m, m)."""
+    """The y and x of each patch; the patches of a frame are in the order (h/m, w/m, m, m)."""
     patch = image_row % (h * w)
     band, band_patch = patch // (w * m), patch % (w * m)
     block, block_patch = band_patch // (m * m), band_patch % (m * m)
@@ -78,7 +81,7 @@ def _patch(image_row: torch.Tensor, h: torch.Tensor, w: torch.Tensor, m: int) ->
 def _axis_taps(
     index: torch.Tensor, size: torch.Tensor, side: int, mode: str, align_corners: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Table cells and their weights for positions `index` on an axis of `size`."""
+    """The table cells, and their weights, that positions `index` on an axis of `size` are interpolated from."""
     if align_corners:
         numerator, denominator = index * (side - 1), (size - 1).clamp(min=1)
     else:

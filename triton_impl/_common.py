@@ -1,17 +1,10 @@
-"""What the kernels and their launchers share."""
+"""What all kernels share: whether they are interpreted, and conversions from and to fp32."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import Unsupported
-
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-_HERE: AbstractContextManager[Any] = nullcontext()
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -30,15 +23,3 @@ def widen(value):
     if value.dtype == tl.bfloat16:
         return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return value.to(tl.float32)
-
-
-def on_device(op: str, tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """The context to launch in, so that the tensor's device is the current one."""
-    device = tensor.device
-    if device.type == "cpu":
-        if not INTERPRETED.value:
-            raise Unsupported(f"{op}: triton runs on CPU tensors only in its interpreter; set TRITON_INTERPRET=1")
-        return _HERE
-    if device.index == torch.accelerator.current_device_index():
-        return _HERE
-    return torch.accelerator.device_index(device.index)

@@ -1,19 +1,14 @@
-"""The arithmetic of a Gated DeltaNet layer around its delta rule, on fp32 tiles, and the launch of its kernels."""
-
-from typing import Any
+"""The arithmetic of a Gated DeltaNet layer around its delta rule, on fp32 tiles, and its results."""
 
 import torch
 import triton
 import triton.language as tl
 
-from polyfuse.triton_impl._common import INTERPRETED, widen
+from polyfuse.triton_impl._common import INTERPRETED, LOG2_E, widen
 
 SMALL_X = tl.constexpr(-20.0)  # below, softplus(x) is exp(x) to 1e-9
-LOG2_E = tl.constexpr(1.4426950408889634)
 PTX = tl.constexpr(torch.version.cuda is not None and not INTERPRETED.value)
 LEVELS = tl.constexpr(20)  # log2 of the longest head
-KINDS = 1024  # compiled kernels that a launcher remembers
-ON_ALIGNMENT_ONLY = torch.version.cuda is not None  # elsewhere Triton specialises tensors on more, such as their size
 
 
 @triton.jit
@@ -63,29 +58,19 @@ def log_decay(x, A_log):
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + exp(-x)), whose exponential cannot overflow."""
     e = tl.exp(-tl.abs(x))
     return tl.div_rn(tl.where(x >= 0, 1.0, e), 1.0 + e)
 
 
 @triton.jit
-def gate_tile(
-    tile,
-    a_ptr,
-    b_ptr,
-    A_log_ptr,
-    dt_bias_ptr,
-    g_ptr,  # [length, HV]
-    beta_ptr,  # [length, HV]
-    length,
-    a_row,
-    a_column,
-    b_row,
-    b_column,
-    HV: tl.constexpr,
-    TOKENS: tl.constexpr,
-    G_EXP: tl.constexpr,
-):
-    """g and beta of TOKENS rows."""
+def gate_tile(gates, strides, tile, length, HV: tl.constexpr, TOKENS: tl.constexpr, G_EXP: tl.constexpr):
+    """Computes g and beta of TOKENS rows.
+
+    `gates` are pointers to a, b [length, HV] with `strides`, A_log, dt_bias [HV], and to g, beta [length, HV].
+    """
+    a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr = gates
+    a_row, a_column, b_row, b_column = strides
     HEADS: tl.constexpr = triton.next_power_of_2(HV) if HV else 1
     token = (tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     gate = tl.arange(0, HEADS).to(tl.int64)[None, :]
@@ -109,41 +94,10 @@ def silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
-class Launcher:
-    """Launches `kernel`; from the second call of a kind on without the work by which Triton finds what it compiled."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.compiled: dict[Any, Any] = {}
-
-    def __call__(
-        self,
-        programs: int,
-        inputs: tuple[torch.Tensor, ...],
-        outputs: tuple[torch.Tensor, ...],
-        free: tuple[int | float, ...],
-        fixed: tuple[Any, ...],
-        warps: int,
-    ) -> None:
-        """kernel[(programs,)](*inputs, *outputs, *free, *fixed).
-
-        Triton compiles for the dtypes, for pointers that are multiples of 16, as those of new outputs are, and for
-        the values in `fixed`. The kernel must not be specialised on those in `free`.
-        """
-        arguments = (*inputs, *outputs, *free, *fixed)
-        pointers = 0
-        for x in inputs:
-            pointers |= x.data_ptr()
-        if pointers % 16 or not ON_ALIGNMENT_ONLY:
-            self.kernel[(programs,)](*arguments, num_warps=warps)
-            return
-        key = (inputs[0].device, warps, fixed, *[x.dtype for x in inputs])
-        compiled = self.compiled.get(key)
-        if compiled is not None:
-            compiled[programs, 1, 1](*arguments)
-            return
-        compiled = self.kernel[(programs,)](*arguments, num_warps=warps)
-        if compiled is not None:
-            if len(self.compiled) >= KINDS:
-                self.compiled.clear()
-            self.compiled[key] = compiled
+def new_outputs(x: torch.Tensor, length: int, HV: int, H: int, K: int, V: int) -> tuple[torch.Tensor, ...]:
+    """q, k [length, H, K] and v [length, HV, V] in the dtype of x; g and beta [length, HV] in float32."""
+    q = x.new_empty(length, H, K)
+    k = torch.empty_like(q)
+    v = x.new_empty(length, HV, V)
+    g = torch.empty(length, HV, dtype=torch.float32, device=x.device)
+    return q, k, v, g, torch.empty_like(g)

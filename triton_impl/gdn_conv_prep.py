@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
-from polyfuse.triton_impl._common import on_device, round_to, widen
-from polyfuse.triton_impl._gdn import Launcher, gate_tile, l2_normalise, silu
+from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._gdn import gate_tile, l2_normalise, new_outputs, silu
+from polyfuse.triton_impl._launch import Launcher
 
 NAME = "gdn_conv_prep"
 
@@ -21,7 +22,7 @@ CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cp
 
 STEP = tl.constexpr(4)  # rows that a strip takes at a time: that many loads are under way
 SHORT = 512  # up to this many rows programs are small, so that there are many
-STRIPS = 640  # that a long call is divided into: each begins with reading its weights and the rows before it
+STRIPS = 640  # a long call has about so many: each begins with reading its weights and the rows before it
 COLUMNS = (512, 1024)  # per program of single rows, of strips: whole pages of a row, 16 bytes for each of 128 threads
 GATES = (128, 512)  # g and beta per program of a short, a long call
 STAGES = tl.constexpr(3)
@@ -31,7 +32,7 @@ NEVER = tl.constexpr(2**31 - 1)  # a row that does not come
 
 @triton.jit
 def _place(cu_ptr, sequences, length, row):
-    """The sequence that a row is in, its first row and the next one's; outside of all it is -1 or `sequences`."""
+    """The sequence that a row is in, its first row and that of the next; -1 or `sequences` for a row outside of all."""
     sequence = (row.to(tl.int64) * sequences // length).to(tl.int32)  # where all are of one length
     begin = tl.load(cu_ptr + sequence).to(tl.int32)
     end = tl.load(cu_ptr + sequence + 1).to(tl.int32)
@@ -51,18 +52,19 @@ def _place(cu_ptr, sequences, length, row):
 
 @triton.jit
 def _input(x_ptr, rows, x_row, mask):
-    """The inputs some rows on. `x_ptr` is a tile over channels."""
+    """The inputs of the row that is `rows` after the one of `x_ptr`, a tile over channels."""
     return tl.load(x_ptr + rows.to(tl.int64) * x_row, mask=mask, other=0.0)
 
 
 @triton.jit
 def _unpacked(bits, DTYPE: tl.constexpr):
+    """The 16-bit numbers in the lowest bits, in fp32."""
     return widen(bits.to(tl.int16).to(DTYPE, bitcast=True))
 
 
 @triton.jit
 def _weights(weight_ptr, mask, stride, W: tl.constexpr, DTYPE: tl.constexpr):
-    """The conv's weights, the row's own first: four tiles over channels, as `weight_ptr` is, of which W count."""
+    """The conv's weights, the row's own first, as four tiles over channels, of which the first W count."""
     if weight_ptr.dtype.element_ty == tl.int64:  # four of DTYPE in one: no thread needs those of another
         packed = tl.load(weight_ptr, mask=mask, other=0)
         return (
@@ -90,14 +92,14 @@ def _weights(weight_ptr, mask, stride, W: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _write(x, x1, x2, x3, w, w1, w2, w3, bias, out_ptr, mask, eps, W: tl.constexpr, NORMALISE: tl.constexpr):
-    """One row's outputs, from its inputs and those before it."""
-    y = tl.fma(w, x, bias)
-    y = tl.fma(w1, x1, y)
+def _write(out_ptr, window, weights, bias, mask, eps, W: tl.constexpr, NORMALISE: tl.constexpr):
+    """Stores one row's outputs, made from the inputs in its window. As in the weights, the row's own comes first."""
+    y = tl.fma(weights[0], window[0], bias)
+    y = tl.fma(weights[1], window[1], y)
     if W > 2:
-        y = tl.fma(w2, x2, y)
+        y = tl.fma(weights[2], window[2], y)
     if W > 3:
-        y = tl.fma(w3, x3, y)
+        y = tl.fma(weights[3], window[3], y)
     y = silu(y)
     if NORMALISE:
         y = l2_normalise(y, eps)
@@ -105,46 +107,59 @@ def _write(x, x1, x2, x3, w, w1, w2, w3, bias, out_ptr, mask, eps, W: tl.constex
 
 
 @triton.jit
+def _begin(x1, x2, x3, state_ptr, state_tap, live, age, W: tl.constexpr):
+    """The inputs 1, 2 and 3 rows before row number `age` of a sequence, from memory or else from its state."""
+    s1 = tl.zeros_like(x1)
+    s2 = s1
+    s3 = s1
+    if state_ptr is not None:
+        s1 = widen(tl.load(state_ptr + (W - 2) * state_tap, mask=live, other=0.0))
+        if W > 2:
+            s2 = widen(tl.load(state_ptr + (W - 3) * state_tap, mask=live, other=0.0))
+        if W > 3:
+            s3 = widen(tl.load(state_ptr, mask=live, other=0.0))
+    x3 = tl.where(age == 0, s3, tl.where(age == 1, s2, s1))
+    x2 = tl.where(age == 0, s2, tl.where(age == 1, s1, x2))
+    x1 = tl.where(age == 0, s1, x1)
+    return x1, x2, x3
+
+
+@triton.jit
 def _strip(
-    inputs,  # pointers and strides
+    conv,  # pointers and strides, as `_kernel` groups them
+    span,  # the strip's first row and number of rows, the call's number of rows and sequences
     out_ptr,  # [length, COUNT, WIDTH]
-    length,
-    sequences,
-    row,
-    rows,
     first_head,
     first_column,
     eps,
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
-    W: tl.constexpr,
-    BIAS: tl.constexpr,
-    STATE: tl.constexpr,
-    VARLEN: tl.constexpr,
     HEADS: tl.constexpr,
     NORMALISE: tl.constexpr,
+    W: tl.constexpr,
 ):
-    """`rows` rows of HEADS heads of the q, k or v whose columns in x begin at `first_column`."""
-    x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, x_row, weight_channel, weight_tap, state_strides = inputs
+    """Computes a strip of HEADS heads of the q, k or v whose columns in x begin at `first_column`."""
+    x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, x_row, weight_channel, weight_tap, state_strides = conv
     state_sequence, state_channel, state_tap = state_strides
+    row, rows, length, sequences = span
     PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
     lane = tl.zeros([1, HEADS, PADDED], tl.int32) + tl.arange(0, PADDED)[None, None, :]
     mask = lane < WIDTH
-    column = (first_head + tl.arange(0, HEADS))[None, :, None] * WIDTH + lane
+    column = (first_head + tl.arange(0, HEADS))[None, :, None] * WIDTH + lane  # [1, HEADS, PADDED], as all tiles here
     channel = (first_column + column).to(tl.int64)
-    w, w1, w2, w3 = _weights(weight_ptr + channel * weight_channel, mask, weight_tap, W, x_ptr.dtype.element_ty)
+    weights = _weights(weight_ptr + channel * weight_channel, mask, weight_tap, W, x_ptr.dtype.element_ty)
     x_ptr += channel + row.to(tl.int64) * x_row
     out_ptr += column + row.to(tl.int64) * (COUNT * WIDTH)
     x1 = widen(_input(x_ptr, -tl.minimum(row, 1), x_row, mask))
     x2 = widen(_input(x_ptr, -tl.minimum(row, 2), x_row, mask))
     x3 = widen(_input(x_ptr, -tl.minimum(row, 3), x_row, mask))
     bias = tl.zeros([1, HEADS, PADDED], tl.float32)
-    if BIAS:
+    if bias_ptr is not None:
         bias = widen(tl.load(bias_ptr + channel, mask=mask, other=0.0))
     sequence = row * 0
     begin = sequence
     end = sequence + NEVER
-    if VARLEN:
+    if cu_ptr is not None:
         sequence, begin, end = _place(cu_ptr, sequences, length, row)
     stop = tl.minimum(length, row + rows)
     for first in tl.range(row, stop, STEP, num_stages=STAGES):
@@ -158,7 +173,8 @@ def _strip(
         if (first - begin >= W - 1) & (first + STEP <= tl.minimum(end, stop)):
             for j in tl.static_range(STEP):
                 x = widen(step[j])
-                _write(x, x1, x2, x3, w, w1, w2, w3, bias, out_ptr + j * (COUNT * WIDTH), mask, eps, W, NORMALISE)
+                target = out_ptr + j * (COUNT * WIDTH)
+                _write(target, (x, x1, x2, x3), weights, bias, mask, eps, W, NORMALISE)
                 x3 = x2
                 x2 = x1
                 x1 = x
@@ -167,7 +183,7 @@ def _strip(
             source = x_ptr
             target = out_ptr
             for _ in range(tl.minimum(STEP, stop - first)):
-                if VARLEN:
+                if cu_ptr is not None:
                     while now >= end:
                         sequence += 1
                         begin = end
@@ -175,23 +191,15 @@ def _strip(
                         if sequence < sequences:
                             end = tl.load(cu_ptr + sequence + 1).to(tl.int32)
                 age = now - begin
-                if age < W - 1:  # what is before the sequence is not what is before the row in memory
-                    s1 = tl.zeros_like(x1)
-                    s2 = s1
-                    s3 = s1
-                    if STATE:
-                        state = state_ptr + sequence.to(tl.int64) * state_sequence + channel * state_channel
+                if age < W - 1:
+                    state = state_ptr
+                    live = mask
+                    if state_ptr is not None:
+                        state += sequence.to(tl.int64) * state_sequence + channel * state_channel
                         live = lane < tl.where((sequence >= 0) & (sequence < sequences), WIDTH, 0)
-                        s1 = widen(tl.load(state + (W - 2) * state_tap, mask=live, other=0.0))
-                        if W > 2:
-                            s2 = widen(tl.load(state + (W - 3) * state_tap, mask=live, other=0.0))
-                        if W > 3:
-                            s3 = widen(tl.load(state, mask=live, other=0.0))
-                    x3 = tl.where(age == 0, s3, tl.where(age == 1, s2, s1))
-                    x2 = tl.where(age == 0, s2, tl.where(age == 1, s1, x2))
-                    x1 = tl.where(age == 0, s1, x1)
+                    x1, x2, x3 = _begin(x1, x2, x3, state, state_tap, live, age, W)
                 x = widen(tl.load(source, mask=mask, other=0.0))
-                _write(x, x1, x2, x3, w, w1, w2, w3, bias, target, mask, eps, W, NORMALISE)
+                _write(target, (x, x1, x2, x3), weights, bias, mask, eps, W, NORMALISE)
                 x3 = x2
                 x2 = x1
                 x1 = x
@@ -203,35 +211,25 @@ def _strip(
 
 
 @triton.jit
-def _final_state(
-    inputs,  # pointers and strides
-    out_ptr,  # [sequences, W - 1, C]
-    length,
-    sequence,
-    block,
-    C: tl.constexpr,
-    W: tl.constexpr,
-    STATE: tl.constexpr,
-    VARLEN: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """The last W - 1 inputs of CHANNELS channels of one sequence."""
-    x_ptr, _, _, state_ptr, cu_ptr, x_row, _, _, state_strides = inputs
+def _final_state(conv, out_ptr, length, sequence, block, C: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr):
+    """Stores the last W - 1 inputs of CHANNELS channels of one sequence; `out_ptr` is to [sequences, W - 1, C]."""
+    x_ptr, _, _, state_ptr, cu_ptr, x_row, _, _, state_strides = conv
     state_sequence, state_channel, state_tap = state_strides
     channel = (block * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
     mask = channel < C
     begin = 0
     end = length
-    if VARLEN:
+    if cu_ptr is not None:
         begin = tl.load(cu_ptr + sequence).to(tl.int32)
         end = tl.load(cu_ptr + sequence + 1).to(tl.int32)
-    state_ptr += sequence.to(tl.int64) * state_sequence + channel * state_channel
+    if state_ptr is not None:
+        state_ptr += sequence.to(tl.int64) * state_sequence + channel * state_channel
     out_ptr += sequence.to(tl.int64) * ((W - 1) * C) + channel
     for tap in tl.static_range(W - 1):
         row = end - (W - 1) + tap
         if row >= begin:
             tl.store(out_ptr, tl.load(x_ptr + row.to(tl.int64) * x_row + channel, mask=mask), mask=mask)
-        elif STATE:
+        elif state_ptr is not None:
             earlier = state_ptr + (row - begin + W - 1).to(tl.int64) * state_tap
             tl.store(out_ptr, tl.load(earlier, mask=mask), mask=mask)
         else:
@@ -247,9 +245,9 @@ def _kernel(
     b_ptr,  # [length, HV]
     A_log_ptr,  # [HV]
     dt_bias_ptr,  # [HV]
-    bias_ptr,  # [C]
-    state_ptr,  # [sequences, C, W - 1]
-    cu_ptr,  # [sequences + 1]
+    bias_ptr,  # [C] or None
+    state_ptr,  # [sequences, C, W - 1] or None
+    cu_ptr,  # [sequences + 1] or None
     q_ptr,  # [length, H, K]
     k_ptr,  # [length, H, K]
     v_ptr,  # [length, HV, V]
@@ -276,9 +274,6 @@ def _kernel(
     HV: tl.constexpr,
     V: tl.constexpr,
     W: tl.constexpr,
-    BIAS: tl.constexpr,
-    STATE: tl.constexpr,
-    VARLEN: tl.constexpr,
     L2NORM: tl.constexpr,
     G_EXP: tl.constexpr,
     HEADS: tl.constexpr,
@@ -291,98 +286,39 @@ def _kernel(
     BLOCKS: tl.constexpr = 2 * QK_BLOCKS + HV // HEADS_V
     STATE_BLOCKS: tl.constexpr = triton.cdiv(C, CHANNELS)
     state_strides = (state_sequence, state_channel, state_tap)
-    inputs = (x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, x_row, weight_channel, weight_tap, state_strides)
+    conv = (x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, x_row, weight_channel, weight_tap, state_strides)
+    gates = (a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr)
+    gate_strides = (a_row, a_column, b_row, b_column)
     program = tl.program_id(0)
     gate_programs = tl.cdiv(length, GATE_TOKENS)
     state_programs = states * STATE_BLOCKS
     if program < gate_programs:
-        gate_tile(
-            program,
-            a_ptr,
-            b_ptr,
-            A_log_ptr,
-            dt_bias_ptr,
-            g_ptr,
-            beta_ptr,
-            length,
-            a_row,
-            a_column,
-            b_row,
-            b_column,
-            HV,
-            GATE_TOKENS,
-            G_EXP,
-        )
+        gate_tile(gates, gate_strides, program, length, HV, GATE_TOKENS, G_EXP)
     elif program < gate_programs + state_programs:
         program -= gate_programs
-        _final_state(
-            inputs,
-            final_ptr,
-            length,
-            program // STATE_BLOCKS,
-            program % STATE_BLOCKS,
-            C,
-            W,
-            STATE,
-            VARLEN,
-            CHANNELS,
-        )
+        _final_state(conv, final_ptr, length, program // STATE_BLOCKS, program % STATE_BLOCKS, C, W, CHANNELS)
     else:
         program -= gate_programs + state_programs
-        row = program // BLOCKS * rows
+        span = (program // BLOCKS * rows, rows, length, sequences)
         block = program % BLOCKS
         if block < 2 * QK_BLOCKS:
             part = block // QK_BLOCKS  # 0: q, 1: k
             out_ptr = q_ptr
             if part == 1:
                 out_ptr = k_ptr
-            _strip(
-                inputs,
-                out_ptr,
-                length,
-                sequences,
-                row,
-                rows,
-                block % QK_BLOCKS * HEADS,
-                part * (H * K),
-                eps,
-                H,
-                K,
-                W,
-                BIAS,
-                STATE,
-                VARLEN,
-                HEADS,
-                L2NORM,
-            )
+            head = block % QK_BLOCKS * HEADS
+            _strip(conv, span, out_ptr, head, part * (H * K), eps, H, K, HEADS, L2NORM, W)
         else:
-            _strip(
-                inputs,
-                v_ptr,
-                length,
-                sequences,
-                row,
-                rows,
-                (block - 2 * QK_BLOCKS) * HEADS_V,
-                2 * H * K,
-                eps,
-                HV,
-                V,
-                W,
-                BIAS,
-                STATE,
-                VARLEN,
-                HEADS_V,
-                False,
-            )
+            head = (block - 2 * QK_BLOCKS) * HEADS_V
+            _strip(conv, span, v_ptr, head, 2 * H * K, eps, HV, V, HEADS_V, False, W)
 
 
-_launch = Launcher(_kernel)
+_launch = Launcher(NAME, _kernel)
 
 
 @lru_cache(maxsize=256)
 def _tile(length: int, sequences: int, H: int, K: int, HV: int, V: int) -> tuple[int, int, int, int, int]:
-    """Rows of a strip; heads of q and k, heads of v, tokens of gates and channels of states per program."""
+    """The rows of a strip; and of a program, its heads of q and k, heads of v, tokens of gates, channels of states."""
     step = STEP.value
     single = length < step * sequences  # most rows are among the first of their sequence
     rows = 1 if single else step * max(1 + (length > SHORT), length // (step * STRIPS))
@@ -412,15 +348,11 @@ def gdn_conv_prep(
     output_g_exp: bool = False,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """q, k, v, g, beta, final_state, each rounded once."""
+    """Returns q, k, v, g and beta, each rounded once, and final_state."""
     length, value_heads = a.shape
     (channels, width), sequences = weight.shape, 1 if cu_seqlens is None else len(cu_seqlens) - 1
     states = sequences if output_final_state else 0
-    q = x.new_empty(length, num_k_heads, head_k_dim)
-    k = torch.empty_like(q)
-    v = x.new_empty(length, value_heads, head_v_dim)
-    g = torch.empty(length, value_heads, dtype=torch.float32, device=x.device)
-    beta = torch.empty_like(g)
+    q, k, v, g, beta = new_outputs(x, length, value_heads, num_k_heads, head_k_dim, head_v_dim)
     final_state = x.new_empty(states, width - 1, channels).transpose(1, 2)
     if length == 0:
         final_state.copy_(initial_state) if initial_state is not None and states else final_state.zero_()
@@ -428,23 +360,25 @@ def gdn_conv_prep(
     dims = num_k_heads, head_k_dim, value_heads, head_v_dim
     rows, *tile = _tile(length, sequences, *dims)
     heads, heads_v, gate_tokens, state_channels = tile
-    optional = bias is not None, initial_state is not None, cu_seqlens is not None
     x = x if x.stride(1) == 1 else x.contiguous()
     if width == 4 and weight.is_contiguous() and weight.dtype == x.dtype and weight.element_size() == 2:
         weight = weight.view(torch.int64) if weight.data_ptr() % 8 == 0 else weight
-    state = x if initial_state is None else initial_state
-    if rows > 1 and state.stride(1) != 1:  # a strip has one layout, which is that of rows
-        state = state.transpose(1, 2).contiguous().transpose(1, 2)
+    state, state_strides = initial_state, (0, 0, 0)
+    if state is not None:
+        if rows > 1 and state.stride(1) != 1:  # a strip has one layout, which is that of rows
+            state = state.transpose(1, 2).contiguous().transpose(1, 2)
+        state_strides = state.stride()
     inputs = (
         *(x, weight, a, b, A_log.contiguous(), dt_bias.contiguous()),
-        *(x if bias is None else bias.contiguous(), state, x if cu_seqlens is None else cu_seqlens.contiguous()),
+        None if bias is None else bias.contiguous(),
+        state,
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
     )
-    strides = x.stride(0), *weight.stride(), *a.stride(), *b.stride()
-    state_strides = (0, 0, 0) if initial_state is None else state.stride()
     blocks = 2 * (num_k_heads // heads) + value_heads // heads_v
     programs = -(-length // gate_tokens) + states * -(-channels // state_channels) + -(-length // rows) * blocks
     eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
-    fixed = *strides, *state_strides, *dims, width, *optional, l2norm, output_g_exp, *tile
-    with on_device(NAME, x):
-        _launch(programs, inputs, (q, k, v, g, beta, final_state), (length, sequences, states, rows, eps), fixed, 4)
+    numbers = length, sequences, states, rows, eps
+    strides = x.stride(0), *weight.stride(), *a.stride(), *b.stride(), *state_strides
+    fixed = *strides, *dims, width, l2norm, output_g_exp, *tile
+    _launch((programs, 1, 1), inputs, (q, k, v, g, beta, final_state), numbers, fixed, warps=4)
     return q, k, v, g, beta, final_state

@@ -8,10 +8,13 @@ is filled by them and its short side by the rows.
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import linear
 
-from polyfuse._torch.projections import STRATEGIES, choose
+from polyfuse._torch.projections import Bias, Pair, choose, one_bias, one_weight
+from polyfuse._torch.streams import execute_in_parallel
 from polyfuse.spec import Capability
-from polyfuse.triton_impl._common import INTERPRETED, on_device, round_to
+from polyfuse.triton_impl._common import INTERPRETED, round_to
+from polyfuse.triton_impl._launch import Launcher
 
 NAME = "gdn_in_proj"
 
@@ -22,11 +25,10 @@ LEAST_ROWS, MOST_ROWS = 16, 64  # rows a program computes: what the matrix unit 
 
 
 @triton.jit
-def _project(
-    x_ptr, w_ptr, bias_ptr, out_ptr, block, row, rows, columns, hidden, x_stride, w_stride,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def _project(activation, projection, block, row, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """out[row, block of columns] = x[row] @ w[block of columns].T + bias."""
+    x_ptr, x_stride, rows, hidden = activation
+    w_ptr, w_stride, bias_ptr, out_ptr, columns = projection
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, row.shape[0]], tl.float32)
     w_row = w_ptr + column.to(tl.int64) * w_stride
@@ -69,24 +71,23 @@ def _kernel(
     block = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     blocks1 = tl.cdiv(n1, BLOCK_N)
+    activation = (x_ptr, x_stride, rows, hidden)
     if block < blocks1:
-        _project(
-            x_ptr, w1_ptr, bias1_ptr, out1_ptr, block, row, rows, n1, hidden, x_stride, w1_stride, BLOCK_N, BLOCK_K
-        )
+        projection = (w1_ptr, w1_stride, bias1_ptr, out1_ptr, n1)
+        _project(activation, projection, block, row, BLOCK_N, BLOCK_K)
     else:
-        block -= blocks1
-        _project(
-            x_ptr, w2_ptr, bias2_ptr, out2_ptr, block, row, rows, n2, hidden, x_stride, w2_stride, BLOCK_N, BLOCK_K
-        )
+        projection = (w2_ptr, w2_stride, bias2_ptr, out2_ptr, n2)
+        _project(activation, projection, block - blocks1, row, BLOCK_N, BLOCK_K)
+
+
+_launch = Launcher(NAME, _kernel, num_stages=STAGES)
 
 
 def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def fused(
-    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: torch.Tensor | None, b2: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fused(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
     """Both products in one launch."""
     hidden, n1, n2 = x.shape[-1], len(w1), len(w2)
     out1 = torch.empty((*x.shape[:-1], n1), dtype=x.dtype, device=x.device)
@@ -97,32 +98,35 @@ def fused(
         return out1, out2
     w1, w2 = _unit_stride(w1), _unit_stride(w2)
     block_rows = min(max(LEAST_ROWS, triton.next_power_of_2(rows)), MOST_ROWS)
-    with on_device(NAME, x):
-        _kernel[(triton.cdiv(n1, BLOCK_N) + triton.cdiv(n2, BLOCK_N), triton.cdiv(rows, block_rows))](
-            flat,
-            w1,
-            w2,
-            None if b1 is None else _unit_stride(b1),
-            None if b2 is None else _unit_stride(b2),
-            out1,
-            out2,
-            rows,
-            n1,
-            n2,
-            hidden,
-            flat.stride(0),
-            w1.stride(0),
-            w2.stride(0),
-            BLOCK_ROWS=block_rows,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            num_warps=WARPS,
-            num_stages=STAGES,
-        )
+    inputs = (
+        *(flat, w1, w2),
+        None if b1 is None else _unit_stride(b1),
+        None if b2 is None else _unit_stride(b2),
+    )
+    fixed = n1, n2, hidden, flat.stride(0), w1.stride(0), w2.stride(0), block_rows, BLOCK_N, BLOCK_K
+    grid = triton.cdiv(n1, BLOCK_N) + triton.cdiv(n2, BLOCK_N), triton.cdiv(rows, block_rows), 1
+    _launch(grid, inputs, (out1, out2), (rows,), fixed, WARPS)
     return out1, out2
 
 
-_ALL = {**STRATEGIES, "fused": fused}
+def sequential(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
+    """One product of PyTorch's after the other."""
+    return linear(x, w1, b1), linear(x, w2, b2)
+
+
+def parallel(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
+    """The second product runs on an auxiliary stream."""
+    large, small = execute_in_parallel(lambda: linear(x, w1, b1), lambda: linear(x, w2, b2), device=x.device)
+    return large, small
+
+
+def merged(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
+    """One product with both weights as one matrix; the results are views of one buffer."""
+    large, small = linear(x, one_weight(w1, w2), one_bias(b1, b2, (w1, w2))).split([len(w1), len(w2)], dim=-1)
+    return large, small
+
+
+STRATEGIES = {"sequential": sequential, "parallel": parallel, "merged": merged, "fused": fused}
 
 
 def gdn_in_proj(
@@ -133,8 +137,8 @@ def gdn_in_proj(
     bias_qkvz: torch.Tensor | None = None,
     bias_ba: torch.Tensor | None = None,
     strategy: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """qkvz and ba, each rounded once."""
+) -> Pair:
+    """Returns qkvz and ba, each rounded once."""
     if strategy == "auto":
-        strategy = choose(x, w_qkvz, w_ba, tuple(_ALL))
-    return _ALL[strategy](x, w_qkvz, w_ba, bias_qkvz, bias_ba)
+        strategy = choose(x, w_qkvz, w_ba, tuple(STRATEGIES))
+    return STRATEGIES[strategy](x, w_qkvz, w_ba, bias_qkvz, bias_ba)

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
-from polyfuse.triton_impl._common import on_device, round_to, widen
-from polyfuse.triton_impl._gdn import Launcher, gate_tile, l2_normalise
+from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._gdn import gate_tile, l2_normalise, new_outputs
+from polyfuse.triton_impl._launch import Launcher
 
 NAME = "gdn_post_conv"
 
@@ -42,7 +43,7 @@ def _heads(
     HEADS: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):
-    """TOKENS x HEADS heads of the q, k or v whose columns in `in_ptr` begin at `first_column`."""
+    """Computes TOKENS x HEADS heads of the q, k or v whose columns in `in_ptr` begin at `first_column`."""
     PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
     row = (tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
     lane = tl.arange(0, PADDED)[None, None, :]
@@ -93,23 +94,8 @@ def _kernel(
     program = tl.program_id(0)
     gate_programs = tl.cdiv(length, GATE_TOKENS)
     if program < gate_programs:
-        gate_tile(
-            program,
-            a_ptr,
-            b_ptr,
-            A_log_ptr,
-            dt_bias_ptr,
-            g_ptr,
-            beta_ptr,
-            length,
-            a_row,
-            a_column,
-            b_row,
-            b_column,
-            HV,
-            GATE_TOKENS,
-            G_EXP,
-        )
+        gates = (a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr)
+        gate_tile(gates, (a_row, a_column, b_row, b_column), program, length, HV, GATE_TOKENS, G_EXP)
     else:
         tile = (program - gate_programs) // BLOCKS
         block = (program - gate_programs) % BLOCKS
@@ -131,12 +117,12 @@ def _kernel(
             )
 
 
-_launch = Launcher(_kernel)
+_launch = Launcher(NAME, _kernel)
 
 
 @lru_cache(maxsize=256)
 def _tile(short: bool, strided: bool, H: int, K: int, HV: int, V: int) -> tuple[int, int, int, int, int]:
-    """Tokens, heads of q and k, heads of v and tokens of gates per program; warps."""
+    """What a program takes: tokens, heads of q and k, heads of v, tokens of gates; and its warps."""
     width, width_v = triton.next_power_of_2(K), triton.next_power_of_2(V)
     gate_tokens = max(1, GATES[not short] // triton.next_power_of_2(HV or 1))
     if strided:
@@ -161,13 +147,9 @@ def gdn_post_conv(
     l2norm_eps: float = 1e-6,
     output_g_exp: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """q, k, v, g, beta, each rounded once."""
+    """Returns q, k, v, g and beta, each rounded once."""
     length, value_heads = a.shape
-    q = conv_out.new_empty(length, num_k_heads, head_k_dim)
-    k = torch.empty_like(q)
-    v = conv_out.new_empty(length, value_heads, head_v_dim)
-    g = torch.empty(length, value_heads, dtype=torch.float32, device=conv_out.device)
-    beta = torch.empty_like(g)
+    q, k, v, g, beta = new_outputs(conv_out, length, value_heads, num_k_heads, head_k_dim, head_v_dim)
     if length == 0:
         return q, k, v, g, beta
     inputs = conv_out, a, b, A_log.contiguous(), dt_bias.contiguous()
@@ -179,6 +161,5 @@ def gdn_post_conv(
     programs = -(-length // gate_tokens) + -(-length // tokens) * blocks
     eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
     fixed = *strides, *dims, l2norm, output_g_exp, *tile
-    with on_device(NAME, conv_out):
-        _launch(programs, inputs, (q, k, v, g, beta), (length, eps), fixed, warps)
+    _launch((programs, 1, 1), inputs, (q, k, v, g, beta), (length, eps), fixed, warps)
     return q, k, v, g, beta

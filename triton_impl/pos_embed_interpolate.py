@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from polyfuse.spec import Capability, Unsupported
-from polyfuse.triton_impl._common import INTERPRETED, on_device, round_to, widen
+from polyfuse.triton_impl._common import INTERPRETED, round_to, widen
+from polyfuse.triton_impl._launch import Launcher
 
 NAME = "pos_embed_interpolate"
 
@@ -184,6 +185,9 @@ def _kernel(
         tl.store(out_row[:, None] + column, result, mask=(row < rows)[:, None] & inside, cache_modifier=".cs")
 
 
+_launch = Launcher(NAME, _kernel)
+
+
 @lru_cache(maxsize=64)
 def _blocks(width: int, itemsize: int, most: int) -> tuple[int, int]:
     """Columns per block, and blocks per program so that programs side by side do equal work."""
@@ -219,7 +223,7 @@ def pos_embed_interpolate(
     out_dtype: str | None = None,
     out_rows: int | None = None,
 ) -> torch.Tensor:
-    """[rows, D], rounded once."""
+    """Returns [rows, D], rounded once."""
     used = 0 if isinstance(grid_thw, torch.Tensor) else sum(t * h * w for t, h, w in grid_thw)
     rows = used if out_rows is None else out_rows
     cells, columns = table.shape
@@ -228,50 +232,30 @@ def pos_embed_interpolate(
     out = torch.empty((rows, columns), dtype=dtype, device=table.device)
     if rows == 0 or columns == 0:
         return out
-    with on_device(NAME, table):
-        grid = grid_thw if isinstance(grid_thw, torch.Tensor) else None
-        height = width = images = image_stride = value_stride = base_stride = 0
-        if not isinstance(grid_thw, torch.Tensor):
-            if len(grid_thw) == 1:
-                _, height, width = grid_thw[0]
-            else:
-                grid = _to_device(grid_thw, table.device)
-        if grid is not None:
-            images, (image_stride, value_stride) = len(grid), grid.stride()
-        if table.stride(1) != 1:
-            table = table.contiguous()
-        if base is not None:
-            base = base if base.stride(1) == 1 else base.contiguous()
-            base_stride = base.stride(0)
-        block_rows, most_blocks = next(tile[1:] for tile in TILES if rows <= tile[0])
-        block_columns, blocks = _blocks(columns, table.element_size(), most_blocks)
-        bicubic = mode == "bicubic"
-        programs = -(-rows // block_rows) * -(-columns // (block_columns * blocks))
-        _kernel[(programs,)](
-            table,
-            grid,
-            base,
-            out,
-            rows,
-            height,
-            width,
-            used,
-            images,
-            image_stride,
-            value_stride,
-            table.stride(0),
-            base_stride,
-            D=columns,
-            SIDE=isqrt(cells),
-            MERGE=merge_size,
-            BICUBIC=bicubic,
-            ALIGN_CORNERS=align_corners,
-            WIDE=rows >= WIDE_ROWS,
-            BLOCK_ROWS=block_rows,
-            BLOCK_D=block_columns,
-            BLOCKS=blocks,
-            IMAGES=BLOCK_IMAGES,
-            # Two rows of 16 taps a thread would take 200 registers.
-            num_warps=8 if bicubic else 4,  # pyright: ignore[reportCallIssue]
-        )
+    grid = grid_thw if isinstance(grid_thw, torch.Tensor) else None
+    height = width = images = image_stride = value_stride = base_stride = 0
+    if not isinstance(grid_thw, torch.Tensor):
+        if len(grid_thw) == 1:
+            _, height, width = grid_thw[0]
+        else:
+            grid = _to_device(grid_thw, table.device)
+    if grid is not None:
+        images, (image_stride, value_stride) = len(grid), grid.stride()
+    if table.stride(1) != 1:
+        table = table.contiguous()
+    if base is not None:
+        base = base if base.stride(1) == 1 else base.contiguous()
+        base_stride = base.stride(0)
+    bicubic = mode == "bicubic"
+    block_rows, most_blocks = next(tile[1:] for tile in TILES if rows <= tile[0])
+    block_columns, blocks = _blocks(columns, table.element_size(), most_blocks)
+    programs = -(-rows // block_rows) * -(-columns // (block_columns * blocks))
+    numbers = rows, height, width, used, images, image_stride, value_stride
+    strides = table.stride(0), base_stride
+    options = columns, isqrt(cells), merge_size, bicubic, align_corners, rows >= WIDE_ROWS
+    fixed = *strides, *options, block_rows, block_columns, blocks, BLOCK_IMAGES
+    # Two rows of 16 taps a thread would take 200 registers.
+    warps = 8 if bicubic else 4
+    # The result is looked at as the inputs are: its dtype may be any of them.
+    _launch((programs, 1, 1), (table, grid, base, out), (), numbers, fixed, warps)
     return out

@@ -4,7 +4,6 @@ The (row, group) pairs of an expert, or of all rows, are numbered through; a pro
 tile [BLOCK, group_size]. A group never spans programs, so that no tile shape changes a bit.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -17,7 +16,8 @@ from triton.language.extra import libdevice
 
 from polyfuse.spec import Capability, Unsupported
 from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, QMAX, scale_floor, scale_strides
-from polyfuse.triton_impl._common import INTERPRETED, on_device, round_to, widen
+from polyfuse.triton_impl._common import INTERPRETED, LOG2_E, round_to, widen
+from polyfuse.triton_impl._launch import Launch, Launcher
 from polyfuse.triton_impl._quantise import divide, exponent_byte, power_of_two_above, quantise
 
 NAME = "silu_mul_block_quant"
@@ -31,7 +31,6 @@ SMALL_GROUP_TILES = ((2**18, 512, 16), (2**63, 4096, 32))
 WIDEST_GROUP = 2**15
 WIDE_PAIRS = 2**31  # from here on pairs are numbered in 64 bits
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(LEAST_DIVISOR)
 
 
@@ -46,6 +45,7 @@ def _silu(gate):
 
 @triton.jit
 def _sigmoid(x):
+    """1 / (1 + exp(-x))."""
     if INTERPRETED:
         return tl.div_rn(1.0, 1.0 + tl.exp(-x))
     else:  # these two flush to 0 what is below the least normal number, which saves a third of the instructions
@@ -62,12 +62,12 @@ def _kernel(
     limit,
     rows,
     tiles,  # per expert
-    x_expert,
-    x_row,
-    x_column,
     scale_expert,
     scale_row,
     scale_group,
+    x_expert,
+    x_row,
+    x_column,
     D: tl.constexpr,
     GROUP: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -145,9 +145,12 @@ def _kernel(
         tl.store(scale_at + group.to(tl.int64) * scale_group, scale, mask=live)
 
 
-@dataclass
+_launch = Launcher(NAME, _kernel)
+
+
+@dataclass(slots=True)
 class _Plan:
-    """What depends on a call's signature alone. `launch`: the compiled kernel, which starts in less time."""
+    """What depends on a call's signature alone, and the launch for it, which the first call finds."""
 
     q_shape: tuple[int, ...]
     q_dtype: torch.dtype
@@ -156,9 +159,10 @@ class _Plan:
     scale_strides: tuple[int, ...] | None
     scale_dtype: torch.dtype
     grid: tuple[int, int, int]
-    arguments: tuple[Any, ...]
+    numbers: tuple[int, ...]  # behind scale_ub and limit
+    fixed: tuple[Any, ...]
     warps: int
-    launch: Callable[..., None] | None = None
+    launch: Launch | None = None
 
 
 def _converts(device: torch.device, quant_dtype: str) -> bool:
@@ -169,7 +173,7 @@ def _converts(device: torch.device, quant_dtype: str) -> bool:
 
 
 def _tile(group: int, itemsize: int, elements: int) -> tuple[int, int]:
-    """Groups and warps per program."""
+    """How many groups and warps a program has."""
     columns = triton.next_power_of_2(group)
     tiles = TILES if group >= 128 else SMALL_GROUP_TILES
     tile_bytes, thread_bytes = next(t[1:] for t in tiles if elements * itemsize <= t[0])
@@ -179,8 +183,7 @@ def _tile(group: int, itemsize: int, elements: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def _plan(
-    lead: tuple[int, ...],
-    width: int,
+    shape: tuple[int, ...],
     strides: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
@@ -192,14 +195,15 @@ def _plan(
     scale_min: float | None,
     materialize: bool,
     reciprocal: bool,
-    *compiled_for: bool,
+    *launched_by: bool,
 ) -> _Plan:
     """`strides` are those of x as [experts, rows, width] if `masked`, else as [rows, width].
 
-    `compiled_for`: what else the compiled kernel depends on.
+    `launched_by` is what else tells one launch from another.
     """
     if group > WIDEST_GROUP:
         raise Unsupported(f"{NAME}: group_size={group}: a program takes whole groups of up to {WIDEST_GROUP}")
+    lead, width = shape[:-1], shape[-1]
     experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
     groups = width // 2 // group
     packed = scale_format == "ue8m0_packed"
@@ -209,13 +213,8 @@ def _plan(
     scale_expert = 0 if not masked else rows * columns if layout is None else layout[0]
     block, warps = _tile(group, dtype.itemsize, experts * rows * width // 2)
     tiles = -(-rows * groups // block)
-    arguments = (
-        rows,
-        tiles,
+    fixed = (
         *(strides if masked else (0, *strides)),
-        scale_expert,
-        scale_row,
-        scale_group,
         width // 2,
         group,
         quant_dtype,
@@ -235,7 +234,8 @@ def _plan(
         scale_strides=layout,
         scale_dtype=torch.int32 if packed else torch.float32,
         grid=(experts * tiles, 1, 1),
-        arguments=arguments,
+        numbers=(rows, tiles, scale_expert, scale_row, scale_group),
+        fixed=fixed,
         warps=warps,
     )
 
@@ -254,16 +254,15 @@ def silu_mul_block_quant(
     materialize: bool = False,
     reciprocal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and scale, each rounded once."""
-    lead = x.shape[:-1]
+    """Returns q and scale, each rounded once."""
+    shape = x.shape
     if num_rows is None:
-        if len(lead) > 1:
+        if len(shape) > 2:
             x = x.flatten(0, -2)
     elif num_rows.stride(0) != 1:
         num_rows = num_rows.contiguous()
     plan = _plan(
-        lead,
-        x.shape[-1],
+        shape,
         x.stride(),
         x.dtype,
         x.device,
@@ -287,13 +286,8 @@ def silu_mul_block_quant(
     if plan.grid[0] == 0:
         return q, scale
     codes = q.view(torch.uint8) if plan.emulated else q
-    with on_device(NAME, x):
-        if plan.launch is None:
-            kernel = _kernel[plan.grid](
-                x, num_rows, codes, scale, scale_ub, limit, *plan.arguments, num_warps=plan.warps
-            )
-            if kernel is not None:  # the interpreter has none
-                plan.launch = kernel[plan.grid]
-        else:
-            plan.launch(x, num_rows, codes, scale, scale_ub, limit, *plan.arguments)
+    if plan.launch is None:
+        numbers = scale_ub, limit, *plan.numbers
+        plan.launch = _launch.find((x, num_rows, codes), numbers, plan.fixed, plan.warps)
+    plan.launch(plan.grid, x, num_rows, codes, scale, scale_ub, limit, *plan.numbers, *plan.fixed)
     return q, scale

@@ -12,6 +12,7 @@ from polyfuse.dispatch import from_numpy, to_numpy
 from polyfuse.reference import oracle
 from polyfuse.spec import OPS, bind
 from polyfuse.torch_impl.pos_embed_interpolate import pos_embed_interpolate
+from tests._torch.cases import UNUSABLE_IMAGES
 
 exact = oracle("pos_embed_interpolate").intervals
 
@@ -73,16 +74,7 @@ def test_no_images_are_all_padding() -> None:
     assert torch.equal(out, torch.zeros(4, 8))
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        (2**32, 2**16, 2**16),  # 2**64 rows, which is 0 in int64
-        (1, 2**31, 2),
-        (2**62, 2, 2),
-        (0, 2, 2),
-        (1, 4, 3),
-    ],
-)
+@pytest.mark.parametrize("image", UNUSABLE_IMAGES)
 def test_an_unusable_image_poisons_the_result(image: tuple[int, int, int]) -> None:
     grid = torch.tensor([(1, 2, 2), image])
     assert pos_embed_interpolate(normal(36, 8), grid, out_rows=16).isnan().all()

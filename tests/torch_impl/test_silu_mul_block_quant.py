@@ -13,26 +13,11 @@ from polyfuse.reference._numerics import round_to, to_f64
 from polyfuse.spec import FLOATS
 from polyfuse.spec.silu_mul_block_quant import QMAX, SCALE_FORMATS, SCALE_LAYOUTS
 from polyfuse.torch_impl.silu_mul_block_quant import silu_mul_block_quant
+from tests._torch.cases import SILU_MUL_BLOCK_QUANT
 
 NAME = "silu_mul_block_quant"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-MORE = [
-    Case("width_768", {"...": (7,), "D": 768}, {"group_size": 128}, {"x": "bfloat16"}),
-    Case("width_2048", {"...": (3,), "D": 2048}, {"group_size": 64}, {"x": "bfloat16"}),
-    Case("width_12288", {"...": (1,), "D": 12288}, {"scale_format": "ue8m0_packed"}, {"x": "bfloat16"}),
-    *(
-        Case(
-            f"{fill}-{option}",
-            {"...": (12,), "D": 96},
-            {"group_size": 32, option: value},
-            {"x": "bfloat16"},
-            fill={"x": fill},
-        )
-        for fill in ("nan_some", "inf_some", "large", "wide_line")
-        for option, value in (("limit", 0.75), ("materialize", True), ("scale_ub", 0.01))
-    ),
-]
-CASES = [*(case for case in cases(NAME) if case.repeat == 1), *MORE]
+CASES = [*(case for case in cases(NAME) if case.repeat == 1), *SILU_MUL_BLOCK_QUANT]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -62,7 +47,7 @@ def test_equals_the_oracle_and_leaves_its_inputs(case: Case, device: str) -> Non
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_public_function_runs_it(device: str) -> None:
-    assert Trial(NAME, MORE[0], 0).on(registry().get("torch"), device) == ("passed", "")
+    assert Trial(NAME, SILU_MUL_BLOCK_QUANT[0], 0).on(registry().get("torch"), device) == ("passed", "")
 
 
 @pytest.mark.parametrize("device", DEVICES)

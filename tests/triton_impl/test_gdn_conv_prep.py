@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,31 @@ def test_no_rows() -> None:
     assert [len(r) for r in empty] == [0] * 5
     assert bits(state) == bits(args["initial_state"])
     assert not gdn_conv_prep(**args | none | {"initial_state": None})[5].any()
+
+
+COMPILE = """
+import re
+from tests.triton_impl.hopper import compile_for_hopper
+from polyfuse.triton_impl.gdn_conv_prep import _kernel, _tile
+
+for sequences, absent in ((1, ("bias_ptr", "state_ptr", "cu_ptr")), (8, ())):
+    rows, *tile = _tile(4096, sequences, 16, 128, 32, 128)
+    types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names}
+    types |= {"weight_ptr": "*i64", "g_ptr": "*fp32", "beta_ptr": "*fp32", "cu_ptr": "*i32", "eps": "fp32"}
+    constants = dict(weight_tap=1, a_column=1, b_column=1, weight_channel=1, H=16, K=128, HV=32, V=128, W=4)
+    constants |= dict(L2NORM=True, G_EXP=False) | dict.fromkeys(absent)
+    constants |= dict(state_channel=1) if not absent else dict(state_sequence=0, state_channel=0, state_tap=0)
+    constants |= dict(zip(("HEADS", "HEADS_V", "GATE_TOKENS", "CHANNELS"), tile))
+    aligned = [n for n in types if n.endswith(("_ptr", "_row", "_sequence", "state_tap")) and n not in constants]
+    code, spilled = compile_for_hopper(_kernel, types, constants, aligned, warps=4)
+    stores = re.findall(r"st\\.global\\S*?\\.(v4\\.b32|\\w+) ", code)
+    print(*set(stores), len(stores), "cp.async.cg.shared.global" in code, spilled)
+"""
+
+
+def test_compiles_for_hopper_with_16_byte_accesses(run_uninterpreted: Callable[[str], list[str]]) -> None:
+    """Sizes and number of stores, whether inputs are fetched 16 bytes at a time and ahead, what spills; without a GPU.
+
+    First one sequence with all that is optional absent, then several with all of it.
+    """
+    assert run_uninterpreted(COMPILE) == ["v4.b32 18 True []"] * 2

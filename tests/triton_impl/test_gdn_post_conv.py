@@ -1,6 +1,4 @@
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,7 @@ from polyfuse.dispatch import from_numpy, to_numpy
 from polyfuse.reference import oracle
 from polyfuse.reference.gdn_post_conv import sigmoid, softplus
 from polyfuse.spec import OPS, bind
-from polyfuse.triton_impl import _gdn
-from polyfuse.triton_impl import gdn_post_conv as module
+from polyfuse.triton_impl import gdn_post_conv as module  # noqa: F401 (for `launches`)
 from polyfuse.triton_impl._common import INTERPRETED
 from polyfuse.triton_impl.gdn_post_conv import gdn_post_conv
 
@@ -52,28 +49,6 @@ def arguments(values: dict[str, Any]) -> dict[str, Any]:
 
 def bits(x: torch.Tensor) -> bytes:
     return to_numpy(x).tobytes()
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The launch grids of the kernel, as they happen."""
-    seen: list[tuple[int, ...]] = []
-
-    class Recorder:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            seen.append(grid)
-            return module._kernel[grid]
-
-    monkeypatch.setattr(module, "_launch", _gdn.Launcher(Recorder()))
-    return seen
-
-
-@pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory that is NaN, so that an element left unwritten shows."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        make = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, make=make, **options: make(*args, **options).fill_(torch.nan))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -163,70 +138,9 @@ def test_decay_is_accurate_where_the_exponential_underflows() -> None:
     assert np.max(np.abs(gates(x, A_log=40.0)[0] / want - 1)) < 2.0**-24 * (8 + 4 * 125)
 
 
-class FakeKernel:
-    """Records who launched: the kernel itself or what it compiled."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, tuple[int, ...], int]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def call(*args: Any, num_warps: int) -> Any:
-            self.calls.append(("kernel", grid, len(args)))
-            return FakeCompiled(self)
-
-        return call
-
-
-class FakeCompiled:
-    def __init__(self, kernel: FakeKernel) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args: self.kernel.calls.append(("compiled", grid, len(args)))
-
-
-def test_launcher_compiles_each_kind_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gdn, "ON_ALIGNMENT_ONLY", True)
-    kernel = FakeKernel()
-    launch = _gdn.Launcher(kernel)
-    x = torch.zeros(64)
-    half = torch.zeros(64, dtype=torch.float16)
-    for inputs, fixed, warps in (
-        ((x,), (1, 2), 4),
-        ((x,), (1, 2), 4),
-        ((x[4:],), (1, 2), 4),
-        ((x[1:],), (1, 2), 4),  # not a multiple of 16 bytes
-        ((half,), (1, 2), 4),
-        ((x,), (1, 3), 4),
-        ((x,), (1, 2), 8),
-    ):
-        launch(5, inputs, (x,), (7, 1e-6), fixed, warps)
-    again, first = ("compiled", (5, 1, 1), 6), ("kernel", (5,), 6)
-    assert kernel.calls == [first, again, again, first, first, first, first]
-
-
-def test_launcher_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gdn, "ON_ALIGNMENT_ONLY", True)
-    monkeypatch.setattr(_gdn, "KINDS", 2)
-    launch = _gdn.Launcher(FakeKernel())
-    for i in range(5):
-        launch(1, (torch.zeros(4),), (), (), (i,), 4)
-    assert [key[2] for key in launch.compiled] == [(4,)]
-
-
-def test_launcher_asks_triton_where_tensors_are_specialised_on_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gdn, "ON_ALIGNMENT_ONLY", False)
-    launch = _gdn.Launcher(kernel := FakeKernel())
-    for _ in range(2):
-        launch(1, (torch.zeros(4),), (), (), (), 4)
-    assert [who for who, *_ in kernel.calls] == ["kernel", "kernel"]
-
-
 COMPILE = """
-import re, subprocess, sys
-import triton  # before polyfuse, which chooses the interpreter where there is no GPU
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import re
+from tests.triton_impl.hopper import compile_for_hopper
 from polyfuse.triton_impl.gdn_post_conv import _kernel, _tile
 
 for row, column in (("i32", 1), (1, "i32")):
@@ -236,33 +150,17 @@ for row, column in (("i32", 1), (1, "i32")):
     constants = dict(a_column=1, b_column=1, H=16, K=128, HV=32, V=128, L2NORM=True, G_EXP=False)
     constants |= dict(zip(("TOKENS", "HEADS", "HEADS_V", "GATE_TOKENS"), tile))
     constants |= {n: 1 for n, v in (("conv_row", row), ("conv_column", column)) if v == 1}
-    position = _kernel.arg_names.index
     aligned = [n for n in types if n.endswith(("_ptr", "_row", "_column")) and n not in constants]
-    source = ASTSource(
-        _kernel,
-        signature=types | dict.fromkeys(constants, "constexpr"),
-        constexprs={(position(n),): v for n, v in constants.items()},
-        attrs={(position(n),): [["tt.divisibility", 16]] for n in aligned},
-    )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    code = made.asm["ptx"]
+    code, spilled = compile_for_hopper(_kernel, types, constants, aligned, warps)
     loads = set(re.findall(r"ld\\.global\\S*evict_first\\S*?\\.(v4\\.b32|\\w+) ", code))
     stores = re.findall(r"st\\.global\\S*?\\.(v4\\.b32|\\w+) ", code)
-    with open(sys.argv[1], "wb") as file:
-        file.write(made.asm["cubin"])
-    usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", sys.argv[1]], text=True)
-    print(*loads, stores.count("v4.b32"), len(stores), re.findall(r"(?:STACK|LOCAL):(?!0 )", usage))
+    print(*loads, stores.count("v4.b32"), len(stores), spilled)
 """
 
 
-def test_compiles_for_hopper_with_16_byte_accesses(tmp_path: Path) -> None:
+def test_compiles_for_hopper_with_16_byte_accesses(run_uninterpreted: Callable[[str], list[str]]) -> None:
     """Accesses to conv_out, 16-byte stores and all stores, what spills; no GPU is needed."""
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, str(tmp_path / "cubin")]
-    environment = inherited | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    assert run_uninterpreted(COMPILE) == [
         "v4.b32 10 10 []",  # 4 of q or k, 4 of v, g and beta
         "b16 8 10 []",  # where tokens are adjacent, a warp reads 32 of them; gates of 2 heads a thread
     ]

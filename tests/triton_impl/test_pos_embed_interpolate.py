@@ -1,8 +1,4 @@
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,9 +12,10 @@ from polyfuse.conformance.inputs import make_inputs
 from polyfuse.dispatch import from_numpy, to_numpy
 from polyfuse.reference import oracle
 from polyfuse.spec import OPS, Unsupported, bind
-from polyfuse.triton_impl import _common
+from polyfuse.triton_impl import _common, _launch
 from polyfuse.triton_impl import pos_embed_interpolate as module
 from polyfuse.triton_impl.pos_embed_interpolate import pos_embed_interpolate
+from tests._torch.cases import UNUSABLE_IMAGES
 
 exact = oracle("pos_embed_interpolate").intervals
 
@@ -45,28 +42,6 @@ def arguments(values: dict[str, Any]) -> dict[str, Any]:
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The launch grids of the kernel, as they happen."""
-    seen: list[tuple[int, ...]] = []
-    kernel = module._kernel
-
-    class Recorder:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            seen.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(module, "_kernel", Recorder())
-    return seen
-
-
-@pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory that is NaN, so that an element left unwritten shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -137,16 +112,7 @@ def test_no_images_are_all_padding() -> None:
     assert torch.equal(pos_embed_interpolate(normal(36, 8), grid, out_rows=4).cpu(), torch.zeros(4, 8))
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        (2**32, 2**16, 2**16),  # 2**64 rows, which is 0 in int64
-        (1, 2**31, 2),
-        (2**62, 2, 2),
-        (0, 2, 2),
-        (1, 4, 3),
-    ],
-)
+@pytest.mark.parametrize("image", UNUSABLE_IMAGES)
 def test_an_unusable_image_poisons_the_result(image: tuple[int, int, int]) -> None:
     grid = torch.tensor([(1, 2, 2), image], device=DEVICE)
     assert pos_embed_interpolate(normal(36, 8), grid, out_rows=16).isnan().all()
@@ -170,7 +136,7 @@ def test_rounding_to_bfloat16(value: float) -> None:
 
 
 def test_a_cpu_tensor_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_common, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(_launch, "INTERPRETED", tl.constexpr(False))
     with pytest.raises(Unsupported, match=r"^pos_embed_interpolate: .* CPU tensors .*; set TRITON_INTERPRET=1$"):
         pos_embed_interpolate(torch.zeros(4, 8), ((1, 2, 2),))
 
@@ -190,15 +156,6 @@ def test_a_captured_graph_follows_its_grid() -> None:
         assert torch.equal(out, pos_embed_interpolate(table, images, out_rows=100))
 
 
-def run(code: str, *args: str, **environment: str) -> str:
-    """What `code` prints in a fresh process that has not chosen the interpreter."""
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code, *args]
-    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="about a machine without a GPU")
 @pytest.mark.parametrize(
     ("first", "reason"),
@@ -210,44 +167,31 @@ def run(code: str, *args: str, **environment: str) -> str:
         ),
     ],
 )
-def test_the_interpreter_is_chosen_before_triton_is_imported(first: str, reason: str) -> None:
-    assert run(f"{first}from polyfuse.triton_impl import unavailable; print(unavailable())") == reason
+def test_the_interpreter_is_chosen_before_triton_is_imported(
+    first: str, reason: str, run_uninterpreted: Callable[[str], list[str]]
+) -> None:
+    assert run_uninterpreted(f"{first}from polyfuse.triton_impl import unavailable; print(unavailable())") == [reason]
 
 
 COMPILE = """
-import re, subprocess, sys
-import triton  # before polyfuse, which chooses the interpreter where there is no GPU
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import re
+from tests.triton_impl.hopper import compile_for_hopper
 from polyfuse.triton_impl.pos_embed_interpolate import _kernel
 
-aligned = [["tt.divisibility", 16]]
+aligned = ["table_ptr", "base_ptr", "out_ptr", "table_stride", "base_stride"]
 for grid, bicubic in (("*i64", False), (None, True)):
     types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names} | {"grid_ptr": grid}
     constants = dict(D=1152, SIDE=48, MERGE=2, BICUBIC=bicubic, ALIGN_CORNERS=True, WIDE=False)
     constants |= dict(BLOCK_ROWS=32, BLOCK_D=64, BLOCKS=2, IMAGES=32) | ({} if grid else {"grid_ptr": None})
-    position = _kernel.arg_names.index
-    source = ASTSource(
-        _kernel,
-        signature=types | dict.fromkeys(constants, "constexpr"),
-        constexprs={(position(n),): v for n, v in constants.items()},
-        attrs={(position(n),): aligned for n in ("table_ptr", "base_ptr", "out_ptr", "table_stride", "base_stride")},
-    )
-    options = {"num_warps": 8 if bicubic else 4}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    accesses = re.findall(r"(ld|st)\\.global\\S*?\\.(v4\\.b32|b16|b32|v2\\.b32)", made.asm["ptx"])
-    with open(sys.argv[1], "wb") as file:
-        file.write(made.asm["cubin"])
-    usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", sys.argv[1]], text=True)
-    spilled = re.findall(r"(?:STACK|LOCAL):(?!0 )", usage)
+    code, spilled = compile_for_hopper(_kernel, types, constants, aligned, warps=8 if bicubic else 4)
+    accesses = re.findall(r"(ld|st)\\.global\\S*?\\.(v4\\.b32|b16|b32|v2\\.b32)", code)
     print(*(accesses.count((kind, "v4.b32")) for kind in ("ld", "st")), len(set(accesses)), spilled)
 """
 
 
-def test_compiles_for_hopper_with_16_byte_accesses(tmp_path: Path) -> None:
+def test_compiles_for_hopper_with_16_byte_accesses(run_uninterpreted: Callable[[str], list[str]]) -> None:
     """16-byte loads and stores, kinds of access to elements, and what spills; no GPU is needed."""
-    printed = run(COMPILE, str(tmp_path / "cubin"), TRITON_CACHE_DIR=str(tmp_path))
-    assert printed.splitlines() == [
+    assert run_uninterpreted(COMPILE) == [
         "20 4 2 []",  # 2 blocks x 2 rows a thread x (4 taps + base)
         "34 2 2 []",  # 2 blocks x 1 row a thread x (16 taps + base)
     ]

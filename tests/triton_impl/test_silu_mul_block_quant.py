@@ -1,8 +1,4 @@
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +15,10 @@ from polyfuse.spec import Unsupported
 from polyfuse.spec.silu_mul_block_quant import QMAX
 from polyfuse.triton_impl import _common
 from polyfuse.triton_impl import silu_mul_block_quant as module
+from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl.silu_mul_block_quant import silu_mul_block_quant
+from tests._torch.cases import SILU_MUL_BLOCK_QUANT
+from tests.triton_impl.helpers import POISON, CompilingKernel
 
 # The interpreter computes with NumPy, which reports what overflows or is invalid.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -29,24 +28,7 @@ Floats = NDArray[np.float32]
 NAME = "silu_mul_block_quant"
 INTERPRETED = _common.INTERPRETED.value
 DEVICE = "cpu" if INTERPRETED else "cuda"
-POISON = 0xFF  # as bytes, NaN in float32 and in two fp8 dtypes, -1 in int8
-MORE = [
-    Case("width_768", {"...": (7,), "D": 768}, {"group_size": 128}, {"x": "bfloat16"}),
-    Case("width_2048", {"...": (3,), "D": 2048}, {"group_size": 64}, {"x": "bfloat16"}),
-    Case("width_12288", {"...": (1,), "D": 12288}, {"scale_format": "ue8m0_packed"}, {"x": "bfloat16"}),
-    *(
-        Case(
-            f"{fill}-{option}",
-            {"...": (12,), "D": 96},
-            {"group_size": 32, option: value},
-            {"x": "bfloat16"},
-            fill={"x": fill},
-        )
-        for fill in ("nan_some", "inf_some", "large", "wide_line")
-        for option, value in (("limit", 0.75), ("materialize", True), ("scale_ub", 0.01))
-    ),
-]
-CASES = [*(case for case in cases(NAME) if case.repeat == 1), *MORE]
+CASES = [*(case for case in cases(NAME) if case.repeat == 1), *SILU_MUL_BLOCK_QUANT]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -64,55 +46,23 @@ def assert_same_bits(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ..
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """How the kernel is started, as it happens: by the jit function, or compiled."""
-    seen: list[str] = []
-    kernel = module._kernel
-
-    class Starter:
-        def __init__(self, how: str) -> None:
-            self.how = how
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-            def start(*args: Any, **options: Any) -> Any:
-                seen.append(self.how)
-                kernel[grid](*args, **({"num_warps": 4} | options))
-                return Starter("compiled")
-
-            return start
-
-    module._plan.cache_clear()
-    monkeypatch.setattr(module, "_kernel", Starter("jit"))
-    return seen
-
-
-@pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is POISON, so that an element left unwritten shows."""
-
-    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def allocate_poisoned(*args: Any, **options: Any) -> torch.Tensor:
-            tensor = allocate(*args, **options)
-            storage: Any = tensor.untyped_storage()
-            storage.fill_(POISON)
-            return tensor
-
-        return allocate_poisoned
-
-    for name in ("empty", "empty_strided"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-
-
-@pytest.fixture
 def fresh_plans() -> Iterator[None]:
-    """For a test that changes a constant from which plans are made."""
+    """For a test that changes what plans are made from."""
     module._plan.cache_clear()
     yield
     module._plan.cache_clear()
 
 
+@pytest.fixture
+def kernel(fresh_plans: None, remembers: None, monkeypatch: pytest.MonkeyPatch) -> CompilingKernel:
+    """The op's kernel, which notes how it is launched."""
+    kernel = CompilingKernel(module._kernel)
+    monkeypatch.setattr(module, "_launch", Launcher(NAME, kernel))
+    return kernel
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_the_oracle_in_one_launch(case: Case, launches: list[str], poisoned_memory: None) -> None:
+def test_equals_the_oracle_in_one_launch(case: Case, kernel: CompilingKernel, poisoned_memory: None) -> None:
     trial = Trial(NAME, case, 0)
     values, call = trial.inputs()
     arrays = {k: from_numpy(v, "torch", DEVICE) for k, v in values.items() if isinstance(v, np.ndarray)}
@@ -120,11 +70,11 @@ def test_equals_the_oracle_in_one_launch(case: Case, launches: list[str], poison
     q, scale = silu_mul_block_quant(**arrays, **call.attrs)
     assert trial.check((q, scale), call) is None
     assert {k: to_numpy(arrays[k]).tobytes() for k in before} == before
-    assert launches == ["jit"] * (q.numel() > 0)
+    assert kernel.how == ["jit"] * (q.numel() > 0)
 
 
 def test_the_public_function_runs_it() -> None:
-    assert Trial(NAME, MORE[0], 0).on(registry().get("triton"), DEVICE) == ("passed", "")
+    assert Trial(NAME, SILU_MUL_BLOCK_QUANT[0], 0).on(registry().get("triton"), DEVICE) == ("passed", "")
 
 
 @pytest.mark.parametrize("scale_layout", ["row_major", "col_major_tma"])
@@ -178,7 +128,7 @@ def test_strides_of_leading_dimensions() -> None:
     assert_same_bits((q[::2], scale[::2]), (want[0][::2], want[1][::2]))
 
 
-def test_a_repeated_signature_starts_the_compiled_kernel(launches: list[str]) -> None:
+def test_a_repeated_signature_starts_the_compiled_kernel(kernel: CompilingKernel) -> None:
     memory = normal(1 + 4 * 2 * 64)
     aligned, unaligned = (memory[i : i + 4 * 2 * 64].view(4, 2 * 64) for i in (0, 1))
     for x, limit in ((aligned, None), (aligned, None), (unaligned, None), (aligned, 0.5), (aligned, 0.25)):
@@ -186,7 +136,7 @@ def test_a_repeated_signature_starts_the_compiled_kernel(launches: list[str]) ->
         y = x.float()
         gate, up = y.chunk(2, -1) if limit is None else (y[:, :64].clamp(max=limit), y[:, 64:].clamp(-limit, limit))
         assert torch.allclose(got[1], (silu(gate) * up).abs().amax(-1, keepdim=True) / 448)
-    assert launches == ["jit", "compiled", "jit", "jit", "compiled"]
+    assert kernel.how == ["jit", "compiled", "jit", "jit", "compiled"]
 
 
 def test_a_group_wider_than_a_program_is_declined() -> None:
@@ -293,13 +243,10 @@ def test_a_captured_graph_follows_its_inputs() -> None:
 
 
 COMPILE = """
-import re, subprocess, sys
-import triton  # before polyfuse, which chooses the interpreter where there is no GPU
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import re
+from tests.triton_impl.hopper import compile_for_hopper
 from polyfuse.triton_impl.silu_mul_block_quant import _kernel, _tile
 
-aligned = [["tt.divisibility", 16]]
 for group, scale_format in ((128, "float32"), (64, "ue8m0_packed")):
     block, warps = _tile(group, 2, 2**30)
     types = {n: "i32" for n in _kernel.arg_names} | {"x_ptr": "*bf16", "q_ptr": "*fp8e4nv"}
@@ -307,35 +254,15 @@ for group, scale_format in ((128, "float32"), (64, "ue8m0_packed")):
     constants = dict(num_rows_ptr=None, scale_ub=None, limit=None, x_column=1, D=2048, GROUP=group)
     constants |= dict(FORMAT="float8_e4m3fn", QMAX=448.0, FLOOR=1 / (448 * 512), SCALE_FORMAT=scale_format)
     constants |= dict(MATERIALIZE=False, RECIPROCAL=False, WIDE=False, BLOCK=block)
-    position = _kernel.arg_names.index
-    source = ASTSource(
-        _kernel,
-        signature=types | dict.fromkeys(constants, "constexpr"),
-        constexprs={(position(n),): v for n, v in constants.items()},
-        attrs={(position(n),): aligned for n in ("x_ptr", "q_ptr", "scale_ptr", "x_row")},
-    )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    accesses = re.findall(r"(ld|st)\\.global\\S*?\\.(v4\\.b32|v2\\.b32|b\\d+)", made.asm["ptx"])
-    with open(sys.argv[1], "wb") as file:
-        file.write(made.asm["cubin"])
-    usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", sys.argv[1]], text=True)
-    spilled = re.findall(r"(?:STACK|LOCAL):(?!0 )", usage)
-    conversions = made.asm["ptx"].count("cvt.rn.satfinite.e4m3x2.f32")
-    print(*(" ".join(access) for access in accesses), conversions, spilled, sep=", ")
+    code, spilled = compile_for_hopper(_kernel, types, constants, ["x_ptr", "q_ptr", "scale_ptr", "x_row"], warps)
+    accesses = re.findall(r"(ld|st)\\.global\\S*?\\.(v4\\.b32|v2\\.b32|b\\d+)", code)
+    print(*(" ".join(access) for access in accesses), code.count("cvt.rn.satfinite.e4m3x2.f32"), spilled, sep=", ")
 """
 
 
-def test_compiles_for_hopper_with_16_byte_accesses(tmp_path: Path) -> None:
+def test_compiles_for_hopper_with_16_byte_accesses(run_uninterpreted: Callable[[str], list[str]]) -> None:
     """A thread's loads and stores of 8 and of 16 elements, its conversions of 2, what spills; no GPU is needed."""
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(tmp_path / "cubin")],
-        env=inherited | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    assert run_uninterpreted(COMPILE) == [
         "ld v4.b32, ld v4.b32, st v2.b32, st b32, 4, []",
         "ld v4.b32, ld v4.b32, ld v4.b32, ld v4.b32, st v4.b32, st b8, 8, []",
     ]

@@ -1,17 +1,15 @@
-"""Two projections of one activation in PyTorch, and the choice among the ways to run them.
+"""What both torch backends need to run two projections of one activation, but for the products themselves.
 
-Below the backends: `torch_impl` and `triton_impl` both run these GEMMs.
+Two weights can be stacked, or seen or copied as one matrix, and a measured table says which strategy is the fastest.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 from weakref import finalize
 
 import torch
-from torch.nn.functional import linear
 
-from polyfuse._torch.streams import execute_in_parallel, streams_enabled
+from polyfuse._torch.streams import streams_enabled
 from polyfuse.configs import projection_strategies
 from polyfuse.spec import Unsupported
 
@@ -44,35 +42,24 @@ def as_one_weight(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor | N
     return first.as_strided((len(first) + len(second), first.shape[1]), (step, 1)) if behind else None
 
 
-def sequential(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
-    """One product after the other."""
-    return linear(x, w1, b1), linear(x, w2, b2)
+def one_weight(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Both weights as one [n1 + n2, hidden]: the view that `as_one_weight` finds, or a copy that is kept.
+
+    Raises `Unsupported` if the copy would have to be made inside a graph capture.
+    """
+    view = as_one_weight(first, second)
+    return _concatenated(first, second) if view is None else view
 
 
-def parallel(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
-    """The second product on an auxiliary stream."""
-    large, small = execute_in_parallel(lambda: linear(x, w1, b1), lambda: linear(x, w2, b2), device=x.device)
-    return large, small
-
-
-def merged(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
-    """One product with both weights as one matrix; the results are views of one buffer."""
-    weight = as_one_weight(w1, w2)
-    if weight is None:
-        weight = _concatenated(w1, w2)
-    bias = None
-    if b1 is not None or b2 is not None:
-        zeros = [_zeros(len(w), w.dtype, w.device) for w in (w1, w2)]
-        bias = _concatenated(zeros[0] if b1 is None else b1, zeros[1] if b2 is None else b2)
-    large, small = linear(x, weight, bias).split([len(w1), len(w2)], dim=-1)
-    return large, small
-
-
-STRATEGIES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Bias, Bias], Pair]] = {
-    "sequential": sequential,
-    "parallel": parallel,
-    "merged": merged,
-}
+def one_bias(first: Bias, second: Bias, weights: Pair) -> Bias:
+    """The biases of both weights as one [n1 + n2], with zeros for one that is missing; None if both are."""
+    if first is None and second is None:
+        return None
+    parts = [
+        _zeros(len(weight), weight.dtype, weight.device) if bias is None else bias
+        for bias, weight in zip((first, second), weights, strict=True)
+    ]
+    return _concatenated(*parts)
 
 
 def choose(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, available: tuple[str, ...]) -> str:

@@ -1,0 +1,72 @@
+"""Fixtures for the tests of kernels. A test file calls the module of its op `module`."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polyfuse.triton_impl import _launch
+from polyfuse.triton_impl._common import INTERPRETED
+from tests.triton_impl.helpers import POISON, RecordingKernel
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The launch grids of the op's kernel, as they happen."""
+    module = request.module.module
+    launcher = module._launch
+    kernel = RecordingKernel(launcher.kernel)
+    monkeypatch.setattr(module, "_launch", _launch.Launcher(launcher.op, kernel, **launcher.options))
+    return kernel.grids
+
+
+@pytest.fixture
+def remembers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers remember what was compiled, as on CUDA, also where the kernel is interpreted."""
+    monkeypatch.setattr(_launch, "ONLY_DTYPE_AND_ALIGNMENT", True)
+    if INTERPRETED:
+        monkeypatch.setattr(_launch, "current_device_index", lambda: None)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is POISON, so that an element left unwritten shows."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_poisoned(*args: Any, **options: Any) -> torch.Tensor:
+            tensor = allocate(*args, **options)
+            storage: Any = tensor.untyped_storage()
+            storage.fill_(POISON)
+            return tensor
+
+        return allocate_poisoned
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def run_uninterpreted(tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs code in a fresh process that has not chosen the interpreter, and gives the lines that it prints."""
+
+    def run(code: str) -> list[str]:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+            cwd=ROOT,  # where the code finds `tests`
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
