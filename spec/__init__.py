@@ -36,6 +36,7 @@ _NAMES = (
     "gdn_conv_prep",
     "silu_mul_block_quant",
     "gdn_in_proj",
+    "segment_attention",
 )
 
 OPS: dict[str, OpSpec] = {name: import_module(f"polyfuse.spec.{name}").SPEC for name in _NAMES}

@@ -194,8 +194,8 @@ class OpSpec:
 class Deferral:
     """Calls that a backend can run, but that another one of the platform's order runs faster, as `reason` says.
 
-    They are those on `device` whose arguments have one of `dtypes`, and whose dimensions are multiples of `multiples`. The
-    backend comes last for them, unless it is asked for by name.
+    They are those on `device` whose arguments have one of `dtypes`, and whose dimensions are multiples of `multiples`.
+    The backend comes last for them, unless it is asked for by name.
     """
 
     device: str
