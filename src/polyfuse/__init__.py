@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         gdn_in_proj,
         gdn_post_conv,
         pos_embed_interpolate,
+        segment_attention,
         silu_mul_block_quant,
     )
     from polyfuse.dispatch import call_counts, explain, refresh, use_backend
@@ -27,6 +28,7 @@ __all__ = [
     "gdn_post_conv",
     "pos_embed_interpolate",
     "refresh",
+    "segment_attention",
     "silu_mul_block_quant",
     "use_backend",
 ]

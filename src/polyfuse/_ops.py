@@ -107,4 +107,18 @@ def gdn_in_proj(
     return run("gdn_in_proj", (x, w_qkvz, w_ba, bias_qkvz, bias_ba, strategy), backend)
 
 
+@public
+def segment_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens: Any,
+    *,
+    scale: float | None = None,
+    max_seqlen: int | None = None,
+    backend: str | Sequence[str] | None = None,
+) -> Any:
+    return run("segment_attention", (q, k, v, cu_seqlens, scale, max_seqlen), backend)
+
+
 TABLE = declared()
