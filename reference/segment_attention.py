@@ -84,7 +84,8 @@ def _allowed(q: F64, k: F64, v: F64, scale: float, out: F64, error: Error) -> F6
     far = np.where(np.isfinite(out), np.where(np.isnan(far), np.inf, far), 0.0)
 
     beyond = max(1.0, scale) * np.where(np.isfinite(sizes), sizes, 0.0) > FP32_MAX
-    rows = (np.isneginf(scores) | beyond).any(-1).T[..., None] & ~np.isnan(out)
+    without_bound = np.any(np.isneginf(scores) | beyond, axis=-1, keepdims=True)  # [heads, rows, 1]
+    rows = np.swapaxes(without_bound, 0, 1) & ~np.isnan(out)
     columns = np.where(np.isinf(v), 0.0, np.abs(v)).sum(0) > FP32_MAX
     may_be_zero = least <= error("weights")[1]
     infinities = mix(may_be_zero.astype(float), np.isinf(v).astype(float)) > 0

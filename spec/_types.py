@@ -194,22 +194,17 @@ class OpSpec:
 class Deferral:
     """Calls that a backend can run, but that another one of the platform's order runs faster, as `reason` says.
 
-    They are those on `device` whose arguments have one of `dtypes`, and whose dimensions are multiples of `multiples`.
-    The backend comes last for them, unless it is asked for by name.
+    They are those on `device` whose dimensions are multiples of `multiples`. The backend comes last for them, unless it
+    is asked for by name.
     """
 
     device: str
     reason: str
-    dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    multiples: Mapping[str, int] = field(default_factory=dict)
+    multiples: Mapping[str, int]
 
     def concerns(self, call: Call, device: str) -> bool:
         """Whether the call is one of these."""
-        return (
-            device == self.device
-            and all(call.dtypes.get(name) in allowed for name, allowed in self.dtypes.items())
-            and all(call.dims[name] % divisor == 0 for name, divisor in self.multiples.items())
-        )
+        return device == self.device and not any(call.dims[name] % n for name, n in self.multiples.items())
 
 
 @dataclass(frozen=True)
@@ -242,8 +237,7 @@ class Capability:
         dims = {word for t in spec.tensors for size in t.shape for word in re.findall(r"[A-Za-z_]\w*", size)}
         found = []
         devices: Any = self.devices
-        fields: Any = [("attrs", self.attrs, choices), ("dtypes", self.dtypes, dtypes)]
-        fields += [("defers", deferral.dtypes, dtypes) for deferral in self.defers]
+        fields: Any = (("attrs", self.attrs, choices), ("dtypes", self.dtypes, dtypes))
         for field_name, given, known in fields:
             for name, values in given.items():
                 if name not in known:

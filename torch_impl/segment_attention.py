@@ -7,7 +7,6 @@ next. Elsewhere blocks of rows meet all rows that may share their segment, under
 from itertools import pairwise
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from polyfuse.spec import Capability
@@ -49,8 +48,10 @@ def _has_varlen_kernel(q: torch.Tensor) -> bool:
 def _varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, longest: int, scale: float
 ) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # it imports triton, which a CPU does not need
+
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    ends = cu_seqlens.to(torch.int32)
+    ends = cu_seqlens.to(torch.int32).contiguous()
     out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale)
     return out if isinstance(out, torch.Tensor) else out[0]
 

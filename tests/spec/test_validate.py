@@ -113,10 +113,6 @@ def test_every_spec_is_complete(op):
         (Capability(multiples={"D": 128}), "multiples: expected one of N1, N2, hidden, got 'D'"),
         (Capability(ranges={"dim": (16, 128)}), "ranges: expected one of N1, N2, hidden, got 'dim'"),
         (
-            Capability(defers=(Deferral("cuda", "slow", dtypes={"x": ("fp32",)}),)),
-            "defers['x']: expected values of 'float32', 'bfloat16', 'float16', got 'fp32'",
-        ),
-        (
             Capability(defers=(Deferral("cuda", "slow", multiples={"dim": 32}),)),
             "defers: expected one of N1, N2, hidden, got 'dim'",
         ),
@@ -129,14 +125,14 @@ def test_a_capability_speaks_of_its_op(capability, mistake):
         attrs={"strategy": ("auto",)},
         multiples={"hidden": 8},
         ranges={"N1": (1, 64)},
-        defers=(Deferral("cuda", "slow", dtypes={"x": ("float32",)}, multiples={"N2": 2}),),
+        defers=(Deferral("cuda", "slow", multiples={"N2": 2}),),
     )
     assert right.mistakes(OPS["gdn_in_proj"]) == []
 
 
-def projection(dtype="float32", hidden=8, small=4):
+def projection(hidden=8, small=4):
     arrays = {"x": (3, hidden), "w_qkvz": (6, hidden), "w_ba": (small, hidden)}
-    values = {name: np.zeros(shape, dtype) for name, shape in arrays.items()}
+    values = {name: np.zeros(shape, np.float32) for name, shape in arrays.items()}
     return bind(OPS["gdn_in_proj"], {"strategy": "auto", "bias_qkvz": None, "bias_ba": None} | values)
 
 
@@ -147,10 +143,9 @@ def test_a_range_claims_its_ends_and_nothing_beyond():
 
 
 def test_a_deferral_concerns_calls_that_meet_all_of_it():
-    deferral = Deferral("cuda", "another is faster", dtypes={"x": ("float16",)}, multiples={"N2": 4})
-    capability = Capability(defers=(deferral,))
-    assert capability.deferral(projection("float16"), "cuda") == "another is faster"
-    assert capability.deferral(projection("float16"), "cpu") is None
-    assert capability.deferral(projection("float32"), "cuda") is None
-    assert capability.deferral(projection("float16", small=6), "cuda") is None
-    assert capability.refusal(projection("float16"), "cuda") is None  # it is claimed all the same
+    capability = Capability(defers=(Deferral("cuda", "another is faster", multiples={"N2": 4, "hidden": 8}),))
+    assert capability.deferral(projection(), "cuda") == "another is faster"
+    assert capability.deferral(projection(), "cpu") is None
+    assert capability.deferral(projection(small=6), "cuda") is None
+    assert capability.deferral(projection(hidden=12), "cuda") is None
+    assert capability.refusal(projection(), "cuda") is None  # it is claimed all the same

@@ -1,5 +1,7 @@
 """`segment_attention` in PyTorch: every case against the oracle, segments kept apart, no host reads off the CPU."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -92,7 +94,12 @@ def test_max_seqlen_saves_the_scores_of_rows_that_are_too_far(monkeypatch: pytes
     monkeypatch.setattr(module, "BLOCK_ROWS", 10)
     sizes: list[int] = []
     softmax = torch.Tensor.softmax
-    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: sizes.append(x.shape[-1]) or softmax(x, dim))
+
+    def counted(scores: torch.Tensor, dim: int) -> torch.Tensor:
+        sizes.append(scores.shape[-1])
+        return softmax(scores, dim)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", counted)
     module.masked(*tensors(4, 5, 5, 5, 5, 5, 1), 5, 0.25)
     assert sizes == [14, 18, 14]
 
@@ -181,3 +188,10 @@ def test_half_precision_on_a_gpu_is_one_kernel_without_a_read(dim: int) -> None:
         used = ends[-1]
         want = module.masked(*(x[:used] for x in given[:3]), given[3], max(used, 1), dim**-0.5) if used else out[:0]
         torch.testing.assert_close(out[:used], want, atol=2.0**-6, rtol=2.0**-6)
+
+
+def test_the_backend_leaves_the_choice_of_tritons_mode_to_its_own() -> None:
+    """On a CPU triton's interpreter must be chosen before triton is imported, and PyTorch's kernel imports triton."""
+    code = "import sys, polyfuse.torch_impl.segment_attention; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

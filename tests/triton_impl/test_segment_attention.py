@@ -1,157 +1,132 @@
-"""`triton_attention` against masked attention in float64."""
+"""The Triton backend of `segment_attention`: every case against the oracle, the tiling, and what it compiles to."""
 
 import os
 import subprocess
 import sys
-from math import isnan
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
-from polyfuse.runtime import triton_attention as module
-from polyfuse.runtime.encoder.segments import masked_attention
-from polyfuse.runtime.triton_attention import Launch, supported, triton_attention
-from polyfuse.spec import SpecError
+import polyfuse
+from polyfuse.conformance import Case
+from polyfuse.conformance.cases import all_cases
+from polyfuse.conformance.runner import Trial
+from polyfuse.dispatch import Device, registry
+from polyfuse.dispatch._select import resolve
+from polyfuse.spec import bind
+from polyfuse.spec.segment_attention import NAME, SPEC
+from polyfuse.triton_impl import segment_attention as module
+from polyfuse.triton_impl._common import INTERPRETED
+from polyfuse.triton_impl.segment_attention import Launch, segment_attention
 
-# The interpreter computes with NumPy, which reports every NaN of the unused rows.
+# The interpreter computes with NumPy, which reports every NaN of the rows past the last segment.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
-INTERPRETED = module.INTERPRETED.value
-DEVICE = "cpu" if INTERPRETED else "cuda"
-gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-# Scores reach 32, where the unit of fp32 is 2**-18. In half precision, weights and result are rounded as well: half a
-# unit each of values up to 1, or in the interpreter, which truncates, a unit of the result alone.
-BOUND = {torch.float32: 2**-16, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+DEVICE = "cpu" if INTERPRETED.value else "cuda"
+gpu = pytest.mark.skipif(INTERPRETED.value, reason="needs a GPU")
 
 
-def inputs(rows: int, heads: int, head_dim: int, dtype: torch.dtype, lengths: list[int]):
-    """Contiguous query and key, value inside a fused tensor, all NaN past the segments; and the boundaries."""
-    generator = torch.Generator().manual_seed(rows + head_dim)
-    make = lambda *shape: (torch.rand(*shape, generator=generator) * 2 - 1).to(DEVICE, dtype)  # noqa: E731
-    query, key, value = make(rows, heads, head_dim) * 4, make(rows, heads, head_dim) * 4, make(rows, 3, heads, head_dim)
-    for tensor in (query, key, value):
-        tensor[sum(lengths) :] = float("nan")
-    return query, key, value[:, 2], boundaries_of(lengths)
+def is_claimed(case: Case) -> bool:
+    return case.dims["dim"] % 8 == 0 and 16 <= case.dims["dim"] <= 128
 
 
-def boundaries_of(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+@pytest.mark.parametrize("case", all_cases(NAME), ids=lambda case: case.name)
+def test_case(case: Case) -> None:
+    status, detail = Trial(NAME, case, 0).on(registry().get("triton"), DEVICE)
+    if is_claimed(case):
+        assert (status, detail) == ("passed", "")
+    else:
+        assert status == "skipped"
+        assert f"unsupported: dim={case.dims['dim']}: must be" in detail
 
 
-def worst(got: torch.Tensor, query, key, value, boundaries) -> float:
-    """Largest error in the used rows."""
-    want = masked_attention(query.double(), key.double(), value.double(), boundaries, query.shape[-1] ** -0.5)
-    used = int(boundaries[-1])
-    return (got[:used].double() - want[:used]).abs().max().item()
+def tensors(lengths: list[int], dim: int = 24, dtype: torch.dtype = torch.float32, heads: int = 1) -> list[Any]:
+    """q, k, v with 5 rows past the segments, all NaN, and the boundaries."""
+    generator = torch.Generator().manual_seed(dim)
+    arrays = torch.randn(3, sum(lengths) + 5, heads, dim, generator=generator)
+    arrays[:, sum(lengths) :] = torch.nan
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return [*arrays.to(DEVICE, dtype), ends.to(DEVICE)]
 
 
-@pytest.fixture(params=[(64, 64), (64, 32)], ids="{0[0]}x{0[1]}".format)
-def block_keys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def by_segment(q: Any, k: Any, v: Any, ends: Any) -> torch.Tensor:
+    """The rows of all segments, in float64."""
+    parts = []
+    for start, end in pairwise(ends.tolist()):
+        one, other, values = (x[start:end].double().transpose(0, 1) for x in (q, k, v))
+        weights = (one @ other.mT * q.shape[-1] ** -0.5).softmax(-1)
+        parts.append((weights @ values).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.fixture(params=[(64, 64), (64, 32), (32, 128)], ids="{0[0]}x{0[1]}".format)
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LAUNCHES", (Launch(2**31, *request.param, 4, 2),))
-    return request.param[1]
 
 
-@pytest.mark.parametrize("head_dim", [16, 40, 64, 72, 80, 96, 128])
-@pytest.mark.parametrize("dtype", BOUND, ids=str)
-def test_values(head_dim: int, dtype: torch.dtype) -> None:
-    tensors = inputs(150, 2, head_dim, dtype, [64, 1, 80, 0, 0])
-    got = triton_attention(*tensors, head_dim**-0.5)
-    assert got.dtype == dtype
-    assert got.shape == tensors[0].shape
-    assert got.is_contiguous()
-    assert worst(got, *tensors) <= BOUND[dtype]
-
-
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize(
     "lengths",
     [
         [63, 64, 65, 1, 127, 128, 129, 31, 32, 33],
-        [1] * 37 + [0] * 27,
+        [(37 * i) % 130 for i in range(1, 12)],
         [0, 0, 5, 0, 70, 0],
         [200],
     ],
-    ids=["around the blocks", "single rows", "empty between", "one"],
+    ids=["around_the_tiles", "ends_anywhere_in_a_tile", "empty_between", "one"],
 )
-def test_segments(lengths: list[int], block_keys: int) -> None:
-    tensors = inputs(sum(lengths) + 9, 1, 24, torch.float32, lengths)
-    assert worst(triton_attention(*tensors, 24**-0.5), *tensors) <= BOUND[torch.float32]
+def test_every_tile_has_its_program(lengths: list[int]) -> None:
+    given = tensors(lengths)
+    got = segment_attention(*given)
+    torch.testing.assert_close(got[: sum(lengths)].double(), by_segment(*given), atol=4e-6, rtol=4e-6)
 
 
-def test_every_block_has_its_program() -> None:
-    """Segments that begin and end anywhere in a block of queries, and fill the batch."""
-    lengths = [(37 * i) % 130 for i in range(1, 12)]
-    tensors = inputs(sum(lengths), 1, 16, torch.float32, lengths)
-    assert worst(triton_attention(*tensors, 0.25), *tensors) <= BOUND[torch.float32]
-
-
-def test_large_scores_do_not_overflow() -> None:
-    query, key, value, boundaries = inputs(70, 1, 16, torch.float32, [70])
-    got = triton_attention(query * 100, key * 100, value, boundaries, 0.25)
-    assert worst(got, query * 100, key * 100, value, boundaries) <= 1e-6  # the largest takes all
-    assert not got.isnan().any()
-
-
-@pytest.mark.parametrize("change", ["last stride", "odd row stride", "odd start"])
+@pytest.mark.parametrize("change", ["last_stride", "odd_row_stride", "odd_start", "boundaries"])
 def test_any_strides(change: str) -> None:
-    query, key, value, boundaries = inputs(20, 2, 16, torch.float16, [20])
-    if change == "last stride":
-        key = key.transpose(1, 2).contiguous().transpose(1, 2)
-    elif change == "odd row stride":
-        key = torch.nn.functional.pad(key.flatten(1), (0, 3))[:, :32].unflatten(1, (2, 16))
+    q, k, v, ends = tensors([6, 14], dim=16, dtype=torch.float16, heads=2)
+    want = segment_attention(q, k, v, ends)[:20]
+    if change == "last_stride":
+        k = k.transpose(1, 2).contiguous().transpose(1, 2)
+    elif change == "odd_row_stride":
+        k = torch.nn.functional.pad(k.flatten(1), (0, 3))[:, :32].unflatten(1, (2, 16))
+    elif change == "odd_start":
+        k = torch.nn.functional.pad(k.flatten(), (1, 0))[1:].view(k.shape)
     else:
-        key = torch.nn.functional.pad(key.flatten(), (1, 0))[1:].view(20, 2, 16)
-    assert (
-        worst(triton_attention(query, key, value, boundaries, 0.25), query, key, value, boundaries)
-        <= BOUND[torch.float16]
-    )
+        ends = torch.stack([ends, -ends], 1).to(torch.int64)[:, 0]
+    assert torch.equal(segment_attention(q, k, v, ends)[:20], want)
 
 
-def test_nothing_to_do() -> None:
-    tensors = inputs(0, 2, 16, torch.float16, [0, 0])
-    assert triton_attention(*tensors, 0.25).shape == (0, 2, 16)
-    tensors = inputs(5, 2, 16, torch.float16, [0, 0])
-    assert triton_attention(*tensors, 0.25).shape == (5, 2, 16)
+def test_nothing_to_do_is_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_kernel", None)
+    q, k, v, ends = tensors([4])
+    assert segment_attention(q, k, v, ends[:1]).shape == q.shape
+    assert segment_attention(q[:0], k[:0], v[:0], ends * 0).shape == (0, 1, 24)
+    assert segment_attention(q[:, :0], k[:, :0], v[:, :0], ends).shape == (9, 0, 24)
 
 
-def test_supported() -> None:
-    taken = [d for d in range(200) if supported(d, torch.bfloat16)]
-    assert taken == list(range(16, 129, 8))
-    assert not supported(64, torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (
-            {"query": torch.zeros(4, 2, 20)},
-            r"query: expected \[rows, heads, 16 to 128 in steps of 8\] in float16, bfloat16 or float32, "
-            r"got \[4, 2, 20\] torch.float32",
-        ),
-        ({"query": torch.zeros(4, 2, 16, dtype=torch.float64)}, r"query: expected .*, got \[4, 2, 16\] torch.float64"),
-        ({"query": torch.zeros(4, 32)}, r"query: expected .*, got \[4, 32\]"),
-        ({"key": torch.zeros(4, 1, 16)}, r"key: expected \[4, 2, 16\] torch.float32, as query, got \[4, 1, 16\]"),
-        ({"value": torch.zeros(4, 2, 16).half()}, r"value: expected .*, as query, got \[4, 2, 16\] torch.float16"),
-        ({"boundaries": torch.tensor([0, 4])}, r"boundaries: expected \[segments \+ 1\] int32, got \[2\] torch.int64"),
-        ({"scale": 0.0}, "scale: expected a number above 0, got 0.0"),
-        ({"scale": float("nan")}, "scale: expected a number above 0, got nan"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_errors(change: dict[str, object], text: str) -> None:
-    arguments = {name: torch.zeros(4, 2, 16) for name in ("query", "key", "value")}
-    arguments |= {"boundaries": torch.tensor([0, 4], dtype=torch.int32), "scale": 0.25} | change
-    with pytest.raises(SpecError, match=f"^triton_attention: {text}"):
-        triton_attention(**arguments)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_order_on_cuda(dtype: torch.dtype) -> None:
+    """PyTorch's kernel for head dims that it does not pad, this one for the others."""
+    winners = {}
+    for dim in (8, 16, 32, 40, 48, 64, 72, 80, 88, 96, 104, 120, 128, 136, 160):
+        arrays = {name: torch.empty(4, 2, dim, dtype=dtype) for name in "qkv"}
+        ends = torch.zeros(2, dtype=torch.int32)
+        call = bind(SPEC, {**arrays, "cu_seqlens": ends, "scale": None, "max_seqlen": None})
+        winners[dim] = resolve(NAME, call, "torch", Device("cuda", (9, 0)), None)[0][0]
+    first = {dim for dim, name in winners.items() if name == "triton"}
+    assert first == {16, 40, 48, 72, 80, 88, 104, 120}
+    assert set(winners.values()) == {"triton", "torch"}
 
 
 COMPILE = """
 import re, subprocess, sys
-import triton  # before polyfuse, which chooses the interpreter where there is no GPU
+import triton  # before polyfuse.triton_impl, which chooses the interpreter where there is no GPU
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from polyfuse.runtime.triton_attention import LAUNCHES, _kernel, _split
+from polyfuse.triton_impl.segment_attention import LAUNCHES, _kernel, _split
 
 position = _kernel.arg_names.index
 pointers = dict.fromkeys(["q_ptr", "k_ptr", "v_ptr", "out_ptr"], "*bf16")
@@ -206,26 +181,24 @@ def test_compiles_for_hopper_without_spilling(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_like_flash_attention(dtype: torch.dtype) -> None:
     lengths = [1000, 17, 2048, 300, 0, 0]
-    query, key, value, boundaries = inputs(sum(lengths), 16, 72, dtype, lengths)
-    got = triton_attention(query, key, value, boundaries, 72**-0.5)
-    want = varlen_attn(query, key, value, boundaries, boundaries, 2048, 2048, scale=72**-0.5)
-    assert (got - want).abs().max().item() <= 2 * BOUND[dtype]
+    given = tensors(lengths, 72, dtype, 16)
+    used = sum(lengths)
+    got = polyfuse.segment_attention(*given, max_seqlen=2048, backend="triton")
+    want = polyfuse.segment_attention(*given, max_seqlen=2048, backend="torch")
+    unit = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
+    assert (got[:used] - want[:used]).abs().max().item() <= unit
 
 
 @gpu
 def test_capture_and_replay_with_other_boundaries() -> None:
-    lengths = [[600, 0, 0, 0], [100, 500, 0, 0], [1, 63, 65, 400], [0, 0, 0, 0]]
-    query, key, value, boundaries = inputs(600, 16, 72, torch.bfloat16, lengths[0])
-    triton_attention(query, key, value, boundaries, 72**-0.5)
+    q, k, v, ends = tensors([600, 0, 0, 0], 72, torch.bfloat16, 16)
+    segment_attention(q, k, v, ends)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = triton_attention(query, key, value, boundaries, 72**-0.5)
-    for each in lengths:
-        boundaries.copy_(boundaries_of(each))
+        got = polyfuse.segment_attention(q, k, v, ends, max_seqlen=600)
+    for lengths in ([600, 0, 0, 0], [100, 500, 0, 0], [1, 63, 65, 400], [0, 0, 0, 0]):
+        ends.copy_(torch.tensor([0, *lengths]).cumsum(0))
         graph.replay()
-        used = sum(each)
-        assert torch.equal(got[:used], triton_attention(query, key, value, boundaries, 72**-0.5)[:used])
-        if used:
-            error = worst(got, query, key, value, boundaries)
-            assert not isnan(error)
-            assert error <= BOUND[torch.bfloat16]
+        used = sum(lengths)
+        assert torch.equal(got[:used], segment_attention(q, k, v, ends)[:used])
+        torch.testing.assert_close(got[:used].double(), by_segment(q, k, v, ends), atol=2.0**-8, rtol=2.0**-7)

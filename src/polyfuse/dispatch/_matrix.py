@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyfuse.dispatch._registry import registry
-from polyfuse.spec import OPS, BackendError, Deferral
+from polyfuse.spec import OPS, BackendError
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,10 @@ def _limits(capability: Any) -> list[str]:
     limits += [f"{name} in {', '.join(map(repr, values))}" for name, values in capability.attrs.items()]
     limits += [f"{name} a multiple of {divisor}" for name, divisor in capability.multiples.items()]
     limits += [f"{name} from {least} to {greatest}" for name, (least, greatest) in capability.ranges.items()]
-    return limits + [_deferral(deferral) for deferral in capability.defers]
-
-
-def _deferral(deferral: Deferral) -> str:
-    which = [f"{name} in {', '.join(dtypes)}" for name, dtypes in deferral.dtypes.items()]
-    which += [f"{name} a multiple of {divisor}" for name, divisor in deferral.multiples.items()]
-    return f"last on {deferral.device} with {' and '.join(which)}: {deferral.reason}"
+    for deferral in capability.defers:
+        which = " and ".join(f"{name} a multiple of {divisor}" for name, divisor in deferral.multiples.items())
+        limits.append(f"last on {deferral.device} with {which}: {deferral.reason}")
+    return limits
 
 
 def as_markdown(rows: list[Support]) -> str:

@@ -5,7 +5,7 @@ grid is `[items, 3]`: frames, patch rows and patch columns of each item, with un
 """
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 
 def frame_boundaries(grid: torch.Tensor, frames: int) -> torch.Tensor:
@@ -32,23 +32,3 @@ def patch_positions(grid: torch.Tensor, rows: int, merge_size: int) -> torch.Ten
     row = block // (width // merge_size) * merge_size + inner // merge_size
     column = block % (width // merge_size) * merge_size + inner % merge_size
     return torch.where(used[:, None], torch.stack((row, column), -1), 0)
-
-
-def masked_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    boundaries: torch.Tensor,
-    scale: float | None = None,
-) -> torch.Tensor:
-    """`segment_attention` as one attention under a block-diagonal mask of `[rows, rows]`, for any device.
-
-    Unlike the others it lets a NaN or Inf in one segment reach the other segments (not one in the unused rows).
-    """
-    index = torch.arange(len(query), device=query.device, dtype=boundaries.dtype)
-    segment = torch.searchsorted(boundaries, index, right=True)
-    used = (index < boundaries[-1])[:, None, None]
-    # A masked key still meets its value, and zero times NaN is NaN.
-    q, k, v = (torch.where(used, x, 0).transpose(0, 1)[None] for x in (query, key, value))
-    mask = segment[:, None] == segment[None, :]
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1).contiguous()
