@@ -90,7 +90,7 @@ class ModelCase(_Strict):
     dims: dict[str, int | list[int]] = {}
     attrs: dict[str, Any] = {}
     dtypes: dict[str, str] = {}
-    host: dict[str, list[list[int]]] = {}
+    host: dict[str, list[list[int]] | list[int]] = {}
     present: list[str] = []
     fill: dict[str, str] = {}
     as_tensor: list[str] = []

@@ -29,7 +29,7 @@ def model_case(model: str, shape: ModelCase) -> Case:
         {name: tuple(size) if isinstance(size, list) else size for name, size in shape.dims.items()},
         shape.attrs,
         shape.dtypes,
-        {name: tuple(map(tuple, rows)) for name, rows in shape.host.items()},
+        {name: tuple(tuple(n) if isinstance(n, list) else n for n in rows) for name, rows in shape.host.items()},
         as_tensor=tuple(shape.as_tensor),
         present=tuple(shape.present),
         fill=shape.fill,

@@ -19,9 +19,17 @@ def _column_strided(values: Array) -> Array:
     return np.ascontiguousarray(values.T).T
 
 
+def _one_of_three(values: Array) -> Array:
+    """Each row beside two others of its size, as q, k and v lie in one tensor."""
+    wide = np.zeros((len(values), 3, *values.shape[1:]), values.dtype)
+    wide[:, 1] = values
+    return wide[:, 1]
+
+
 LAYOUTS: dict[str, Callable[[Array], Array]] = {
     "contiguous": np.ascontiguousarray,
     "row_strided": _row_strided,
     "column_strided": _column_strided,
     "token_stride_1": _column_strided,
+    "one_of_three": _one_of_three,
 }

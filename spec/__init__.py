@@ -22,6 +22,7 @@ from polyfuse.spec._types import (
     Call,
     Capability,
     Cost,
+    Deferral,
     ErrorBound,
     OpSpec,
     Output,
@@ -37,6 +38,7 @@ _NAMES = (
     "gdn_conv_prep",
     "silu_mul_block_quant",
     "gdn_in_proj",
+    "segment_attention",
 )
 
 FORMER_NAMES = {"gdn_conv_post": "gdn_conv_prep"}  # accepted for one more release, with a warning
@@ -56,6 +58,7 @@ __all__ = [
     "Call",
     "Capability",
     "Cost",
+    "Deferral",
     "ErrorBound",
     "OpSpec",
     "Output",

@@ -191,12 +191,30 @@ class OpSpec:
 
 
 @dataclass(frozen=True)
+class Deferral:
+    """Calls that a backend can run, but that another one of the platform's order runs faster, as `reason` says.
+
+    They are those on `device` whose dimensions are multiples of `multiples`. The backend comes last for them, unless it
+    is asked for by name.
+    """
+
+    device: str
+    reason: str
+    multiples: Mapping[str, int]
+
+    def concerns(self, call: Call, device: str) -> bool:
+        """Whether the call is one of these."""
+        return device == self.device and not any(call.dims[name] % n for name, n in self.multiples.items())
+
+
+@dataclass(frozen=True)
 class Capability:
     """What a backend's implementation of one op can run. Whatever is not restricted here, it claims.
 
     `devices` are device kinds (`"cpu"`, `"cuda"`, `"rocm"`, `"xpu"`, `"tpu"`, ..., or `"*"`).
     `min_arch` is the least architecture per device kind, as (major, minor). `dtypes` restricts an
-    argument's dtype, `attrs` an attribute's values, and `multiples` a dimension's divisor.
+    argument's dtype, `attrs` an attribute's values, `multiples` a dimension's divisor, and `ranges` its least
+    and greatest size. `defers` are calls that it claims, but not as the first choice.
     `differentiable` says that gradients flow through it (autograd or `jax.grad`). `interpreted` are the devices
     on which it is emulated: right, but slow, so that conformance gives it small cases only.
     """
@@ -206,6 +224,8 @@ class Capability:
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attrs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     multiples: Mapping[str, int] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    defers: tuple[Deferral, ...] = ()
     differentiable: bool = False
     interpreted: tuple[str, ...] = ()
 
@@ -229,9 +249,12 @@ class Capability:
                     if unknown:
                         expected = ", ".join(map(repr, known[name]))
                         found.append(f"{field_name}[{name!r}]: expected values of {expected}, got {unknown[0]!r}")
-        for name in self.multiples:
-            if name not in dims:
-                found.append(f"multiples: expected one of {', '.join(sorted(dims))}, got {name!r}")
+        sizes = [("multiples", self.multiples), ("ranges", self.ranges)]
+        sizes += [("defers", deferral.multiples) for deferral in self.defers]
+        for field_name, names in sizes:
+            for name in names:
+                if name not in dims:
+                    found.append(f"{field_name}: expected one of {', '.join(sorted(dims))}, got {name!r}")
         if not isinstance(devices, tuple):
             found.append(f"devices: expected a tuple of device kinds, got {devices!r}")
         return found
@@ -256,4 +279,11 @@ class Capability:
         for name, divisor in self.multiples.items():
             if call.dims[name] % divisor:
                 return f"{name}={call.dims[name]}: must be a multiple of {divisor}"
+        for name, (least_size, greatest) in self.ranges.items():
+            if not least_size <= call.dims[name] <= greatest:
+                return f"{name}={call.dims[name]}: must be {least_size} to {greatest}"
         return None
+
+    def deferral(self, call: Call, device: str) -> str | None:
+        """Why this call is not for this backend where another one can run it, or None if it is."""
+        return next((deferral.reason for deferral in self.defers if deferral.concerns(call, device)), None)

@@ -29,6 +29,7 @@ __all__ = [
     "gdn_in_proj",
     "gdn_post_conv",
     "pos_embed_interpolate",
+    "segment_attention",
     "silu_mul_block_quant",
 ]
 
@@ -212,3 +213,18 @@ def gdn_in_proj(
 ) -> GdnInProjResult[Array]:
     """Two input projections of one activation, run one after the other, side by side, or as one."""
     return GdnInProjResult._make(run("gdn_in_proj", (x, w_qkvz, w_ba, bias_qkvz, bias_ba, strategy), backend))
+
+
+@public
+def segment_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens: Array,
+    *,
+    scale: float | None = None,
+    max_seqlen: int | None = None,
+    backend: str | Sequence[str] | None = None,
+) -> Array:
+    """Softmax attention of every row of a packed batch over its own segment."""
+    return run("segment_attention", (q, k, v, cu_seqlens, scale, max_seqlen), backend)

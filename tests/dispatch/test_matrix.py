@@ -19,6 +19,11 @@ def test_every_backend_has_a_row_for_every_op():
     by_name = {(row.op, row.backend): row for row in rows}
     fused = by_name["gdn_in_proj", "pallas"]
     assert fused.limits == ("cuda 8.0 or later", "strategy in 'auto', 'fused'")
+    assert by_name["segment_attention", "triton"].limits == (
+        "dim a multiple of 8",
+        "dim from 16 to 128",
+        "last on cuda with dim a multiple of 32: PyTorch's own kernel is faster there",
+    )
     assert by_name["silu_mul_block_quant", "triton"].cells()[2] == "cuda, rocm, xpu, cpu (interpreted)"
     assert by_name["silu_mul_block_quant", "torch"].cells()[2] == "any"
 

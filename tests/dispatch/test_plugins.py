@@ -161,8 +161,7 @@ def test_an_op_that_does_not_exist_is_an_error(install):
     )
     called, shown = " ".join(out.split()).split("backend mychip cannot be used: Traceback")
     for text in called, shown:
-        assert "backend 'mychip': implements: expected ops of pos_embed_interpolate, gdn_post_conv," in text
-        assert "gdn_in_proj, got pos_embed" in text
+        assert f"backend 'mychip': implements: expected ops of {', '.join(OPS)}, got pos_embed" in text
 
 
 def test_a_taken_name_needs_override():

@@ -15,7 +15,7 @@ import polyfuse
 from polyfuse import BackendError, SpecError, Unsupported
 from polyfuse.dispatch import Backend, Device, Implementation, registry
 from polyfuse.dispatch._select import clear_settings, preference
-from polyfuse.spec import Capability
+from polyfuse.spec import Capability, Deferral
 
 TABLE = torch.randn(36, 8)
 GRID = [[1, 2, 4]]
@@ -114,7 +114,7 @@ def test_a_backend_of_other_arrays_gets_converted_ones_wherever_it_is_named(monk
             "torch",
             "environment variable POLYFUSE_BACKENDS: unknown; did you mean POLYFUSE_BACKEND?",
         ),
-        ("POLYFUSE_QUUX", "1", "environment variable POLYFUSE_QUUX: unknown; known are POLYFUSE_BACKEND, "),
+        ("POLYFUSE_OF_NO_OP_AT_ALL", "1", "POLYFUSE_OF_NO_OP_AT_ALL: unknown; known are POLYFUSE_BACKEND, "),
         ("POLYFUSE_BACKEND", "trition", "environment variable POLYFUSE_BACKEND: .*got 'trition'; did you mean triton?"),
         ("POLYFUSE_STRICT", "true", "environment variable POLYFUSE_STRICT: expected 0 or 1, got 'true'"),
     ],
@@ -306,3 +306,34 @@ def test_mixed_arrays_are_refused():
         polyfuse.pos_embed_interpolate(TABLE, GRID, base=np.zeros((8, 8), np.float32))
     with pytest.raises(SpecError, match=r"grid_thw: expected a torch array on cpu as table, got torch on meta"):
         polyfuse.pos_embed_interpolate(TABLE, torch.ones((1, 3), dtype=torch.int64, device="meta"), out_rows=4)
+
+
+@pytest.fixture
+def deferring(monkeypatch):
+    """The torch backend of the CPU, which comes first there, leaves tables of 8 columns to triton."""
+    load = Backend.load
+    torch_backend = registry().get("torch")
+    capability = Capability(defers=(Deferral("cpu", "triton is faster", multiples={"D": 8}),), differentiable=True)
+    mine = Implementation(load(torch_backend, OP).function, capability)
+    monkeypatch.setattr(Backend, "load", lambda self, op: mine if self.name == "torch" else load(self, op))
+    polyfuse.refresh()
+
+
+def test_a_backend_that_defers_comes_last_in_a_platforms_order(deferring, caplog):
+    with caplog.at_level(logging.WARNING, "polyfuse"):
+        polyfuse.pos_embed_interpolate(TABLE, GRID)
+    assert polyfuse.call_counts() == {(OP, "triton"): 1}
+    assert caplog.text == ""
+    reasons = {c.name: (c.status, c.reason) for c in winner().candidates}
+    assert reasons["triton"] == ("chosen", "first usable of configs/platforms/cpu.yaml")
+    assert reasons["torch"] == ("usable", "comes after triton: triton is faster")
+    assert polyfuse.explain(OP, TABLE[:, :7], GRID).winner == "torch"
+    with polyfuse.use_backend(strict=True):
+        assert winner().winner == "triton"
+
+
+def test_a_backend_that_defers_runs_where_it_is_named_or_alone(deferring):
+    assert winner(backend=["torch", "triton"]).winner == "torch"
+    with polyfuse.use_backend(["torch", "triton"]):
+        assert winner().winner == "torch"
+    assert polyfuse.pos_embed_interpolate(torch.randn(36, 8, requires_grad=True), GRID).requires_grad

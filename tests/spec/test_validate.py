@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from polyfuse.conformance import cases
-from polyfuse.spec import OPS, Capability, Output, SpecError, bind
+from polyfuse.spec import OPS, Capability, Deferral, Output, SpecError, bind
 
 SPEC = OPS["pos_embed_interpolate"]
 TABLE = np.zeros((36, 8), np.float32)
@@ -111,9 +111,41 @@ def test_every_spec_is_complete(op):
             "dtypes['x']: expected values of 'float32', 'bfloat16', 'float16', got 'fp32'",
         ),
         (Capability(multiples={"D": 128}), "multiples: expected one of N1, N2, hidden, got 'D'"),
+        (Capability(ranges={"dim": (16, 128)}), "ranges: expected one of N1, N2, hidden, got 'dim'"),
+        (
+            Capability(defers=(Deferral("cuda", "slow", multiples={"dim": 32}),)),
+            "defers: expected one of N1, N2, hidden, got 'dim'",
+        ),
         (Capability(devices="cpu"), "devices: expected a tuple of device kinds, got 'cpu'"),
     ],
 )
 def test_a_capability_speaks_of_its_op(capability, mistake):
     assert capability.mistakes(OPS["gdn_in_proj"]) == [mistake]
-    assert Capability(attrs={"strategy": ("auto",)}, multiples={"hidden": 8}).mistakes(OPS["gdn_in_proj"]) == []
+    right = Capability(
+        attrs={"strategy": ("auto",)},
+        multiples={"hidden": 8},
+        ranges={"N1": (1, 64)},
+        defers=(Deferral("cuda", "slow", multiples={"N2": 2}),),
+    )
+    assert right.mistakes(OPS["gdn_in_proj"]) == []
+
+
+def projection(hidden=8, small=4):
+    arrays = {"x": (3, hidden), "w_qkvz": (6, hidden), "w_ba": (small, hidden)}
+    values = {name: np.zeros(shape, np.float32) for name, shape in arrays.items()}
+    return bind(OPS["gdn_in_proj"], {"strategy": "auto", "bias_qkvz": None, "bias_ba": None} | values)
+
+
+def test_a_range_claims_its_ends_and_nothing_beyond():
+    capability = Capability(ranges={"hidden": (8, 16)})
+    refusals = {size: capability.refusal(projection(hidden=size), "cpu") for size in (7, 8, 16, 17)}
+    assert refusals == {7: "hidden=7: must be 8 to 16", 8: None, 16: None, 17: "hidden=17: must be 8 to 16"}
+
+
+def test_a_deferral_concerns_calls_that_meet_all_of_it():
+    capability = Capability(defers=(Deferral("cuda", "another is faster", multiples={"N2": 4, "hidden": 8}),))
+    assert capability.deferral(projection(), "cuda") == "another is faster"
+    assert capability.deferral(projection(), "cpu") is None
+    assert capability.deferral(projection(small=6), "cuda") is None
+    assert capability.deferral(projection(hidden=12), "cuda") is None
+    assert capability.refusal(projection(), "cuda") is None  # it is claimed all the same

@@ -25,7 +25,7 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
     """Call an op; `args` are all its parameters in order."""
     op = CALLS[name]
     torch = sys.modules.get("torch")
-    if torch is not None and torch.compiler.is_compiling():
+    if torch is not None and (torch.compiler.is_compiling() or (backend is None and _is_recorded(torch))):
         from polyfuse.dispatch._torch_library import traced
 
         if backend is not None:
@@ -36,6 +36,12 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
     args = op.read(args)
     gradients = torch is not None and torch.is_grad_enabled()
     return _execute(op, op.plan(args, backend, gradients), args)
+
+
+def _is_recorded(torch: Any) -> bool:
+    """Whether `make_fx` records this call, without gradients: as one node, like a compiled graph, with no host read."""
+    tracing = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return tracing is not None and tracing.get_proxy_mode() is not None and not torch.is_grad_enabled()
 
 
 def _execute(op: Calls, plan: Plan, args: tuple[Any, ...]) -> Any:

@@ -65,7 +65,12 @@ def _limits(capability: Any) -> list[str]:
     limits = [f"{device} {major}.{minor} or later" for device, (major, minor) in capability.min_arch.items()]
     limits += [f"{name} in {', '.join(dtypes)}" for name, dtypes in capability.dtypes.items()]
     limits += [f"{name} in {', '.join(map(repr, values))}" for name, values in capability.attrs.items()]
-    return limits + [f"{name} a multiple of {divisor}" for name, divisor in capability.multiples.items()]
+    limits += [f"{name} a multiple of {divisor}" for name, divisor in capability.multiples.items()]
+    limits += [f"{name} from {least} to {greatest}" for name, (least, greatest) in capability.ranges.items()]
+    for deferral in capability.defers:
+        which = " and ".join(f"{name} a multiple of {divisor}" for name, divisor in deferral.multiples.items())
+        limits.append(f"last on {deferral.device} with {which}: {deferral.reason}")
+    return limits
 
 
 def as_markdown(rows: list[Support]) -> str:

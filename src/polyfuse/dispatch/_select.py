@@ -270,6 +270,22 @@ def examine(
     return Candidate(name, "usable", backend.origin), implementation
 
 
+def _in_order(op: str, wanted: Preference, call: Call, device: Device) -> tuple[str, ...]:
+    """The names of a preference; of a platform's default those come last whose backends defer the call to others."""
+    if wanted.asked:
+        return wanted.names
+    return tuple(sorted(wanted.names, key=lambda name: _deferral(op, name, call, device) is not None))
+
+
+def _deferral(op: str, name: str, call: Call, device: Device) -> str | None:
+    """Why a backend leaves the call to others that can run it, or None."""
+    try:
+        backend = registry().get(name)
+        return None if backend.missing(op) else backend.load(op).capability.deferral(call, device.kind)
+    except BackendError:
+        return None
+
+
 def resolve(
     op: str, call: Call, family: str, device: Device, names: tuple[str, ...] | None, needs_grad: bool = False
 ) -> list[tuple[str, Implementation]]:
@@ -278,7 +294,8 @@ def resolve(
     Raises `Unsupported` or `BackendError` when the preference names none that can.
     """
     wanted = preference(op, family, device, names)
-    allowed = wanted.names[:1] if is_strict() else wanted.names
+    order = _in_order(op, wanted, call, device)
+    allowed = order[:1] if is_strict() else order
     usable, refused = [], []
     for name in allowed:
         candidate, implementation = examine(op, name, call, None if wanted.converts else family, device, needs_grad)
@@ -291,7 +308,7 @@ def resolve(
     if not usable:
         text = "; ".join(f"{c.name}: {c.reason}" for c in refused)
         kind = Unsupported if all(c.status == "unsupported" for c in refused) else BackendError
-        source = f"strict, {wanted.source}" if len(allowed) < len(wanted.names) else wanted.source
+        source = f"strict, {wanted.source}" if len(allowed) < len(order) else wanted.source
         raise kind(f"{op}: no backend of [{', '.join(allowed)}] ({source}) can run this call: {text}")
     log.debug("%s: %s (%s)", op, usable[0][0], wanted.source)
     return usable
@@ -303,10 +320,10 @@ def explain_call(
     """The resolver's decision on a call with the verdict of every known backend."""
     wanted = preference(op, family, device, names)
     strict = is_strict()
-    allowed = wanted.names[:1] if strict else wanted.names
-    order = list(dict.fromkeys((*wanted.names, *registry().names())))
+    order = _in_order(op, wanted, call, device)
+    allowed = order[:1] if strict else order
     candidates, winner = [], None
-    for name in order:
+    for name in dict.fromkeys((*order, *registry().names())):
         candidate, implementation = examine(op, name, call, None if wanted.converts else family, device, needs_grad)
         if implementation and name not in wanted.names:
             candidate = Candidate(name, "usable", f"not named by {wanted.source}")
@@ -315,6 +332,8 @@ def explain_call(
         elif implementation and winner is None:
             winner, candidate = name, Candidate(name, "chosen", f"first usable of {wanted.source}")
         elif implementation:
-            candidate = Candidate(name, "usable", f"comes after {winner} in {wanted.source}")
+            deferral = None if wanted.asked else _deferral(op, name, call, device)
+            after = f"comes after {winner}"
+            candidate = Candidate(name, "usable", f"{after}: {deferral}" if deferral else f"{after} in {wanted.source}")
         candidates.append(candidate)
     return Explanation(op, family, device.kind, wanted, strict, winner, tuple(candidates))

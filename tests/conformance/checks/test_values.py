@@ -97,6 +97,8 @@ def test_unwritten_elements_may_hold_anything():
     anything = Exact(np.zeros(2), np.array([-np.inf, 0.0]), np.array([np.inf, 0.0]))
     assert compare("q", np.array([np.nan, 0.0], np.float32), anything, "float32") is None
     assert compare("q", np.array([np.nan, 1.0], np.float32), anything, "float32") is not None
+    signalling = np.array([0x7F800001, 0], np.uint32).view(np.float32)
+    assert compare("q", signalling, anything, "float32") is None
 
 
 def test_packed_bytes_are_compared_as_numbers():

@@ -13,6 +13,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 import polyfuse
+from polyfuse.integrations.transformers import accelerate, restore
 from polyfuse.integrations.transformers._qwen2_5_vl import WindowedQwenEncoder
 from polyfuse.runtime.encoder.manager import EncoderGraphManager
 from polyfuse.runtime.encoder.protocol import Capacity
@@ -174,3 +175,17 @@ def test_one_compilation_serves_all_blocks_and_capacities(monkeypatch: pytest.Mo
     fewer = GRIDS[:2]
     assert change(encode(tower, fewer), forward(encoder, fewer, exact(fewer))) <= BOUND[torch.float32]
     assert counter.frame_count == 3  # the tables, a block, the merger
+
+
+def test_a_tower_in_float64_takes_its_own_path() -> None:
+    """`segment_attention` has no float64."""
+    tower = build_tower(torch.float64)
+    before = encode(tower)
+    accelerate(tower, {"budgets": [256]})
+    try:
+        assert tower.forward.manager() is None
+        assert change(before, encode(tower)) == 0
+        tower.float()
+        assert tower.forward.manager() is not None
+    finally:
+        restore(tower)

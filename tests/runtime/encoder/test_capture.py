@@ -147,12 +147,13 @@ def test_a_graph_equals_the_untouched_model_of_the_same_attention(tower: Any) ->
     """To the bit where nothing else differs: coordinates that are exact in float32, patch embedding by one product."""
     import transformers
 
+    import polyfuse
     from polyfuse.integrations.transformers import make_encoder
-    from polyfuse.runtime.encoder.segments import segment_attention
 
     def flash(module: Any, query: Any, key: Any, value: Any, scaling: float, **kwargs: Any) -> Any:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return segment_attention(q, k, v, kwargs["cu_seq_lens_q"], kwargs["max_length_q"], scaling)[None], None
+        lengths = {"cu_seqlens": kwargs["cu_seq_lens_q"], "max_seqlen": kwargs["max_length_q"]}
+        return polyfuse.segment_attention(q, k, v, scale=scaling, **lengths)[None], None
 
     transformers.AttentionInterface.register("polyfuse_test_flash", flash)
     tower.config._attn_implementation = "polyfuse_test_flash"

@@ -9,13 +9,14 @@ from torch import nn
 
 from polyfuse.configs import encoder_config
 from polyfuse.integrations.transformers._fixed_vit import FixedResolutionEncoder
+from polyfuse.integrations.transformers._packed import PackedTower
 from polyfuse.integrations.transformers._pos_embed import request_embeddings
 from polyfuse.integrations.transformers._qwen2_5_vl import WindowedQwenEncoder
 from polyfuse.integrations.transformers._qwen_vl import QwenVisionEncoder
 from polyfuse.runtime.encoder.capture import graph_runtime
 from polyfuse.runtime.encoder.manager import EncoderGraphManager
 from polyfuse.runtime.encoder.protocol import GraphableEncoder
-from polyfuse.spec import fail
+from polyfuse.spec import FLOATS, dtype_name, fail
 
 # By class name, so that no model's code is imported that is not used.
 ENCODERS: Mapping[str, Callable[[Any, bool], GraphableEncoder]] = {
@@ -93,6 +94,8 @@ class AcceleratedForward:
         settings = self.settings if isinstance(self.settings, Mapping) else {}
         compiled = encoder_config(**settings).compile_blocks
         encoder = make_encoder(self.model, runtime.captures if compiled is None else compiled)
+        if isinstance(encoder, PackedTower) and dtype_name(encoder.dtype) not in FLOATS:
+            return None  # the ops that packed towers are computed with take no other
         return EncoderGraphManager(encoder, runtime=runtime, **settings)
 
     def __reduce__(self) -> Any:

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+import polyfuse
 from polyfuse.runtime.encoder.protocol import BufferSpec, EncoderRequest, ItemSize, Rows
-from polyfuse.runtime.encoder.segments import segment_attention
 from polyfuse.spec import fail
 
 EXAMPLE_SIDE = 16  # tokens
@@ -24,6 +24,10 @@ class PackedTower:
     @property
     def device(self) -> torch.device:
         return self._kernel.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._kernel.dtype
 
     @property
     def _kernel(self) -> torch.Tensor:
@@ -102,7 +106,7 @@ def vision_block(
     qkv = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, attention.head_dim))
     query, key, value = qkv.unbind(1)
     query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-    mixed = segment_attention(query, key, value, boundaries, longest, attention.scaling)
+    mixed = polyfuse.segment_attention(query, key, value, boundaries, scale=attention.scaling, max_seqlen=longest)
     hidden = hidden + attention.proj(mixed.flatten(1))
     return hidden + block.mlp(block.norm2(hidden))
 

@@ -1,13 +1,9 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
-"""Attention inside the segments of a packed batch in Triton, for head dims that are no power of two.
+"""The Triton backend of `segment_attention`, for head dims that are no power of two.
 
 It is a FlashAttention forward pass: blocks of queries against blocks of keys, with an online softmax in fp32. A tile
 has a power of two of columns, so the head dim is split in two: 72 is computed as 64 + 16, where one tile takes 128.
 """
 
-from contextlib import nullcontext
 from math import log2
 from typing import NamedTuple
 
@@ -15,14 +11,23 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import fail
+from polyfuse.spec import Capability, Deferral
+from polyfuse.triton_impl._common import INTERPRETED, round_to
+from polyfuse.triton_impl._launch import Launcher
 
-NAME = "triton_attention"
+NAME = "segment_attention"
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+CAPABILITY = Capability(
+    devices=("cuda", "rocm", "xpu", "cpu"),
+    multiples={"dim": 8},
+    ranges={"dim": (16, 128)},
+    # FlashAttention-2 computes in multiples of 32 columns: of these dims it pads none.
+    defers=(Deferral("cuda", "PyTorch's own kernel is faster there", {"dim": 32}),),
+    interpreted=("cpu",),
+)
 
 
-class Launch(NamedTuple):
+class Tiling(NamedTuple):
     """How the kernel runs on batches of up to `rows` rows."""
 
     rows: int
@@ -33,7 +38,7 @@ class Launch(NamedTuple):
 
 
 # On an H200, at 16 heads of 72: the best of eight or within 6% of it, for one image of 256 to 4096 rows and several.
-LAUNCHES: tuple[Launch, ...] = (Launch(2048, 64, 128, 4, 2), Launch(2**31, 64, 64, 4, 3))
+TILINGS: tuple[Tiling, ...] = (Tiling(2048, 64, 128, 4, 2), Tiling(2**31, 64, 64, 4, 3))
 
 
 @triton.jit
@@ -121,10 +126,14 @@ def _kernel(
     inverse = (1.0 / total)[:, None]
     out_row = out_ptr + ((start + begin).to(tl.int64) * HEADS + head) * D + (query * (HEADS * D))[:, None]
     column = tl.arange(0, MAIN)[None, :]
-    tl.store(out_row + column, (acc1 * inverse).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    tl.store(out_row + column, round_to(acc1 * inverse, out_ptr.dtype.element_ty), mask=inside[:, None])
     if SPLIT:
         column = MAIN + tl.arange(0, REST)[None, :]
-        tl.store(out_row + column, (acc2 * inverse).to(out_ptr.dtype.element_ty), mask=inside[:, None] & (column < D))
+        mask = inside[:, None] & (column < D)
+        tl.store(out_row + column, round_to(acc2 * inverse, out_ptr.dtype.element_ty), mask=mask)
+
+
+_launches = {tiling.stages: Launcher(NAME, _kernel, num_stages=tiling.stages) for tiling in TILINGS}
 
 
 def _split(head_dim: int) -> tuple[int, int]:
@@ -139,67 +148,32 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if whole and tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def supported(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether `triton_attention` takes this head dim (multiples of 8 from 16 to 128) and dtype."""
-    return 16 <= head_dim <= 128 and head_dim % 8 == 0 and dtype in (torch.float16, torch.bfloat16, torch.float32)
-
-
-def triton_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float
+def segment_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    scale: float | None = None,
+    max_seqlen: int | None = None,
 ) -> torch.Tensor:
-    """Attention of every row to the rows of its own segment, `[rows, heads, head_dim]`, contiguous.
+    """out [rows, heads, dim], rounded once.
 
-    `query`, `key` and `value` are `[rows, heads, head_dim]` with any strides; a tensor is copied first unless its last
-    stride is 1, its others are multiples of 8, and it starts at a multiple of 16 bytes. `boundaries` is
-    `[segments + 1]` int32 on the same device, from 0, not falling. `scale`, above 0, multiplies the scores. Rows past
-    the last boundary belong to no segment: what they hold reaches no other row, and what they get is undefined.
-
-    Nothing is read on the host, so a captured call can be replayed with other boundaries. Raises `SpecError` for a
-    head dim or dtype that is not `supported`, for tensors that are not alike, and for other boundaries or scales.
+    A tensor is copied first unless its last stride is 1, its others are multiples of 8, and it starts at a multiple of
+    16 bytes. Nothing is read on the host, with or without `max_seqlen`.
     """
-    if query.ndim != 3 or not supported(query.shape[-1], query.dtype):
-        expected = "[rows, heads, 16 to 128 in steps of 8] in float16, bfloat16 or float32"
-        fail(NAME, "query", expected, f"{list(query.shape)} {query.dtype}")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != query.shape or tensor.dtype != query.dtype:
-            fail(NAME, name, f"{list(query.shape)} {query.dtype}, as query", f"{list(tensor.shape)} {tensor.dtype}")
-    if boundaries.ndim != 1 or boundaries.dtype != torch.int32:
-        fail(NAME, "boundaries", "[segments + 1] int32", f"{list(boundaries.shape)} {boundaries.dtype}")
-    if not scale > 0:
-        fail(NAME, "scale", "a number above 0", scale)
-    return _attention(query, key, value, boundaries, scale)
-
-
-def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float
-) -> torch.Tensor:
-    rows, heads, head_dim = query.shape
-    segments = len(boundaries) - 1
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if rows == 0 or segments == 0:
+    rows, heads, dim = q.shape
+    segments = len(cu_seqlens) - 1
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not q.numel() or not segments:
         return out
-    launch = next(launch for launch in LAUNCHES if rows <= launch.rows)
-    main, rest = _split(head_dim)
-    query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    strides = [stride // 8 for tensor in (query, key, value) for stride in tensor.stride()[:2]]
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-        _kernel[(rows // launch.block_queries + segments, heads)](
-            query,
-            key,
-            value,
-            boundaries,
-            out,
-            segments,
-            scale * log2(torch.e),
-            *strides,
-            HEADS=heads,
-            D=head_dim,
-            MAIN=main,
-            REST=rest,
-            SEGMENTS=triton.next_power_of_2(segments),
-            BLOCK_M=launch.block_queries,
-            BLOCK_N=launch.block_keys,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-        )
+    tiling = next(tiling for tiling in TILINGS if rows <= tiling.rows)
+    main, rest = _split(dim)
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    strides = [stride // 8 for tensor in (q, k, v) for stride in tensor.stride()[:2]]
+    grid = (rows // tiling.block_queries + segments, heads, 1)
+    inputs = (q, k, v, cu_seqlens.to(torch.int32).contiguous())
+    numbers = (segments, (dim**-0.5 if scale is None else scale) * log2(torch.e))
+    sizes = (heads, dim, main, rest, triton.next_power_of_2(segments), tiling.block_queries, tiling.block_keys)
+    _launches[tiling.stages](grid, inputs, (out,), numbers, (*strides, *sizes), tiling.warps)
     return out
