@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import polyfuse
 from polyfuse.conformance import Trial, cases, make_inputs, place
@@ -120,3 +121,16 @@ def test_a_gradient_through_a_graph_raises_and_is_not_lost(backend):
         compiled(table).backward()
     with torch.no_grad():
         assert torch.isfinite(compiled(table))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_make_fx_records_one_node_unless_gradients_are_wanted(gradients):
+    """A node has no backward, the backend's own operations do."""
+    table = torch.randn(36, 8)
+    with torch.set_grad_enabled(gradients):
+        graph = make_fx(lambda t: polyfuse.pos_embed_interpolate(t, GRID))(table)
+        assert torch.equal(graph(table), polyfuse.pos_embed_interpolate(table, GRID))
+        named = make_fx(lambda t: polyfuse.pos_embed_interpolate(t, GRID, backend="torch"))(table)
+    node = torch.ops.polyfuse.pos_embed_interpolate.default
+    assert (node in [n.target for n in graph.graph.nodes]) is not gradients
+    assert node not in [n.target for n in named.graph.nodes]

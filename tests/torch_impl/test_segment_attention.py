@@ -58,12 +58,13 @@ def tensors(*lengths: int, dtype: torch.dtype = torch.float32, dim: int = 16, de
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 @pytest.mark.parametrize("which", range(3), ids="qkv".__getitem__)
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 16), (torch.bfloat16, 72)], ids=str)
 @pytest.mark.parametrize("form", ["op", "masked"])
 def test_what_a_segment_holds_changes_no_bit_of_another(
-    form: str, which: int, value: float, masked: Callable[..., torch.Tensor]
+    form: str, dtype: torch.dtype, dim: int, which: int, value: float, masked: Callable[..., torch.Tensor]
 ) -> None:
     run = masked if form == "masked" else polyfuse.segment_attention
-    given = tensors(9, 20, 4, 7)
+    given = tensors(9, 20, 4, 7, dtype=dtype, dim=dim)
     before = run(*given, scale=None, max_seqlen=20)
     given[which][9:29] = value
     after = run(*given, scale=None, max_seqlen=20)
