@@ -50,7 +50,7 @@ def pos_embed_interpolate(
 
 
 def _locate(grid: torch.Tensor, rows: int, merge_size: int, side: int) -> tuple[torch.Tensor, ...]:
-    """Of each row, its image's h and w, its number in that image and whether it is live; if the grid is invalid.
+    """Each row's h and w of its image, number in that image and whether it is live; last, whether the grid is invalid.
 
     A row is live if it belongs to an image of a valid grid.
     """
