@@ -4,6 +4,7 @@ CUDA in half precision has a kernel for packed segments, and the CPU, where thei
 next. Elsewhere blocks of rows meet all rows that may share their segment, under a mask.
 """
 
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -40,9 +41,14 @@ def segment_attention(
 
 def _has_varlen_kernel(q: torch.Tensor) -> bool:
     """Whether PyTorch's FlashAttention takes such tensors."""
-    if q.device.type != "cuda" or torch.version.hip is not None or q.dtype not in (torch.float16, torch.bfloat16):
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
         return False
-    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and _runs_flash_attention(q.device)
+
+
+@lru_cache(maxsize=64)
+def _runs_flash_attention(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _varlen(
