@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from polyfuse.conformance import cases
 from polyfuse.conformance.runner import Trial
 from polyfuse.dispatch import registry
-from polyfuse.reference._jax.arithmetic import block_scale, divisor, quantised, rint, round_to
+from polyfuse.reference._jax.quantisation import block_scale, divisor, quantised
+from polyfuse.reference._jax.rounding import rint, round_to
 from polyfuse.reference.jax.silu_mul_block_quant import silu_mul_block_quant
 from polyfuse.spec.silu_mul_block_quant import QMAX, SCALE_LAYOUTS
 
