@@ -80,10 +80,10 @@ class Layer:
         results: dict[int, Any] = {}
         for turn in range(max(map(len, alike.values()))):
             chosen = [numbers[min(turn, len(numbers) - 1)] for numbers in alike.values()]
-            given = [dict(calls[number][0]) for number in chosen]
-            for arrays in given:
+            given: list[dict[str, Any]] = [dict(calls[number][0]) for number in chosen]
+            for one in given:
                 if joined:
-                    arrays[joined] = jnp.split(arrays[joined], 2, axis=-1)
+                    one[joined] = jnp.split(one[joined], 2, axis=-1)
             results |= dict(zip(chosen, every(given), strict=True))
         return [results[number] for number in range(len(calls))]
 
