@@ -88,7 +88,7 @@ def ties_away(value: F64, dtype: str) -> Array:
     return round_to(np.where(tie, beyond, even), dtype)
 
 
-def significand(value: F64, bits: int) -> F64:
-    """`value` rounded to a significand of so many bits."""
+def truncated(value: F64, bits: int) -> F64:
+    """`value` cut off after a significand of so many bits."""
     mantissa, exponent = np.frexp(value)
-    return np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)
+    return np.ldexp(np.trunc(np.ldexp(mantissa, bits)), exponent - bits)

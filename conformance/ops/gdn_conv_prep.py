@@ -10,7 +10,7 @@ from polyfuse.conformance.case import Case
 from polyfuse.conformance.fills import Fill
 from polyfuse.conformance.mutations import Mutant, changed, common, patched, right
 from polyfuse.conformance.ops.gdn_post_conv import FILLS as GATE_FILLS
-from polyfuse.conformance.ops.gdn_post_conv import approximate, early_threshold
+from polyfuse.conformance.ops.gdn_post_conv import early_threshold, truncated_sum
 from polyfuse.reference import gdn_conv_prep as oracle
 from polyfuse.reference._numerics import F64
 from polyfuse.spec import FLOATS
@@ -62,6 +62,8 @@ def cases() -> Iterator[Case]:
     for key, value, heads in ((24, 40, 3), (1, 1, 1), (80, 96, 4), (128, 64, 2), (256, 256, 1)):
         attrs = {"num_k_heads": heads, "head_k_dim": key, "head_v_dim": value}
         yield Case(f"dims_k{key}-v{value}-heads{heads}", {"L": 9, "HV": 2 * heads, "W": 4}, attrs, {"T": "bfloat16"})
+    attrs = {"num_k_heads": 2, "head_k_dim": 256, "head_v_dim": 16}
+    yield Case("dims_k256-float32", {"L": 9, "HV": 2, "W": 4}, attrs)
     yield Case("one_value_head", {"L": 7, "HV": 1, "W": 4}, _HEADS, {"T": "bfloat16"})
     mixed = {"T": "bfloat16", "weight": "float32", "bias": "float16", "a": "float32", "b": "float16"}
     yield Case("mixed_dtypes", _SMALL, _HEADS, mixed, present=("bias",))
@@ -141,7 +143,7 @@ MUTANTS: dict[str, Mutant] = common(NAME) | {
     "bias_dropped": changed(NAME, lambda v: {"bias": None}),
     "silu_dropped": patched(NAME, oracle, "silu", lambda silu: lambda c: c),
     "rounded_before_the_norm": _rounded_before_the_norm,
-    "approximate_root": patched(NAME, oracle, "inverse_norm", approximate),
+    "truncated_sum_of_squares": patched(NAME, oracle, "inverse_norm", truncated_sum),
     "early_threshold": patched(NAME, oracle, "softplus", early_threshold),
     "l2norm_ignored": changed(NAME, lambda v: {"l2norm": False}),
     "dt_bias_dropped": changed(NAME, lambda v: {"dt_bias": np.zeros_like(v["dt_bias"])}),

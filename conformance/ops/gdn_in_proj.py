@@ -9,7 +9,7 @@ import numpy as np
 
 from polyfuse.conformance.case import Case
 from polyfuse.conformance.fills import Fill
-from polyfuse.conformance.mutations import Mutant, changed, common, right, significand, ties_away
+from polyfuse.conformance.mutations import Mutant, changed, common, right, ties_away, truncated
 from polyfuse.reference import oracle
 from polyfuse.reference._numerics import Array, round_to, to_f64
 from polyfuse.spec import FLOATS, dtype_name
@@ -77,10 +77,17 @@ def _exact(values: dict[str, Any]) -> list[Any]:
     return [exact.value for exact in oracle(NAME).intervals(**values).values()]
 
 
-def _rounded_to_16_bits(**values: Any) -> Any:
-    """The products' sums pass through 16 significant bits, as of two bfloat16 numbers, before the last rounding."""
-    dtype = dtype_name(values["x"].dtype)
-    return tuple(round_to(significand(value, 16), dtype) for value in _exact(values))
+def _accumulator_of_22_bits(**values: Any) -> Any:
+    """Sums of 16 products enter an accumulator that truncates to 22 bits, two less than float32 has."""
+    results = []
+    for name, bias in (("w_qkvz", "bias_qkvz"), ("w_ba", "bias_ba")):
+        x, weight = to_f64(values["x"]), to_f64(values[name])
+        total = np.zeros((*x.shape[:-1], len(weight)))
+        for k in range(0, x.shape[-1], 16):
+            total = truncated(total + x[..., k : k + 16] @ weight[:, k : k + 16].T, 22)
+        total = total if values[bias] is None else total + to_f64(values[bias])
+        results.append(round_to(total, dtype_name(values["x"].dtype)))
+    return tuple(results)
 
 
 def _ties_away(**values: Any) -> Any:
@@ -93,6 +100,6 @@ MUTANTS: dict[str, Mutant] = common(NAME) | {
     "bias_dropped": changed(NAME, lambda v: {"bias_qkvz": None, "bias_ba": None}),
     "bias_after_rounding": _bias_after_rounding,
     "sums_in_bfloat16": _sums_in_bfloat16,
-    "rounded_to_16_bits": _rounded_to_16_bits,
+    "accumulator_of_22_bits": _accumulator_of_22_bits,
     "ties_away": _ties_away,
 }

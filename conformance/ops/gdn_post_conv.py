@@ -8,10 +8,10 @@ import numpy as np
 
 from polyfuse.conformance.case import Case
 from polyfuse.conformance.fills import Fill, scaled
-from polyfuse.conformance.mutations import Mutant, changed, common, patched, returned, significand
+from polyfuse.conformance.mutations import Mutant, changed, common, patched, returned, truncated
 from polyfuse.reference import gdn_post_conv as oracle
-from polyfuse.reference._numerics import F64, to_f64
-from polyfuse.spec import FLOATS
+from polyfuse.reference._numerics import F64, FP32_MAX, to_f64
+from polyfuse.spec import FLOATS, FP32_ROUNDOFF
 from polyfuse.spec.gdn_post_conv import NAME
 
 _SMALL = {"L": 5, "HV": 4}
@@ -71,8 +71,21 @@ def inverse_of(norm: Callable[[F64, float], F64]) -> Callable[[Any], Any]:
 
 
 def approximate(right: Any) -> Any:
-    """An inverse norm of 20 significant bits, as an approximate reciprocal root gives."""
-    return lambda x, eps: significand(right(x, eps), 20)
+    """An inverse norm that is 11 float32 roundings too large, as an approximate reciprocal root may be."""
+    return lambda x, eps: right(x, eps) * (1 + 11 * FP32_ROUNDOFF)
+
+
+def truncated_sum(right: Any) -> Any:
+    """An inverse norm of squares that are added one by one and truncated to 23 bits, one less than float32 has."""
+
+    def inverse(x: F64, eps: float) -> F64:
+        total = np.zeros(x.shape[:-1])
+        for i in range(x.shape[-1]):
+            total = truncated(total + x[..., i] * x[..., i], 23)
+        total = total[..., None] + eps
+        return 1 / np.sqrt(np.where(total > FP32_MAX, np.inf, total))
+
+    return inverse
 
 
 def naive_softplus(right: Any) -> Any:
@@ -86,8 +99,8 @@ def naive_softplus(right: Any) -> Any:
 
 
 def early_threshold(right: Any) -> Any:
-    """softplus(x) = x from 12 on, where the difference is still many roundings."""
-    return lambda x: np.where(x > 12, x, right(x))
+    """softplus(x) = x from 10 on, where the difference is still many roundings."""
+    return lambda x: np.where(x > 10, x, right(x))
 
 
 def _length(x: F64) -> F64:

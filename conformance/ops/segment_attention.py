@@ -7,7 +7,7 @@ import numpy as np
 
 from polyfuse.conformance.case import Case
 from polyfuse.conformance.fills import Fill
-from polyfuse.conformance.mutations import Mutant, changed, common, patched, returned, significand
+from polyfuse.conformance.mutations import Mutant, changed, common, patched, returned, truncated
 from polyfuse.reference import segment_attention as oracle
 from polyfuse.reference._numerics import F64, round_to, to_f64
 from polyfuse.spec import FLOATS, dtype_name
@@ -188,7 +188,7 @@ def _rounded_exponentials(bits: int, dtype: str | None = None) -> Mutant:
     def make(softmax: Any) -> Any:
         def weights(scores: F64) -> F64:
             exponentials = np.exp(scores - scores.max(-1, keepdims=True))
-            return significand(exponentials, bits) / exponentials.sum(-1, keepdims=True)
+            return truncated(exponentials, bits) / exponentials.sum(-1, keepdims=True)
 
         return weights
 
@@ -203,12 +203,12 @@ def _rounded_exponentials(bits: int, dtype: str | None = None) -> Mutant:
 
 def _rounded_scores(products: Any) -> Any:
     """Scores with the 8 significant bits of bfloat16."""
-    return lambda q, k: significand(products(q, k), 8)
+    return lambda q, k: truncated(products(q, k), 8)
 
 
 def _rounded_operands(products: Any) -> Any:
     """q and k with the 11 significant bits of TF32."""
-    return lambda q, k: products(significand(q, 11), significand(k, 11))
+    return lambda q, k: products(truncated(q, 11), truncated(k, 11))
 
 
 def _dim_scale(power: float) -> Mutant:

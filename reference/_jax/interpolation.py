@@ -6,7 +6,7 @@ from jax import lax
 
 
 def patch(row: jax.Array, w: jax.Array, merge_size: int) -> tuple[jax.Array, jax.Array]:
-    """Patch coordinates of a frame's `row`-th row, in spatial-merge order (h/m, w/m, m, m)."""
+    """Return the patch coordinates of a frame's `row`-th row, in spatial-merge order (h/m, w/m, m, m)."""
     block, inner = divide(row, merge_size * merge_size)
     block_y, block_x = divide(block, divide(w, merge_size)[0])
     inner_y, inner_x = divide(inner, merge_size)
@@ -16,7 +16,7 @@ def patch(row: jax.Array, w: jax.Array, merge_size: int) -> tuple[jax.Array, jax
 def axis_taps(
     index: jax.Array, size: jax.Array, side: int, mode: str, align_corners: bool
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """(table cell, weight) of every tap, for positions `index` on axes of `size` patches."""
+    """Return the (table cell, weight) of every tap, for positions `index` on axes of `size` patches."""
     if align_corners:
         numerator, denominator = index * (side - 1), jnp.maximum(size - 1, 1)
     else:
@@ -39,6 +39,6 @@ def axis_taps(
 
 
 def divide(a: jax.Array, b: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """Quotient and remainder for a >= 0 and b > 0, where truncation is the floor."""
+    """Return the quotient and the remainder for a >= 0 and b > 0, where truncation is the floor."""
     quotient = lax.div(a, lax.full_like(a, b) if isinstance(b, int) else b)
     return quotient, a - quotient * b

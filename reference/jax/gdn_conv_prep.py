@@ -3,31 +3,19 @@
 Every array may be traced, vmapped, sharded over its rows, and differentiated.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from polyfuse.reference._jax.arithmetic import final_state, sequences
+from polyfuse.reference._jax.compilation import jit
+from polyfuse.reference._jax.sequences import final_state, sequences
 from polyfuse.reference.jax.gdn_post_conv import gates, normalised
 from polyfuse.spec import Capability
 
 CAPABILITY = Capability(differentiable=True)
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "num_k_heads",
-        "head_k_dim",
-        "head_v_dim",
-        "l2norm",
-        "l2norm_eps",
-        "output_g_exp",
-        "output_final_state",
-    ),
-)
+@jit("gdn_conv_prep")
 def gdn_conv_prep(
     x: jax.Array,
     weight: jax.Array,

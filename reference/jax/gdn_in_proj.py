@@ -4,18 +4,17 @@ XLA schedules the two products itself: of the strategies only `merged` asks for 
 both weights as one matrix.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from polyfuse.reference._jax.compilation import jit
 from polyfuse.spec import Capability
 
 CAPABILITY = Capability(attrs={"strategy": ("auto", "sequential", "parallel", "merged")}, differentiable=True)
 
 
-@partial(jax.jit, static_argnames=("strategy",))
+@jit("gdn_in_proj")
 def gdn_in_proj(
     x: jax.Array,
     w_qkvz: jax.Array,

@@ -3,21 +3,17 @@
 Every array may be traced, vmapped, sharded over its rows, and differentiated.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from polyfuse.reference._jax.compilation import jit
 from polyfuse.spec import FP32_TINY, Capability
 
 CAPABILITY = Capability(differentiable=True)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("num_k_heads", "head_k_dim", "head_v_dim", "l2norm", "l2norm_eps", "output_g_exp"),
-)
+@jit("gdn_post_conv")
 def gdn_post_conv(
     conv_out: jax.Array,
     a: jax.Array,

@@ -5,7 +5,6 @@ is an array; of a tuple only the number of images and the total of rows are comp
 """
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
 from math import isqrt
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from polyfuse.reference._jax.compilation import jit
 from polyfuse.reference._jax.interpolation import axis_taps, divide, patch
 from polyfuse.spec import Capability, Unsupported, dtype_name
 
@@ -46,12 +46,12 @@ def pos_embed_interpolate(
         merge_size=merge_size,
         mode=mode,
         align_corners=align_corners,
-        dtype=dtype,
-        rows=rows,
+        out_dtype=dtype,
+        out_rows=rows,
     )
 
 
-@partial(jax.jit, static_argnames=("merge_size", "mode", "align_corners", "dtype", "rows"))
+@jit("pos_embed_interpolate")
 def _interpolate(
     table: jax.Array,
     grid: jax.Array,
@@ -60,14 +60,14 @@ def _interpolate(
     merge_size: int,
     mode: str,
     align_corners: bool,
-    dtype: str,
-    rows: int,
+    out_dtype: str,
+    out_rows: int,
 ) -> jax.Array:
     side = isqrt(table.shape[0])
     # Clipping first keeps an invalid int64 entry invalid in int32.
     grid = jnp.clip(grid, -1, _INT32_MAX).astype(jnp.int32)
-    ends, valid = _image_ends(grid, merge_size, side, rows)
-    row = jnp.arange(rows, dtype=jnp.int32)
+    ends, valid = _image_ends(grid, merge_size, side, out_rows)
+    row = jnp.arange(out_rows, dtype=jnp.int32)
     image = jnp.searchsorted(ends, row, side="right", method="compare_all")
     live = image < len(grid)
     image = jnp.minimum(image, len(grid) - 1)
@@ -75,7 +75,7 @@ def _interpolate(
     y, x = patch(lax.rem(row - (ends[image] - t * h * w), h * w), w, merge_size)
     # The cast comes before the gather so that gradients of the table accumulate in fp32.
     source = table.astype(jnp.float32)
-    total = jnp.zeros((rows, table.shape[1]), jnp.float32)
+    total = jnp.zeros((out_rows, table.shape[1]), jnp.float32)
     taps_y, taps_x = axis_taps(y, h, side, mode, align_corners), axis_taps(x, w, side, mode, align_corners)
     for (cell_y, weight_y), (cell_x, weight_x) in product(taps_y, taps_x):
         weight = (weight_y * weight_x)[:, None]
@@ -84,7 +84,7 @@ def _interpolate(
     if base is not None:
         total += base.astype(jnp.float32)
     total = jnp.where(live[:, None], total, 0.0)
-    return jnp.where(valid, total, jnp.nan).astype(dtype)
+    return jnp.where(valid, total, jnp.nan).astype(out_dtype)
 
 
 def _image_ends(grid: jax.Array, merge_size: int, side: int, rows: int) -> tuple[jax.Array, jax.Array]:

@@ -3,13 +3,12 @@
 Every array may be traced, vmapped and differentiated. Blocks of rows meet all rows under a mask, whatever `max_seqlen`.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from polyfuse.reference._jax.arithmetic import sequences
+from polyfuse.reference._jax.compilation import jit
+from polyfuse.reference._jax.sequences import sequences
 from polyfuse.spec import Capability
 
 CAPABILITY = Capability(differentiable=True)
@@ -17,7 +16,7 @@ CAPABILITY = Capability(differentiable=True)
 BLOCK_ROWS = 512  # whose scores are held at a time
 
 
-@partial(jax.jit, static_argnames=("scale", "max_seqlen"))
+@jit("segment_attention")
 def segment_attention(
     q: jax.Array,
     k: jax.Array,

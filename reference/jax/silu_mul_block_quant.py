@@ -3,14 +3,14 @@
 JAX arrays have no strides: `scale` is the same [..., G] array for every `scale_layout`.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from polyfuse.reference._jax.arithmetic import block_scale, divisor, exponent_byte, quantised, silu_mul
+from polyfuse.reference._jax.compilation import jit
+from polyfuse.reference._jax.quantisation import block_scale, divisor, exponent_byte, quantised, silu_mul
 from polyfuse.spec import Capability, dtype_name
 
 CAPABILITY = Capability()
@@ -45,19 +45,7 @@ def silu_mul_block_quant(
     )
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "group_size",
-        "quant_dtype",
-        "scale_format",
-        "scale_ub",
-        "scale_min",
-        "limit",
-        "materialize",
-        "reciprocal",
-    ),
-)
+@jit("silu_mul_block_quant")
 def _quantise(
     x: jax.Array,
     num_rows: jax.Array | None,

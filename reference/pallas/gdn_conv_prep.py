@@ -4,7 +4,6 @@ The kernel of `gdn_post_conv`, which computes y here where it loads it there. Wh
 before it, and the final state beside it, in jax.numpy.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,11 +11,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from polyfuse.reference._jax.arithmetic import final_state, sequences
+from polyfuse.reference._jax.compilation import jit
+from polyfuse.reference._jax.sequences import final_state, sequences
 from polyfuse.reference.pallas.gdn_post_conv import CAPABILITY as CAPABILITY
 from polyfuse.reference.pallas.gdn_post_conv import fused
 
 
+@jit("gdn_conv_prep")
 def gdn_conv_prep(
     x: jax.Array,
     weight: jax.Array,
@@ -37,14 +38,19 @@ def gdn_conv_prep(
     output_final_state: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]."""
-    return _conv_prep(
-        x,
-        weight,
-        bias,
-        initial_state,
-        cu_seqlens,
+    number, age = sequences(len(x), cu_seqlens)
+    sources = {"x": x, "weight": weight, "age": age, "number": number}
+    if bias is not None:
+        sources["bias"] = bias
+    if initial_state is not None:
+        sources["state"] = initial_state
+    results = fused(
+        _load,
+        _specs,
+        sources,
         (a, b, A_log, dt_bias),
-        output_final_state=output_final_state,
+        name="gdn_conv_prep",
+        dtype=x.dtype,
         heads=num_k_heads,
         size=head_k_dim,
         size_v=head_v_dim,
@@ -52,28 +58,7 @@ def gdn_conv_prep(
         eps=l2norm_eps,
         output_g_exp=output_g_exp,
     )
-
-
-@partial(jax.jit, static_argnames=("output_final_state", "heads", "size", "size_v", "l2norm", "eps", "output_g_exp"))
-def _conv_prep(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    state: jax.Array | None,
-    cu_seqlens: jax.Array | None,
-    gates: tuple[jax.Array, ...],
-    *,
-    output_final_state: bool,
-    **attrs: Any,
-) -> Any:
-    number, age = sequences(len(x), cu_seqlens)
-    sources = {"x": x, "weight": weight, "age": age, "number": number}
-    if bias is not None:
-        sources["bias"] = bias
-    if state is not None:
-        sources["state"] = state
-    results = fused(_load, _specs, sources, gates, name="gdn_conv_prep", dtype=x.dtype, **attrs)
-    return *results, final_state(x, state, cu_seqlens, weight.shape[1] - 1, output_final_state)
+    return *results, final_state(x, initial_state, cu_seqlens, weight.shape[1] - 1, output_final_state)
 
 
 def _specs(sources: dict[str, jax.Array], rows: int) -> dict[str, pl.BlockSpec]:

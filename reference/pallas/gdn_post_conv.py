@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from polyfuse.reference._jax.compilation import jit
 from polyfuse.spec import FP32_TINY, Capability, Unsupported
 
 # No TPU: Mosaic cannot gather columns by a vector of column numbers.
@@ -24,6 +25,7 @@ _GPU_TILE_VALUES = 1024  # columns of v
 _CPU_TILE_ROWS = 8192  # the interpreter pays per program and copies the whole result each time
 
 
+@jit("gdn_post_conv")
 def gdn_post_conv(
     conv_out: jax.Array,
     a: jax.Array,
@@ -39,9 +41,13 @@ def gdn_post_conv(
     output_g_exp: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """q, k [L, H, K], v [L, HV, V], g, beta [L, HV]."""
-    return _post_conv(
+    return fused(
+        _load,
+        _spec,
         conv_out,
         (a, b, A_log, dt_bias),
+        name="gdn_post_conv",
+        dtype=conv_out.dtype,
         heads=num_k_heads,
         size=head_k_dim,
         size_v=head_v_dim,
@@ -49,11 +55,6 @@ def gdn_post_conv(
         eps=l2norm_eps,
         output_g_exp=output_g_exp,
     )
-
-
-@partial(jax.jit, static_argnames=("heads", "size", "size_v", "l2norm", "eps", "output_g_exp"))
-def _post_conv(conv_out: jax.Array, gates: Sequence[jax.Array], **attrs: Any) -> Any:
-    return fused(_load, _spec, conv_out, gates, name="gdn_post_conv", dtype=conv_out.dtype, **attrs)
 
 
 def _spec(conv_out: jax.Array, rows: int) -> pl.BlockSpec:

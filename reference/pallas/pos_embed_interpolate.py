@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from polyfuse.reference._jax.compilation import jit
 from polyfuse.reference._jax.interpolation import axis_taps, divide, patch
 from polyfuse.spec import Capability, Unsupported, dtype_name
 
@@ -51,19 +52,22 @@ def pos_embed_interpolate(
         return jnp.zeros((rows, width), dtype)
     operands = (jnp.asarray(grid_thw), table) if base is None else (jnp.asarray(grid_thw), table, base)
     return _interpolate(
-        *operands, merge_size=merge_size, mode=mode, align_corners=align_corners, dtype=dtype, rows=rows
+        *operands, merge_size=merge_size, mode=mode, align_corners=align_corners, out_dtype=dtype, out_rows=rows
     )
 
 
-@partial(jax.jit, static_argnames=("merge_size", "mode", "align_corners", "dtype", "rows"))
-def _interpolate(grid: jax.Array, table: jax.Array, *base: jax.Array, rows: int, **attrs: Any) -> jax.Array:
+@jit("pos_embed_interpolate")
+def _interpolate(
+    grid: jax.Array, table: jax.Array, *base: jax.Array, out_dtype: str, out_rows: int, **attrs: Any
+) -> jax.Array:
     width = table.shape[1]
     # Clipping first keeps an invalid int64 entry invalid in int32.
     grid = jnp.clip(grid.T, -1, _INT32_MAX).astype(jnp.int32)
     grid = jnp.pad(grid, ((0, 0), (0, pl.next_power_of_2(grid.shape[1]) - grid.shape[1])))
     gpu_tile = _GPU_TILE[0], min(_GPU_TILE[1], pl.next_power_of_2(width))
-    native = partial(_launch, tile=gpu_tile, rows=rows, **attrs)
-    interpreted = partial(_launch, tile=(min(_CPU_TILE_ROWS, rows), width), interpret=True, rows=rows, **attrs)
+    launch = partial(_launch, dtype=out_dtype, rows=out_rows, **attrs)
+    native = partial(launch, tile=gpu_tile)
+    interpreted = partial(launch, tile=(min(_CPU_TILE_ROWS, out_rows), width), interpret=True)
     return lax.platform_dependent(grid, table, *base, cpu=interpreted, cuda=native, rocm=native)
 
 

@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from polyfuse.reference._jax.arithmetic import block_scale, divisor, exponent_byte, quantised, silu_mul
+from polyfuse.reference._jax.compilation import jit
+from polyfuse.reference._jax.quantisation import block_scale, divisor, exponent_byte, quantised, silu_mul
 from polyfuse.spec import Capability, dtype_name
 
 # Triton casts to float8_e4m3fn from compute capability 8.9 on.
@@ -55,19 +56,7 @@ def silu_mul_block_quant(
     )
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "group_size",
-        "quant_dtype",
-        "scale_format",
-        "scale_ub",
-        "scale_min",
-        "limit",
-        "materialize",
-        "reciprocal",
-    ),
-)
+@jit("silu_mul_block_quant")
 def _quantise(
     x: jax.Array,
     num_rows: jax.Array | None,

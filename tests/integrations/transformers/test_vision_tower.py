@@ -272,7 +272,7 @@ def test_the_difference_to_transformers_is_its_rounded_coordinates() -> None:
     table = torch.randn(48 * 48, 64, generator=torch.Generator().manual_seed(0))
     indices, weights = [], []
     for _, h, w in grid:
-        row, column = oracle._merge_order(h, w, 2)
+        row, column = oracle.merge_order(h, w, 2)
         y, y_weights = oracle.axis_taps(row, h, 48, "bilinear", True)
         x, x_weights = oracle.axis_taps(column, w, 48, "bilinear", True)
         indices.append((y[:, :, None] * 48 + x[:, None, :]).reshape(h * w, 4))

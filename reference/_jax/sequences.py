@@ -1,0 +1,31 @@
+"""The packed sequences of `gdn_conv_prep` in jax.numpy, for both JAX layers."""
+
+import jax
+import jax.numpy as jnp
+
+
+def sequences(length: int, cu_seqlens: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return for each row its sequence's number, -1 before the first one, and how many of its rows come before it."""
+    row = jnp.arange(length, dtype=jnp.int32)
+    if cu_seqlens is None:
+        return jnp.zeros_like(row), row
+    starts = cu_seqlens.astype(jnp.int32)
+    number = jnp.searchsorted(starts, row, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    return number, row - jnp.where(number < 0, 0, starts[number])
+
+
+def final_state(
+    x: jax.Array, state: jax.Array | None, cu_seqlens: jax.Array | None, before: int, wanted: bool
+) -> jax.Array:
+    """Return the last `before` inputs of each sequence, oldest first [S, C, before]; of no sequence if not `wanted`."""
+    starts = jnp.array([0, len(x)]) if cu_seqlens is None else cu_seqlens
+    count = len(starts) - 1 if wanted else 0
+    if state is None:
+        state = jnp.zeros((count, x.shape[1], before), x.dtype)
+    if len(x) == 0 or count == 0:
+        return state[:count]
+    rows = starts[1:, None] - before + jnp.arange(before)  # [S, before]
+    missing = starts[:-1, None] - rows  # how far before the sequence; at most 0 inside it
+    kept = jnp.take_along_axis(state, jnp.maximum(before - missing, 0)[:, None], axis=2, mode="clip")
+    last = x.at[rows].get(mode="clip").transpose(0, 2, 1)
+    return jnp.where((missing > 0)[:, None], kept, last)
