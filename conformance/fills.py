@@ -55,6 +55,11 @@ def subnormal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F
     return rng.uniform(-1, 1, shape) * float(ml_dtypes.finfo(numpy_dtype(dtype)).tiny)
 
 
+def wide_line(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Evenly spread over [-110, 110]: past where exp underflows and overflows in float32."""
+    return np.linspace(-110, 110, int(np.prod(shape))).reshape(shape)
+
+
 def row_counts(count: int) -> NDArray[np.int64]:
     """Rows per sequence or expert: 2, 0, 5, 3, 1, 6, 4, 2, ..."""
     return (5 * np.arange(count) + 2) % 7
@@ -84,6 +89,7 @@ FILLS: dict[str, Fill] = {
     "subnormal": subnormal,
     "large": scaled(200.0),
     "tiny": scaled(1e-6),
+    "wide_line": wide_line,
     "cu_seqlens": boundaries(1),
     "cu_seqlens_x40": boundaries(40),
     "arange": arange,

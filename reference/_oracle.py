@@ -48,7 +48,7 @@ class Oracle:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The op's results: an array, or a tuple of them. Raises `SpecError` for a call that breaks the spec."""
         call, arguments = self._bind(args, kwargs)
-        exact = self._exact(arguments)
+        exact = self.exact(arguments)
         results = tuple(laid_out(self.store(exact[o.name], o), o.strides) for o in call.outputs)
         return results if len(results) > 1 else results[0]
 
@@ -60,21 +60,22 @@ class Oracle:
         def error(value: str) -> tuple[float, float]:
             return self.spec.bound(value).error(names)
 
-        exact = self._exact(arguments)
+        exact = self.exact(arguments)
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             return self.bounds(exact, SimpleNamespace(**arguments), error)
+
+    def exact(self, arguments: Mapping[str, Any]) -> dict[str, F64]:
+        """The formula's results by name, of every parameter's value: nothing is validated, and float64 arrays count."""
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            results = self.formula(**arguments)
+        names = [output.name for output in self.spec.outputs]
+        return dict(zip(names, results if isinstance(results, tuple) else (results,), strict=True))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, dict[str, Any]]:
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         call = bind(self.spec, bound.arguments)
         return call, {**bound.arguments, **call.attrs}
-
-    def _exact(self, arguments: Mapping[str, Any]) -> dict[str, F64]:
-        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            results = self.formula(**arguments)
-        names = [output.name for output in self.spec.outputs]
-        return dict(zip(names, results if isinstance(results, tuple) else (results,), strict=True))
 
 
 def oracle(op: str) -> Oracle:

@@ -144,9 +144,9 @@ def test_wrong_output_shape_is_not_broadcast() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"budget": [3]}, "encoder: budget: Extra inputs are not permitted, got [3]; known keys are budgets, smallest"),
-        ({"budgets": [0]}, "encoder: budgets.0: Input should be greater than or equal to 1, got 0"),
-        ({"policy": "best"}, "encoder: policy: Input should be 'optimal' or 'greedy', got 'best'"),
+        ({"budget": [3]}, "encoder: budget: unknown key; did you mean budgets?"),
+        ({"budgets": [0]}, "encoder: budgets.0: expected a number >= 1, got 0"),
+        ({"policy": "best"}, "encoder: policy: expected one of 'optimal' or 'greedy', got 'best'"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
