@@ -49,8 +49,8 @@ class Oracle:
         """The op's results: an array, or a tuple of them. Raises `SpecError` for a call that breaks the spec."""
         call, arguments = self._bind(args, kwargs)
         exact = self.exact(arguments)
-        results = tuple(laid_out(self.store(exact[o.name], o), o.strides) for o in call.outputs)
-        return results if len(results) > 1 else results[0]
+        results = [laid_out(self.store(exact[output.name], output), output.strides) for output in call.outputs]
+        return tuple(results) if len(results) > 1 else results[0]
 
     def intervals(self, *args: Any, **kwargs: Any) -> dict[str, Exact]:
         """What each result must lie in, by the name of the output. Raises `SpecError` as the call does."""

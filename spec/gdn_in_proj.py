@@ -46,7 +46,9 @@ _SUM_REASON = (
     "stay within 8 roundings of it at any hidden size. 0 where all inputs are integers and the sum is below 2^24: then "
     "every partial sum is exact in float32"
 )
-PRODUCTS_PER_SUM = 16  # products that a matrix unit adds to its accumulator at a time, at least
+# Products that a matrix unit adds to its accumulator at a time, at least. On an H200 sums of 2048 positive bfloat16
+# products were off by 88 roundings of the sum, of which 128 are granted; sums of either sign by 6 of sum |x * w|.
+PRODUCTS_PER_SUM = 16
 
 
 def _accumulator_steps(names: Mapping[str, Any]) -> float:

@@ -35,7 +35,7 @@ def cases() -> Iterator[Case]:
     yield Case("empty_ba", {**small, "N2": 0}, {}, {"T": "float32"})
     yield Case("wide", {"...": (4,), "hidden": 512, "N1": 256, "N2": 64}, {}, {"T": "bfloat16"})
     for strategy in STRATEGIES:
-        fill = dict.fromkeys(("x", "w_qkvz", "w_ba", "bias_qkvz", "bias_ba"), "integers")
+        fill: dict[str, str] = dict.fromkeys(("x", "w_qkvz", "w_ba", "bias_qkvz", "bias_ba"), "integers")
         both = ("bias_qkvz", "bias_ba")
         yield Case(f"integers-{strategy}", small, {"strategy": strategy}, {"T": "bfloat16"}, present=both, fill=fill)
     yield Case("wide-float32", {"...": (4,), "hidden": 2048, "N1": 256, "N2": 64}, {}, {"T": "float32"})

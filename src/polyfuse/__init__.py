@@ -10,7 +10,7 @@ __version__ = "0.1.0.dev0"
 _PUBLIC_OPS = (*OPS, *result_names(OPS.values()))
 _DISPATCH = ("call_counts", "explain", "refresh", "use_backend")
 
-__all__ = ["BackendError", "SpecError", "Unsupported", *_DISPATCH, *_PUBLIC_OPS]
+__all__ = ["BackendError", "SpecError", "Unsupported", *_DISPATCH, *_PUBLIC_OPS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -40,8 +40,10 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
 
 def _is_recorded(torch: Any) -> bool:
     """Whether `make_fx` records this call, without gradients: as one node, like a compiled graph, with no host read."""
+    if not torch._C._len_torch_dispatch_stack() or torch.is_grad_enabled():  # most calls end here
+        return False
     tracing = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    return tracing is not None and tracing.get_proxy_mode() is not None and not torch.is_grad_enabled()
+    return tracing is not None and tracing.get_proxy_mode() is not None
 
 
 def _execute(op: Calls, plan: Plan, args: tuple[Any, ...]) -> Any:
