@@ -48,14 +48,9 @@ def compiled_op(function: Any) -> Any:
     return jax.jit(partial(op, function))
 
 
-# Compiled one by one, Pallas' take half a second each: `polyfuse conformance` runs them all.
-@pytest.mark.parametrize("part", range(2))
-def test_cases_in_jax(jax_layer: Any, part: int) -> None:
-    assert jax_layer.problems(CASES[part::2]) == {}
-
-
-def test_cases_in_pallas(pallas_layer: Any, cpu_tiles: None) -> None:
-    assert pallas_layer.problems(CASES[::4]) == {}
+def test_cases(layer: Any, cpu_tiles: None) -> None:
+    # Pallas' take half a second each, most of it compiling: `polyfuse conformance` runs them all.
+    assert layer.problems(CASES if layer.name == "jax" else CASES[::4]) == {}
 
 
 @pytest.mark.parametrize("name", ["bfloat16-l2norm_True-g_exp_True", "width_3-bias-initial_state-int64"])
