@@ -133,7 +133,7 @@ class Tuning(_Strict):
 class Profile(_Strict):
     """How much a conformance run does: the largest output, in elements, that each kind of execution takes on.
 
-    `sample` runs every that many of the spec's cases; the others are reported as skipped.
+    `sample` runs one in that many of the op's own cases; the others are reported as skipped.
     `max_elements_repeated` is for cases that only repeat smaller ones, on an accelerator.
     """
 

@@ -55,7 +55,7 @@ def run(
 
 def selected(op: str, profile: str, settings: Profile) -> list[tuple[Case, str]]:
     """Every case of an op, with why the profile does not run it or an empty text."""
-    left_out = f"the profile {profile} runs one in {settings.sample} of the spec's cases"
+    left_out = f"the profile {profile} runs one in {settings.sample} of the op's own cases"
     own = len(cases(op))
     chosen = all_cases(op) if settings.models else cases(op)
     return [(case, left_out if number < own and number % settings.sample else "") for number, case in enumerate(chosen)]

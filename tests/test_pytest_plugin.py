@@ -101,7 +101,7 @@ def test_what_a_person_reads(repository):
     )
     assert wrong.splitlines()[1].startswith("g: 20 of 20 elements wrong; at [")
     assert 'raise ZeroDivisionError("deliberate")' in raised
-    assert "the profile quick runs one in 3 of the spec's cases" in out
+    assert "the profile quick runs one in 3 of the op's own cases" in out
     assert "unsupported: l2norm=False: supports True" in out
     assert "does not implement gdn_in_proj" in out
     _, summary = out.split("= polyfuse conformance, profile quick =")

@@ -99,7 +99,7 @@ def test_a_sampled_case_that_is_left_out_is_reported():
     report = run([OP], ["numpy"], profile="quick")
     skipped = [r.detail for r in report.results if r.status == "skipped"]
     own = len(cases(OP))
-    assert skipped.count("the profile quick runs one in 3 of the spec's cases") == own - len(range(0, own, 3))
+    assert skipped.count("the profile quick runs one in 3 of the op's own cases") == own - len(range(0, own, 3))
     assert report.ok
 
 

@@ -24,7 +24,7 @@ def test_every_folder_is_named() -> None:
     table = PAGE.split("## Where a change goes")[1].split("## Who")[0]
     named = set(re.findall(r"`([\w/]+)/`", "\n".join(re.findall(r"^\| (.+?) \|", table, flags=re.MULTILINE))))
     folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    folders |= {"benchmarks", "docs", "examples", "src/polyfuse", "templates", "tests"}
+    folders |= {"benchmarks", "docs", "examples", "scripts", "src/polyfuse", "templates", "tests"}
     packages = [path.parent for path in (ROOT / "src/polyfuse").glob("*/__init__.py")]
     folders |= {f"src/polyfuse/{package.name}" for package in packages if not package.is_symlink()}
     assert named == folders

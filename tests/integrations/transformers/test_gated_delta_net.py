@@ -170,3 +170,33 @@ def test_a_layer_that_is_offloaded_later_runs_as_before(op_calls: list[str]) -> 
             projection.weight = nn.Parameter(projection.weight.to("meta"))
         assert torch.equal(before, layer(hidden(2, 9)))
     assert not op_calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_under_another_name_is_not_dropped(family: str, op_calls: list[str], monkeypatch: Any) -> None:
+    """Transformers 5.24 renames `cache_params`: its layers' own forward runs, with the cache."""
+    model = build(family)
+    layer_class = type(model.model.layers[0].linear_attn)
+    own = layer_class.forward
+
+    def renamed(self: Any, hidden_states: Any, cache: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return own(self, hidden_states, cache, attention_mask, **kwargs)
+
+    decoder_class = type(model.model.layers[0])
+    source = decoder_class.forward
+
+    def calls_by_the_new_name(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with monkeypatch.context() as patch:
+            layer = getattr(self, "linear_attn", None)
+            if layer is not None:
+                forward = layer.forward
+                new_name = lambda cache_params=None, **given: forward(cache=cache_params, **given)  # noqa: E731
+                patch.setitem(vars(layer), "forward", new_name)
+            return source(self, *args, **kwargs)
+
+    monkeypatch.setattr(layer_class, "forward", renamed)
+    monkeypatch.setattr(decoder_class, "forward", calls_by_the_new_name)
+    options: Any = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(tokens(1, 9), **options)
+    assert torch.equal(accelerate(model).generate(tokens(1, 9), **options), want)
+    assert not op_calls

@@ -15,6 +15,13 @@ from polyfuse.spec import fail
 # By class name, so that no model's code is imported that is not used.
 LAYERS = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
 
+# What Transformers 5.17 calls a layer with, beside the parameters of `forward`. Later versions rename `cache_params`.
+KEYWORDS = {
+    *("num_items_in_batch", "output_hidden_states", "output_attentions", "output_router_logits", "use_cache"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "cache_position"),
+    *("is_causal", "seq_idx"),
+}
+
 _STACK = "polyfuse_in_proj"  # a buffer, so that it moves with the layer and torch.compile takes it for a weight
 _SOURCES = "polyfuse_in_proj_sources"
 
@@ -56,10 +63,13 @@ def forward(
 ) -> torch.Tensor:
     """A Gated DeltaNet layer's forward pass `[batch, tokens, hidden]`: on the ops where it infers, else its own.
 
+    A keyword that is none of `KEYWORDS` comes from another version of Transformers: the layer's own forward runs.
     Raises `SpecError` for packed sequences (`cu_seq_lens_q`) in several rows, or after the cached state of one.
     """
-    if not _is_covered(module, hidden_states, cache_params, kwargs):
-        return type(module).forward(module, hidden_states, cache_params, attention_mask, **kwargs)
+    known = kwargs.keys() <= KEYWORDS
+    if not known or not _is_covered(module, hidden_states, cache_params, kwargs):
+        cache = () if cache_params is None else (cache_params,)  # which another version gives by another name
+        return type(module).forward(module, hidden_states, *cache, attention_mask=attention_mask, **kwargs)
     batch, tokens, _ = hidden_states.shape
     conv_state = recurrent_state = None
     if cache_params is not None and cache_params.has_previous_state(module.layer_idx):
