@@ -7,6 +7,7 @@ from typing import Any
 
 from polyfuse.dispatch._arguments import examine_arguments, read_hosts
 from polyfuse.dispatch._arrays import family_of, is_traced
+from polyfuse.dispatch._gradients import without_gradients
 from polyfuse.dispatch._registry import Implementation, on_change, registry
 from polyfuse.dispatch._select import as_names, context, resolve
 from polyfuse.spec import OPS, OpSpec, SpecError
@@ -101,6 +102,8 @@ class Calls:
         if any(registry().get(n).family != target for n, _ in usable):
             got = list(names or ())
             raise SpecError(f"{self.spec.name}: backend: expected backends of one array family, got {got}")
+        if target == "jax":
+            usable = [(name, self._guarded(name, implementation)) for name, implementation in usable]
         name, implementation = usable[0]
         return Plan(
             usable=tuple(usable),
@@ -110,6 +113,13 @@ class Calls:
             convert_back=family,
             calls=counter(self.spec.name, name),
         )
+
+    def _guarded(self, backend: str, implementation: Implementation) -> Implementation:
+        """The implementation, with a function that refuses gradients if it claims none."""
+        if implementation.capability.differentiable:
+            return implementation
+        function = without_gradients(self.spec.name, backend, implementation.function)
+        return Implementation(function, implementation.capability)
 
 
 CALLS = {name: Calls(spec) for name, spec in OPS.items()}
