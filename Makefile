@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check generate docs clean
+.PHONY: help demo test test-all check generate docs clean
 
 help:
 	@echo "make demo    install, then run the demo"
-	@echo "make test    install, then run every test"
+	@echo "make test    install, then run the tests"
+	@echo "make test-all   the same, with large matrices and compilations"
 	@echo "make check   install, then run ruff, mypy, pyright and import-linter"
 	@echo "make generate   write the public functions and docs/ops from the specs"
 	@echo "make docs    the same, and docs/benchmarks.md from the results"
@@ -20,6 +21,9 @@ demo: $(STAMP)
 	@$(BIN)/polyfuse demo
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)

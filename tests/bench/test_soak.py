@@ -40,6 +40,7 @@ def invoke(folder, *args):
     return result, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_500_batches(tmp_path):
     result, data = invoke(tmp_path, "--batches", "500", "--seed", "1")
     assert result.exit_code == 0, result.output

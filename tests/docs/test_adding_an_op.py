@@ -32,7 +32,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(tree: Path, *arguments: str, status: int = 0) -> str:
     """What Python prints, run in the copy with its own sources."""
-    environment = os.environ | {"PYTHONPATH": str(tree / "src"), "COLUMNS": "200"}
+    environment = os.environ | {"PYTHONPATH": str(tree / "src"), "COLUMNS": "200", "PYTEST_ADDOPTS": ""}
     done = subprocess.run([sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout

@@ -142,6 +142,7 @@ for sequences, absent in ((1, ("bias_ptr", "state_ptr", "cu_ptr")), (8, ())):
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_hopper_with_16_byte_accesses(run_uninterpreted: Callable[[str], list[str]]) -> None:
     """Sizes and number of stores, whether inputs are fetched 16 bytes at a time and ahead, what spills; without a GPU.
 

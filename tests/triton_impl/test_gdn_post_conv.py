@@ -158,6 +158,7 @@ for row, column in (("i32", 1), (1, "i32")):
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_hopper_with_16_byte_accesses(run_uninterpreted: Callable[[str], list[str]]) -> None:
     """Accesses to conv_out, 16-byte stores and all stores, what spills; no GPU is needed."""
     assert run_uninterpreted(COMPILE) == [

@@ -189,6 +189,7 @@ for grid, bicubic in (("*i64", False), (None, True)):
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_hopper_with_16_byte_accesses(run_uninterpreted: Callable[[str], list[str]]) -> None:
     """16-byte loads and stores, kinds of access to elements, and what spills; no GPU is needed."""
     assert run_uninterpreted(COMPILE) == [

@@ -159,6 +159,7 @@ for launch in TILINGS:
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_hopper_without_spilling(tmp_path: Path) -> None:
     """At least two programs share a multiprocessor, so that one's softmax overlaps another's products."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -260,6 +260,7 @@ for group, scale_format in ((128, "float32"), (64, "ue8m0_packed")):
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_hopper_with_16_byte_accesses(run_uninterpreted: Callable[[str], list[str]]) -> None:
     """A thread's loads and stores of 8 and of 16 elements, its conversions of 2, what spills; no GPU is needed."""
     assert run_uninterpreted(COMPILE) == [

@@ -73,7 +73,9 @@ def transformers(x: torch.Tensor, halve: Any, group: int, _: str, form: str, lay
     return q.view(*x.shape[:-1], D), in_layout(scale, layout)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [dtype if dtype is torch.bfloat16 else pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES]
+)
 @pytest.mark.parametrize(
     ("source", "forms"), [(plain, SCALE_FORMATS), (library, SCALE_FORMATS), (transformers, SCALE_FORMATS[:1])]
 )
