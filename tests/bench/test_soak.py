@@ -73,6 +73,7 @@ def test_models_are_the_command_lines():
     assert list(option.type.choices) == list(MODELS)
 
 
+@pytest.mark.slow
 def test_a_batch_depends_on_the_seed_and_its_number(subject):
     counts = [Soak(subject, 9, threads, seed).run().items for threads, seed in ((1, 0), (3, 0), (3, 1))]
     assert counts[0] == counts[1] != counts[2]

@@ -7,6 +7,7 @@ The op is the `OP` of its module. Compiling is most of the time here.
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -195,3 +196,10 @@ def triton_kernels(lowered: Callable[..., str]) -> Callable[..., int]:
         return sum(program.count(f"custom_call @{target}") for target in TRITON_CALLS)
 
     return count
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the whole matrix of cases in Pallas' interpret mode to `make test-all`: it takes longest."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.name.startswith("test_cases") and "pallas" in item.name:
+            item.add_marker(pytest.mark.slow)
