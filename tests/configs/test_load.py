@@ -1,7 +1,6 @@
 """Configuration files: what is read, and the one-line error of each mistake."""
 
 import re
-from operator import attrgetter
 
 import pytest
 
