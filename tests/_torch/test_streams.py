@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from polyfuse._torch.streams import _Pool
+from polyfuse import SpecError
+from polyfuse._torch.streams import _Pool, streams_enabled
 from polyfuse.runtime import execute_in_parallel, register_stream_module, stack_weights
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -44,6 +45,16 @@ def test_every_branch_runs_and_the_first_error_is_raised():
 def test_nested_calls():
     inner = lambda: execute_in_parallel(lambda: 1, lambda: 2, device=CPU)  # noqa: E731
     assert execute_in_parallel(inner, inner, lambda: 3, device=CPU) == ((1, 2), (1, 2), 3)
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_an_error(monkeypatch):
+    monkeypatch.setenv("POLYFUSE_STREAMS", "false")
+    streams_enabled.cache_clear()
+    try:
+        with pytest.raises(SpecError, match="environment variable POLYFUSE_STREAMS: expected 0 or 1, got 'false'"):
+            streams_enabled()
+    finally:
+        streams_enabled.cache_clear()
 
 
 def test_a_device_brings_its_own_streams(monkeypatch):

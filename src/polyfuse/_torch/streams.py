@@ -1,6 +1,5 @@
 """Fork and join of device streams, safe for tensor lifetimes, exceptions, nesting and graph capture."""
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -10,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_leaves
+
+from polyfuse.configs import flag
 
 
 class StreamModule(Protocol):
@@ -54,8 +55,11 @@ _pool = _Pool()
 
 @lru_cache(maxsize=1)
 def streams_enabled() -> bool:
-    """False if the environment variable POLYFUSE_STREAMS is 0; read once per process."""
-    return os.environ.get("POLYFUSE_STREAMS", "1") != "0"
+    """False if the environment variable POLYFUSE_STREAMS is 0; read once per process.
+
+    Raises `SpecError` for a value that is neither 0 nor 1.
+    """
+    return flag("POLYFUSE_STREAMS") is not False
 
 
 def execute_in_parallel(

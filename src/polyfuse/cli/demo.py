@@ -20,7 +20,7 @@ from polyfuse.cli._terminal import console
     help="Folder for the conformance report.",
 )
 def command(fast: bool, report: Path) -> None:
-    """Run real photos through the Qwen3-VL vision tower, untouched and accelerated, then prove every backend.
+    """Run real photos through the Qwen3-VL vision tower, untouched and accelerated, then run conformance.
 
     \b
     Example:

@@ -70,7 +70,10 @@ class Calls:
         Raises what `examine_arguments` and `resolve` raise.
         """
         describers = _WITH_GRADIENTS if gradients else _WITHOUT_GRADIENTS
-        asked = backend if backend is None or isinstance(backend, str) else as_names(backend)
+        if backend is None or isinstance(backend, str):
+            asked: Any = backend
+        else:
+            asked = tuple(backend) if isinstance(backend, (list, tuple)) else as_names(backend)
         # Types are compared before the arguments, because True == 1 == 1.0.
         key = [asked, context(), *map(type, args), *args]
         for index, slot in self.array_slots:
