@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check generate docs clean
+.PHONY: help demo test test-all check check-mypy check-rest generate docs clean
 
 help:
 	@echo "make demo    install, then run the demo"
@@ -27,11 +27,16 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)
+	@$(MAKE) --no-print-directory -j2 check-mypy check-rest
+
+check-mypy: $(STAMP)
+	$(BIN)/mypy
+
+check-rest: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
-	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 generate: $(STAMP)
 	@$(BIN)/python scripts/generate.py
