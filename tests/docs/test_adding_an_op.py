@@ -48,6 +48,11 @@ def test_at_most_five_files_are_written_by_hand() -> None:
     assert {"spec/rms_norm.py", "reference/rms_norm.py", "torch_impl/rms_norm.py"} <= set(FILES)
 
 
+def test_the_files_pass_the_linter(tree: Path) -> None:
+    run(tree, "-m", "ruff", "check", *FILES)
+    run(tree, "-m", "ruff", "format", "--check", *FILES)
+
+
 def test_the_op_conforms_and_other_backends_say_that_they_lack_it(tree: Path) -> None:
     out = run(tree, "-m", "polyfuse", "conformance", "--op", "rms_norm", "--device", "cpu")
     for backend in ("numpy", "torch"):
