@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 import transformers
 
 import polyfuse
-from polyfuse.integrations.transformers import _accelerate, _fp8_mlp, accelerate, encoder_manager, restore
+from polyfuse.integrations.transformers import accelerate, encoder_manager, restore
 from polyfuse.integrations.transformers._gated_delta_net import gated_delta_nets, is_fused
 from polyfuse.integrations.transformers._graphs import ENCODERS, AcceleratedForward
 
@@ -46,7 +46,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_a_whole_model_gets_its_tower_and_its_layers(model: Any) -> None:
-    tower, (layer,) = model.model.visual, gated_delta_nets(model)
+    tower, (layer,) = model.model.visual, gated_delta_nets(model).values()
     keys, before = list(model.state_dict()), logits(model)
     assert accelerate(model, graphs=GRAPHS) is model
     assert isinstance(tower.forward, AcceleratedForward)
@@ -71,14 +71,6 @@ def test_accelerate_twice_is_once(model: Any) -> None:
         restore(model)
 
 
-def test_mlps_are_patched_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    mlp = nn.Sequential(nn.Linear(2, 2))
-    monkeypatch.setattr(_accelerate, "fp8_mlps", lambda model: [mlp])
-    assert _fp8_mlp.is_fused(accelerate(mlp))
-    assert _fp8_mlp.is_fused(accelerate(mlp))
-    assert "forward" not in vars(restore(mlp))
-
-
 def test_bad_settings_change_nothing(model: Any) -> None:
     with pytest.raises(polyfuse.SpecError, match="budgets"):
         accelerate(model, graphs={"budgets": "many"})
@@ -89,8 +81,8 @@ def test_model_with_nothing_to_patch() -> None:
     with pytest.raises(polyfuse.SpecError) as error:
         accelerate(nn.Linear(2, 2))
     assert str(error.value) == (
-        f"accelerate: model: expected a vision model ({', '.join(ENCODERS)}), Gated DeltaNet layer or FP8 MLP in it, "
-        "got Linear"
+        f"accelerate: model: expected a vision model ({', '.join(ENCODERS)}), a Gated DeltaNet layer or "
+        "an FP8 MLP in it, got Linear"
     )
 
 

@@ -1,8 +1,18 @@
-"""Transformers models on polyfuse: `accelerate(model)`, and `restore(model)` to undo it."""
+"""Transformers models on polyfuse: `accelerate(model)`, `report(model)` of what it does, and `restore(model)`."""
 
-from polyfuse.integrations.transformers._accelerate import accelerate, encoder_manager, restore
-from polyfuse.integrations.transformers._gated_delta_net import stacked_weights
+from polyfuse.integrations.transformers._accelerate import accelerate, encoder_manager, invalidate, restore
 from polyfuse.integrations.transformers._graphs import make_encoder
 from polyfuse.integrations.transformers._kernels_hub import kernel_mapping
+from polyfuse.integrations.transformers._report import Part, Report, report
 
-__all__ = ["accelerate", "encoder_manager", "kernel_mapping", "make_encoder", "restore", "stacked_weights"]
+__all__ = [
+    "Part",
+    "Report",
+    "accelerate",
+    "encoder_manager",
+    "invalidate",
+    "kernel_mapping",
+    "make_encoder",
+    "report",
+    "restore",
+]

@@ -1,83 +1,92 @@
 """`accelerate` and `restore`: patch the parts of a loaded Transformers model that polyfuse fuses, and undo it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
 from polyfuse.configs import encoder_config
-from polyfuse.integrations.transformers import _fp8_mlp, _gated_delta_net
-from polyfuse.integrations.transformers._fp8_mlp import fp8_mlps
-from polyfuse.integrations.transformers._gated_delta_net import gated_delta_nets
-from polyfuse.integrations.transformers._graphs import ENCODERS, AcceleratedForward
-from polyfuse.integrations.transformers._pos_embed import InterpolatedEmbedding
+from polyfuse.integrations.transformers import _patch
+from polyfuse.integrations.transformers._graphs import AcceleratedForward, forward_of
+from polyfuse.integrations.transformers._parts import KINDS, find, fuse
 from polyfuse.runtime.encoder.manager import EncoderGraphManager
 from polyfuse.spec import fail
 
 Model = TypeVar("Model", bound=nn.Module)
 
+NAMED = 8  # classes of a model that a message names
 
-def accelerate(model: Model, graphs: Mapping[str, Any] | bool | None = None) -> Model:
+
+def accelerate(
+    model: Model, graphs: Mapping[str, Any] | bool | None = None, *, parts: Iterable[str] | None = None
+) -> Model:
     """Patch a loaded model in place and return it. What is patched already stays as it is.
 
-    Every part in it that has an adapter, itself included:
+    An accelerated model computes what the model itself would with the weights, adapters, hooks, settings and calls that
+    it has at that moment; what the fused code does not cover runs the model's own. `report(model)` says what runs how.
+    `parts` names the kinds to patch, of which each must be found; None patches all of these:
 
-    - Vision models: the towers of Qwen3-VL, Qwen3.5 (dense and MoE) and Qwen2.5-VL, SigLIP and CLIP. Inference then
-      runs in graphs, one per token budget, that are captured at the first request. `graphs` holds settings of
-      `EncoderConfig`; None uses graphs where the device has them, True everywhere (without graphs a replay is a call),
-      False nowhere. A call that records gradients, trains, is being compiled, or asks for hidden states or attentions
-      runs as before.
+    - "vision": the towers of Qwen3-VL, Qwen3.5 (dense and MoE) and Qwen2.5-VL, SigLIP and CLIP. Inference then runs in
+      graphs, one per token budget, that are captured at the first request. `graphs` holds settings of `EncoderConfig`;
+      None uses graphs where the device has them, True everywhere (without graphs a replay is a call), False nowhere. A
+      call that records gradients, trains, is under autocast, is being compiled, or asks for hidden states or attentions
+      runs as before, and so does a tower with hooks, adapters, quantised or offloaded weights, replaced modules or an
+      attention function of its own. Where something has changed since the capture, the request is computed anew.
     - Qwen3-VL and Qwen3.5 towers take their position embeddings from `polyfuse.pos_embed_interpolate` in every call: at
       that op's accuracy, so not to the bit what Transformers computes from rounded coordinates. Outside of graphs the
       grid is not read back to the host, and an invalid one gives NaN. A call that passes `interp_indices` or
       `interp_weights` keeps them.
-    - The Gated DeltaNet layers of Qwen3-Next and Qwen3.5 (dense and MoE): inference then runs on `polyfuse.gdn_in_proj`
-      and `polyfuse.gdn_conv_prep`, with the model's own delta rule and cache, and no state passes from one packed
-      sequence to another. They work from a second copy of their input projections' weights, which follows the weights
-      themselves, but under torch.compile, and after a write through `.data`, only once this function is called again.
-    - MLPs with FP8 weights: inference then quantises the activation in one kernel with SiLU and product, bit for bit as
-      the model does.
+    - "gated_delta_net": the layers of Qwen3-Next and Qwen3.5 (dense and MoE). Inference then runs on
+      `polyfuse.gdn_in_proj` and `polyfuse.gdn_conv_prep`, which read the weights where they are, with the model's own
+      delta rule and cache, and no state passes from one packed sequence to another.
+    - "fp8_mlp": MLPs with FP8 weights. Inference then quantises the activation in one kernel with SiLU and product, bit
+      for bit as the model does.
 
-    Parameters keep their names and stay the same objects. Raises `SpecError` if there is nothing to patch, or for bad
-    settings.
+    No parameter is copied or moved. A part whose first call runs as before logs a line, a warning if `parts` named it.
+    Raises `SpecError` if there is nothing to patch, with what was found, or for bad settings.
     """
-    vision, deltas, mlps = _vision_models(model), gated_delta_nets(model), fp8_mlps(model)
-    if not (vision or deltas or mlps):
-        expected = f"a vision model ({', '.join(ENCODERS)}), Gated DeltaNet layer or FP8 MLP in it"
-        fail("accelerate", "model", expected, type(model).__name__)
     if isinstance(graphs, Mapping):
         encoder_config(**graphs)
-    for tower in vision:
-        if not _is_patched(tower):
-            tower.forward = AcceleratedForward(tower, graphs)
-            if hasattr(tower, "interpolation_mode"):
-                tower.pos_embed = InterpolatedEmbedding(tower.pos_embed)
-    for layer in deltas:
-        _gated_delta_net.fuse(layer)
-    for mlp in mlps:
-        _fp8_mlp.fuse(mlp)
+    elif not (graphs is None or isinstance(graphs, bool)):
+        fail("accelerate", "graphs", "a mapping of settings, True, False or None", graphs)
+    wanted = _wanted(parts)
+    found = [part for part in find(model) if part[0] in wanted]
+    missing = [kind for kind in wanted if kind not in {part[0] for part in found}]
+    if not found or (parts is not None and missing):
+        expected = ", ".join(KINDS[kind].doc for kind in missing)
+        fail("accelerate", "model", f"{expected} in it" if parts is not None else f"{_any(missing)} in it", _seen(model))
+    refused = {}
+    for kind, name, module in found:
+        if not _patch.is_installed(module) and (why := fuse(kind, module, name, graphs, parts is not None)):
+            refused[name or type(model).__name__] = why
+    if len(refused) == len(found):
+        fail("accelerate", "model", "a part that nobody else has patched", "; ".join(f"{n} {w}" for n, w in refused.items()))
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undo `accelerate` in place, drop its graphs and return the model, its original modules back in their places.
+    """Undo `accelerate` in place, drop its graphs and return the model, every forward as it was found.
 
-    Raises `SpecError` if nothing in the model is patched.
+    A forward of ours that somebody has wrapped since stays inside of that wrapper, and hands every call on. Raises
+    `SpecError` if nothing in the model is patched.
     """
-    patched: list[Any] = [module for module in model.modules() if _is_patched(module)]
+    patched = [module for module in model.modules() if _patch.is_installed(module)]
     if not patched:
         fail("restore", "model", "a model patched by accelerate", f"an unpatched {type(model).__name__}")
     for module in patched:
-        if _gated_delta_net.is_fused(module):
-            _gated_delta_net.release(module)
-        elif _fp8_mlp.is_fused(module):
-            _fp8_mlp.release(module)
-        else:
-            if module.forward.existing:
-                module.forward.existing.clear()
-            del module.forward
-            if isinstance(getattr(module, "pos_embed", None), InterpolatedEmbedding):
-                module.pos_embed = module.pos_embed.release()
+        if (forward := forward_of(module)) is not None:
+            forward.drop()
+        _patch.remove(module)
+    return model
+
+
+def invalidate(model: Model) -> Model:
+    """Drop the graphs of every accelerated vision model in a model; the next request captures anew. Returns the model.
+
+    For changes that nothing in modules, attributes, hooks and weights shows: a global that a module's code reads.
+    """
+    for forward in _forwards(model):
+        forward.drop()
     return model
 
 
@@ -86,18 +95,37 @@ def encoder_manager(model: nn.Module) -> EncoderGraphManager:
 
     Raises `SpecError` unless the model holds just one accelerated vision model, with graphs.
     """
-    managers = [tower.forward.manager() for tower in _vision_models(model) if _is_patched(tower)]
+    managers = [forward.manager() for forward in _forwards(model)]
     if len(managers) != 1 or managers[0] is None:
         fail("encoder_manager", "model", "one accelerated vision model that uses graphs", type(model).__name__)
     return managers[0]
 
 
-def _vision_models(model: nn.Module) -> list[Any]:
-    """The vision models in a model that have an adapter, itself included."""
-    return [module for module in model.modules() if type(module).__name__ in ENCODERS]
+def _forwards(model: nn.Module) -> list[AcceleratedForward]:
+    return [forward for module in model.modules() if (forward := forward_of(module)) is not None]
 
 
-def _is_patched(module: nn.Module) -> bool:
-    """Whether `accelerate` has replaced the module's `forward`."""
-    encodes = isinstance(vars(module).get("forward"), AcceleratedForward)
-    return encodes or _gated_delta_net.is_fused(module) or _fp8_mlp.is_fused(module)
+def _wanted(parts: Iterable[str] | None) -> list[str]:
+    """The kinds of parts that are asked for."""
+    if parts is None:
+        return list(KINDS)
+    if isinstance(parts, str) or not isinstance(parts, Iterable):
+        fail("accelerate", "parts", f"a list of {', '.join(KINDS)}", parts)
+    wanted = list(parts)
+    if not wanted or (unknown := [kind for kind in wanted if kind not in KINDS]):
+        fail("accelerate", "parts", f"a list of {', '.join(KINDS)}", unknown if wanted else wanted)
+    return wanted
+
+
+def _any(kinds: list[str]) -> str:
+    docs = [KINDS[kind].doc for kind in kinds]
+    return f"{', '.join(docs[:-1])} or {docs[-1]}"
+
+
+def _seen(model: nn.Module) -> str:
+    """The class of a model and those of the modules in it, but PyTorch's own."""
+    classes = dict.fromkeys(type(m).__name__ for m in model.modules() if not type(m).__module__.startswith("torch.nn."))
+    names = [name for name in classes if name != type(model).__name__]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    inside = f" of {', '.join(names[:NAMED])}{more}" if names else ""
+    return f"{type(model).__name__}{inside}"

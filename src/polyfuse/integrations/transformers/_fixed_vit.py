@@ -1,12 +1,13 @@
 """The vision models of SigLIP and CLIP, whose images all have one size, as a `GraphableEncoder`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from polyfuse.integrations.transformers._packed import compiled
+from polyfuse.integrations.transformers._plain import model_oddity
 from polyfuse.runtime.encoder.protocol import BufferSpec, Capacity, EncoderRequest, ItemSize, Rows
 from polyfuse.spec import fail
 
@@ -17,6 +18,15 @@ class FixedResolutionEncoder:
     An item is an image of the config's size, its tokens the rows of its `last_hidden_state`. Buffers count in images.
     With `compile_blocks` the layers are compiled by Inductor: once for one image, once for any larger number.
     """
+
+    # Whose calls `forward` computes itself: names of modules, and how their classes' names must end.
+    bypassed: ClassVar[Mapping[str, str]] = {
+        "embeddings": "VisionEmbeddings",
+        "embeddings.patch_embedding": "Conv2d",
+        "encoder": "Encoder",
+        "encoder.layers": "ModuleList",
+        "encoder.layers.*": "EncoderLayer",
+    }
 
     def __init__(self, model: Any, compile_blocks: bool = False) -> None:
         self.model = model
@@ -54,6 +64,10 @@ class FixedResolutionEncoder:
         """Channels, rows and columns of every image."""
         side = self.model.config.image_size
         return self.model.config.num_channels, side, side
+
+    def oddity(self) -> str:
+        """What keeps `forward` from computing what the model itself would, as it is now; "" for nothing."""
+        return model_oddity(self.model, self.bypassed)
 
     def request(self, pixel_values: Any) -> EncoderRequest:
         """Check `pixel_values` `[images, channels, side, side]`, floating point; any such dtype is converted.

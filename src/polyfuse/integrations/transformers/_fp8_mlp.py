@@ -1,10 +1,8 @@
 """The MLPs of Transformers' FP8 models on `silu_mul_block_quant` and a GEMM that takes quantised input."""
 
-import threading
 from functools import cache
 from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
@@ -12,7 +10,8 @@ from torch.fx.proxy import TraceError
 from torch.nn.functional import ScalingType, pad, scaled_mm
 
 import polyfuse
-from polyfuse._torch.projections import as_one_weight
+from polyfuse.integrations.transformers import _patch
+from polyfuse.integrations.transformers._plain import oddity
 from polyfuse.spec import FLOATS
 
 # By class name, so that no model's code is imported that is not used.
@@ -37,56 +36,45 @@ FORMULAS = _formulas()
 BLOCK = 128  # rows and columns of a weight, and columns of an activation, that share a scale
 ALIGNED = 4  # cuBLASLt takes multiples of this many rows, and of this many blocks along K
 
-Pair = tuple[torch.Tensor, torch.Tensor]
 
-# Of each MLP, by where its weights were at its last use: those of gate and up as one. No copy or pickle takes it along.
-_gate_up: WeakKeyDictionary[nn.Module, tuple[list[Any], Pair | None]] = WeakKeyDictionary()
-_joining = threading.Lock()
-
-
-def fp8_mlps(model: nn.Module) -> list[nn.Module]:
-    """Every MLP in a model, itself included, that `fuse` fits or has already patched.
+def fp8_mlps(model: nn.Module) -> dict[str, nn.Module]:
+    """Every MLP in a model, itself included, that `fuse` fits or has already patched, by its name in the model.
 
     Not the name of its class tells, but what its `forward` computes: traced, it is one of `FORMULAS`. Every projection
     is an FP8Linear with blocks of 128 x 128, float32 scales, dynamic activation scales and no bias. What has another
     `forward` put in its place, or has a child with one or with hooks, is left out.
     """
-    return [module for module in model.modules() if is_fused(module) or _fits(module)]
+    return {name: module for name, module in model.named_modules() if is_fused(module) or _fits(module)}
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether `forward` stands in for a module's own."""
-    return getattr(vars(module).get("forward"), "__func__", None) is forward
+    """Whether `forward` stands in for an MLP's own."""
+    return bool(_projections(module)) and _patch.is_installed(module)
 
 
-def fuse(module: nn.Module) -> None:
-    """Put `forward` in the place of an MLP's own. Copies of the module keep it, pickles have their own."""
+def fuse(module: nn.Module, name: str, by_request: bool) -> str:
+    """Put `forward` in the place of an MLP's own, or say why not. Copies of it keep it, pickles have their own."""
     # A method, because torch.compile compiles modules anew whose `forward` is an object of their own.
-    module.forward = MethodType(forward, module)
+    _patch.install(module, MethodType(forward, module), name, by_request)
+    return ""
 
 
-def release(module: Any) -> None:
-    """Undo `fuse`. The weights of gate and up stay in one buffer."""
-    del module.forward
-    _gate_up.pop(module, None)
-
-
+@_patch.stand_in
 def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward pass of an MLP with FP8 weights: one kernel between its two GEMMs where it infers.
+    """The forward pass of an MLP with FP8 weights: one kernel between its GEMMs where it infers.
 
-    - Gate and up are one call of the model's own FP8 linear function, with both weights as one. At the first use they
-      are moved into one buffer, of which the parameters, still the same objects, are then views; likewise after they
-      were replaced or moved.
+    - Gate and up are calls of the model's own FP8 linear function, on the weights where they are.
     - SiLU, product and quantisation are one kernel that rounds where the separate ones do: its result is theirs, bit
       for bit, if theirs divides with correct rounding.
     - Down takes its input quantised, in `block_scaled_mm`: in bfloat16 on Hopper with CUDA 12.9 or later, and on a CPU.
       It sums in an order of its own, so the last bits may differ where the model's function is another GEMM.
 
-    On other devices, under grad, in training and under `torch.compile` the class's own `forward` runs.
+    On other devices, under grad, in training and under `torch.compile` the class's own `forward` runs, and for weights
+    that are not as `fp8_mlps` says any more.
     """
-    if len(args) == 1 and not kwargs and _infers(module, args[0]) and (gate_up := _weights(module, args[0])):
-        return _fused(module, args[0], *gate_up)
-    return type(module).forward(module, *args, **kwargs)
+    reason = "it has other arguments than x" if len(args) != 1 or kwargs else _why_not(module, args[0])
+    _patch.count(module, reason)
+    return type(module).forward(module, *args, **kwargs) if reason else _fused(module, args[0])
 
 
 def block_scaled_mm(
@@ -111,42 +99,56 @@ def block_scaled_mm(
     return total.to(dtype)
 
 
-def _infers(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether a call is inference that the fused path covers, on a device that has its GEMM."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or module.training or not x.numel():
-        return False
-    return _has_gemm(x.device, x.dtype) and not _is_observed(module)
+def why_not(module: nn.Module) -> str:
+    """What of an MLP itself, as it is now, keeps it from the fused path; "" for nothing."""
+    for name, child in module.named_children():
+        if found := oddity(child):
+            return f"{name} {found}"
+    if not all(map(_is_block_fp8, _projections(module))):
+        return "its projections are not block-quantised FP8 layers"
+    return ""
 
 
-def _weights(module: nn.Module, x: torch.Tensor) -> Pair | None:
-    """The weight and scales of gate and up as one, or None if the projections cannot be fused as they are now."""
-    linears = _projections(module)
-    places = _places(linears)
-    found, gate_up = _gate_up.get(module, ([], None))
-    if places == found:
-        return gate_up
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # a copy of the weights would be empty until the graph runs
-    with _joining:
-        gate_up = _joined(linears)
-        _gate_up[module] = _places(linears), gate_up
-    return gate_up
+def _why_not(module: nn.Module, x: torch.Tensor) -> str:
+    """Why a call runs the MLP's own forward; "" if the fused path covers it."""
+    if torch.compiler.is_compiling():
+        return "it is compiled"
+    if _patch.is_off(module):
+        return "restored"
+    if torch.is_grad_enabled():
+        return "gradients are recorded"
+    if module.training:
+        return "the MLP is in training mode"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast is on"
+    if not x.numel():
+        return "x is empty"
+    if not _has_gemm(x.device, x.dtype):
+        return f"no block-scaled GEMM for {x.dtype} on {x.device.type}"
+    return why_not(module)
 
 
-def _fused(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """The MLP's result for x [..., K], in its dtype, with the weight and scales of gate and up as one."""
+def _fused(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The MLP's result for x [..., K], in its dtype."""
     from transformers.integrations import finegrained_fp8
 
-    first, *_, down = _projections(module)
+    *first, down = _projections(module)
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
     if count % ALIGNED:
         rows = pad(rows, (0, 0, 0, -count % ALIGNED))
-    gate_up = finegrained_fp8.fp8_linear(
-        rows, weight, weight_scale, block_size=first.block_size, allow_deepgemm=not first._deepgemm_disabled
+    gate, *up = (
+        finegrained_fp8.fp8_linear(
+            rows,
+            linear.weight,
+            linear.weight_scale_inv,
+            block_size=linear.block_size,
+            allow_deepgemm=not linear._deepgemm_disabled,
+        )
+        for linear in first
     )
     q, scale = polyfuse.silu_mul_block_quant(
-        gate_up, group_size=BLOCK, scale_layout="col_major", scale_min=0.0, materialize=True
+        gate, up=up[0] if up else None, group_size=BLOCK, scale_layout="col_major", scale_min=0.0, materialize=True
     )
     out = block_scaled_mm(q, scale, down.weight, down.weight_scale_inv, x.dtype)
     return out[:count].view(*x.shape[:-1], -1)
@@ -168,12 +170,9 @@ def _has_scaled_mm(device: torch.device) -> bool:
 
 def _fits(module: nn.Module) -> bool:
     """Whether a module is an MLP that `forward` can stand in for, as `fp8_mlps` says."""
-    linears = _projections(module)
-    if not linears or _is_observed(module):
+    if not _projections(module) or why_not(module) or not _patch.own_forward(module, within_hooks=True):
         return False
-    if getattr(module.forward, "__func__", None) is not type(module).forward:  # an unpickled module holds its own
-        return False
-    return all(map(_is_block_fp8, linears)) and _formula(module) in FORMULAS
+    return _formula(module) in FORMULAS
 
 
 def _projections(module: nn.Module) -> list[Any]:
@@ -197,35 +196,6 @@ def _is_block_fp8(linear: Any) -> bool:
         and linear.weight_scale_inv.dtype == torch.float32
         and not any(size % BLOCK for size in linear.weight.shape)
     )
-
-
-def _is_observed(module: nn.Module) -> bool:
-    """Whether a child would miss a call: it has hooks, or another `forward` put in its place."""
-    return any(c._forward_hooks or c._forward_pre_hooks or "forward" in vars(c) for c in module.children())
-
-
-def _places(linears: list[Any]) -> list[Any]:
-    """What tells whether projections or their weights were replaced or moved."""
-    return [(linear, *(p.data_ptr() for p in linear._parameters.values() if p is not None)) for linear in linears]
-
-
-def _joined(linears: list[Any]) -> Pair | None:
-    """The weights and scales of all projections but the last as one; None if they are not such as can be joined."""
-    *first, _ = linears
-    if not all(map(_is_block_fp8, linears)) or first[0].weight.is_inference():
-        return None
-    return _as_one([linear.weight for linear in first]), _as_one([linear.weight_scale_inv for linear in first])
-
-
-def _as_one(parts: list[torch.Tensor]) -> torch.Tensor:
-    """One tensor of which the parts are views, moved into a new one if they are not yet."""
-    whole = parts[0].detach() if len(parts) == 1 else as_one_weight(*parts)
-    if whole is None:
-        with torch.inference_mode(False), torch.no_grad():
-            whole = torch.cat(parts)
-            for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-                part.data = view
-    return whole
 
 
 class _Tracer(fx.Tracer):

@@ -1,6 +1,8 @@
 """The Gated DeltaNet layers of Qwen3-Next and Qwen3.5 on `gdn_in_proj` and `gdn_conv_prep`."""
 
+import inspect
 import sys
+from functools import lru_cache
 from inspect import getclosurevars
 from itertools import pairwise
 from types import MethodType
@@ -10,83 +12,79 @@ import torch
 from torch import nn
 
 import polyfuse
-from polyfuse.spec import fail
+from polyfuse.integrations.transformers import _patch
+from polyfuse.integrations.transformers._plain import oddity
+from polyfuse.spec import FLOATS, fail
 
 # By class name, so that no model's code is imported that is not used.
 LAYERS = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
 
-# What Transformers 5.17 calls a layer with, beside the parameters of `forward`. Later versions rename `cache_params`.
+# What Transformers 5.17 to 5.24 call a layer with, beside hidden states, cache and attention mask. Another version may
+# mean something else by another name.
 KEYWORDS = {
     *("num_items_in_batch", "output_hidden_states", "output_attentions", "output_router_logits", "use_cache"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "cache_position"),
     *("is_causal", "seq_idx"),
 }
+SIGNATURES = (
+    ("self", "hidden_states", "cache_params", "attention_mask", "kwargs"),
+    ("self", "hidden_states", "cache", "attention_mask", "kwargs"),  # since Transformers 5.24
+)
 
-_STACK = "polyfuse_in_proj"  # a buffer, so that it moves with the layer and torch.compile takes it for a weight
-_SOURCES = "polyfuse_in_proj_sources"
 
-
-def gated_delta_nets(model: nn.Module) -> list[nn.Module]:
-    """Every Gated DeltaNet layer in a model, itself included, that `fuse` fits; none whose weights are not loaded."""
-    found = [module for module in model.modules() if type(module).__name__ in LAYERS]
-    return [layer for layer in found if not any(parameter.is_meta for parameter in layer.parameters())]
+def gated_delta_nets(model: nn.Module) -> dict[str, Any]:
+    """Every Gated DeltaNet layer in a model, itself included, by its name in it."""
+    return {name: module for name, module in model.named_modules() if _class(module)}
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether `forward` stands in for a module's own."""
-    return getattr(vars(module).get("forward"), "__func__", None) is forward
+    """Whether `forward` stands in for a layer's own."""
+    return _class(module) is not None and _patch.is_installed(module)
 
 
-def fuse(layer: Any) -> None:
-    """Put `forward` in the place of a layer's own, and stack its weights anew."""
+def fuse(layer: Any, name: str, by_request: bool) -> str:
+    """Put `forward` in the place of a layer's own, or say why not."""
+    if not _patch.own_forward(layer, within_hooks=True):
+        return "has another forward"
     # A method, because torch.compile compiles layers anew whose `forward` is an object of their own.
-    layer.forward = MethodType(forward, layer)
-    vars(layer).pop(_SOURCES, None)
-    if all(_is_plain(projection) for projection in _projections(layer)):
-        stack_projections(layer)
+    _patch.install(layer, MethodType(forward, layer), name, by_request)
+    return ""
 
 
-def release(layer: Any) -> None:
-    """Undo `fuse`, and drop the second copy of the weights."""
-    del layer.forward
-    if _STACK in layer._buffers:
-        delattr(layer, _STACK)
-        delattr(layer, _SOURCES)
-
-
-def forward(
-    module: Any,
-    hidden_states: torch.Tensor,
-    cache_params: Any = None,
-    attention_mask: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
+@_patch.stand_in
+def forward(module: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A Gated DeltaNet layer's forward pass `[batch, tokens, hidden]`: on the ops where it infers, else its own.
 
-    A keyword that is none of `KEYWORDS` comes from another version of Transformers: the layer's own forward runs.
-    Raises `SpecError` for packed sequences (`cu_seq_lens_q`) in several rows, or after the cached state of one.
+    The ops read the layer's weights where they are. The layer's own forward runs for a keyword that is none of
+    `KEYWORDS`, which comes from another version of Transformers, and for weights that are not plain ones: adapters,
+    quantised, sharded or offloaded ones, and modules with hooks. Raises `SpecError` for packed sequences
+    (`cu_seq_lens_q`) in several rows, or after the cached state of one.
     """
-    known = kwargs.keys() <= KEYWORDS
-    if not known or not _is_covered(module, hidden_states, cache_params, kwargs):
-        cache = () if cache_params is None else (cache_params,)  # which another version gives by another name
-        return type(module).forward(module, hidden_states, *cache, attention_mask=attention_mask, **kwargs)
+    given = dict(zip(("cache", "attention_mask"), args, strict=False)) | kwargs
+    cache, mask = given.pop("cache", None), given.pop("attention_mask", None)
+    cache = given.pop("cache_params", cache)
+    reason = _why_not(module, hidden_states, cache, given)
+    _patch.count(module, reason)
+    if reason:
+        return type(module).forward(module, hidden_states, *args, **kwargs)
+    return _fused(module, hidden_states, cache, mask, given)
+
+
+def _fused(module: Any, hidden_states: torch.Tensor, cache: Any, mask: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     batch, tokens, _ = hidden_states.shape
-    conv_state = recurrent_state = None
-    if cache_params is not None and cache_params.has_previous_state(module.layer_idx):
-        cached = cache_params.layers[module.layer_idx]
-        conv_state, recurrent_state = cached.conv_states[0], cached.recurrent_states[0]
+    conv_state, recurrent_state = _states(cache, module.layer_idx)
     packed = kwargs.pop("cu_seq_lens_q", None)
     if packed is not None:
         _check_packed(packed, batch, conv_state is not None)
 
-    hidden_states = _names(module).apply_mask_to_padding_states(hidden_states, attention_mask)
-    qkv, z, b, a = _project(module, hidden_states.flatten(0, 1))
+    hidden_states = _names(module).apply_mask_to_padding_states(hidden_states, mask)
+    projected, z, b, a = project(module, hidden_states.flatten(0, 1))
     boundaries = packed
     if packed is None and batch > 1:
-        boundaries = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=qkv.device)
+        boundaries = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=projected.device)
     width = module.conv_kernel_size
     *inputs, _ = polyfuse.gdn_conv_prep(
-        qkv,
+        projected,
         module.conv1d.weight.squeeze(1),
         a,
         b,
@@ -98,10 +96,11 @@ def forward(
         num_k_heads=module.num_k_heads,
         head_k_dim=module.head_k_dim,
         head_v_dim=module.head_v_dim,
+        interleaved=_is_interleaved(module),
     )
-    if cache_params is not None:
-        last = qkv.unflatten(0, (batch, tokens))[:, -width:].transpose(1, 2)  # all that the cache keeps
-        cache_params.update_conv_state(last, module.layer_idx, conv_kernel_size=width)
+    if cache is not None:
+        last = projected.unflatten(0, (batch, tokens))[:, -width:]  # all that the cache keeps
+        cache.update_conv_state(_channels(module, last).transpose(1, 2), module.layer_idx, conv_kernel_size=width)
 
     query, key, value, g, beta = (x.unflatten(0, (batch, tokens)) for x in inputs)
     if module.num_v_heads > module.num_k_heads:
@@ -113,83 +112,137 @@ def forward(
         (query, key, value, g, beta),
         packed,
         initial_state=recurrent_state,
-        output_final_state=cache_params is not None,
+        output_final_state=cache is not None,
         **kwargs,
     )
-    if cache_params is not None:
-        cache_params.update_recurrent_state(state, module.layer_idx)
-    mixed = module.norm(mixed.flatten(0, 1), z.unflatten(-1, (-1, module.head_v_dim)))
+    if cache is not None:
+        cache.update_recurrent_state(state, module.layer_idx)
+    mixed = module.norm(mixed.reshape(z.shape), z)
     return module.out_proj(mixed.reshape(batch, tokens, -1))
 
 
-def stack_projections(module: Any) -> None:
-    """Put the rows of the input projections' weights into one buffer of the layer, as [q | k | v | z | b | a].
+def project(module: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The input projections of hidden states [rows, hidden], by `polyfuse.gdn_in_proj` from the layer's own weights.
 
-    A second copy, which no state dict holds. It is kept until a weight is replaced, moved, or written in a way that
-    PyTorch counts, which a write through `.data` is not.
+    What `gdn_conv_prep` takes as its x: [q | k | v], or all of Qwen3-Next's first projection, interleaved. z
+    [rows, ..., V], whose heads are one dimension or two; b and a, [rows, HV] or [rows, H, HV / H].
     """
-    weights = [projection.weight for projection in _projections(module)]
-    sources = [(w.data_ptr(), w.dtype, w.device, None if w.is_inference() else w._version) for w in weights]
-    if sources == vars(module).get(_SOURCES):
-        return
-    if len(weights) == 2:  # of Qwen3-Next: rows in groups, one per key head
-        qkvz, ba = (w.unflatten(0, (module.num_k_heads, -1)) for w in weights)
-        values = module.value_dim // module.num_k_heads
-        groups = (*qkvz.split([module.head_k_dim, module.head_k_dim, values, values], dim=1), *ba.chunk(2, dim=1))
-        weights = [group.flatten(0, 1) for group in groups]
-    with torch.inference_mode(False), torch.no_grad():
-        module.register_buffer(_STACK, torch.cat(weights), persistent=False)
-    setattr(module, _SOURCES, sources)
+    qkvz, ba = polyfuse.gdn_in_proj(rows, **projection_weights(module))
+    if not _is_interleaved(module):
+        qkv, z = qkvz.split([module.conv_dim, module.value_dim], dim=-1)
+        return qkv, z.unflatten(-1, (-1, module.head_v_dim)), *ba.chunk(2, dim=-1)
+    heads = (module.num_k_heads, -1)
+    values = module.value_dim // module.num_k_heads
+    z = qkvz.unflatten(-1, heads)[..., -values:].unflatten(-1, (-1, module.head_v_dim))
+    return qkvz, z, *ba.unflatten(-1, heads).chunk(2, dim=-1)
 
 
-def stacked_weights(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights that a layer patched by `accelerate` gives to `polyfuse.gdn_in_proj`: [q | k | v | z] and [b | a].
-
-    Views of one buffer, of shape [rows, hidden]. Raises `AttributeError` for a layer whose weights are not stacked.
-    """
-    stack, large = getattr(module, _STACK), module.conv_dim + module.value_dim
-    return stack[:large], stack[large:]
+def projection_weights(module: Any) -> dict[str, torch.Tensor]:
+    """The weights of a layer's input projections as `polyfuse.gdn_in_proj` takes them, by argument."""
+    names = ("w_qkvz", "w_ba") if _is_interleaved(module) else ("w_qkvz", "w_z", "w_ba", "w_a")
+    return {name: projection.weight for name, projection in zip(names, _projections(module), strict=True)}
 
 
-def _is_covered(module: Any, hidden_states: torch.Tensor, cache_params: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call is inference that the ops cover, with weights stacked for it."""
-    if torch.is_grad_enabled() or module.training or torch.is_autocast_enabled(hidden_states.device.type):
-        return False
+def why_not(module: Any) -> str:
+    """What of a layer itself, as it is now, keeps it from the ops; "" for nothing."""
+    cls = _class(module)
+    if cls is None or not _has_known_forward(cls.__module__, cls.__name__):
+        return "its forward has another signature"
     if module.activation not in ("silu", "swish") or not 2 <= module.conv_kernel_size <= 4:
-        return False
+        return "its conv is one that the op has not"
+    if any(type(weight) is not nn.Parameter or weight.is_meta for weight in (module.A_log, module.dt_bias)):
+        return "has weights that are not plain parameters"
+    for child in (module.conv1d, *_projections(module)):
+        kind = nn.Conv1d if child is module.conv1d else nn.Linear
+        if found := oddity(child, kind):
+            return f"a {kind.__name__} of it {found}"
+    if any(projection.bias is not None for projection in _projections(module)):
+        return "its projections have biases"
+    return ""
+
+
+def _why_not(module: Any, hidden_states: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str:
+    """Why a call runs the layer's own forward; "" if the ops cover it."""
+    if _patch.is_off(module):
+        return "restored"
+    if torch.is_grad_enabled():
+        return "gradients are recorded"
+    if module.training:
+        return "the layer is in training mode"
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return "autocast is on"
+    if not kwargs.keys() <= KEYWORDS:
+        return f"unknown keywords: {', '.join(sorted(kwargs.keys() - KEYWORDS))}"
     if kwargs.get("seq_idx") is not None and kwargs.get("cu_seq_lens_q") is None:
-        return False
-    if cache_params is not None and cache_params.layers[module.layer_idx].record_past:
-        return False
-    if not all(_is_plain(projection) for projection in _projections(module)):
-        return False
-    if not torch.compiler.is_compiling():
-        stack_projections(module)
-    stack = getattr(module, _STACK, None)
-    return stack is not None and stack.device == hidden_states.device  # offloaded weights are on the meta device
+        return "seq_idx without cu_seq_lens_q"
+    if cache is not None and _records_past(cache, module.layer_idx):
+        return "the cache records its past"
+    if found := why_not(module):
+        return found
+    if str(hidden_states.dtype).removeprefix("torch.") not in FLOATS:
+        return f"hidden states are {hidden_states.dtype}"
+    return ""
 
 
-def _is_plain(projection: Any) -> bool:
-    """Whether a projection is its weight and nothing else: no adapter, quantised weight, shard or hook."""
-    linear = type(projection) is nn.Linear and type(projection.weight) is nn.Parameter and projection.bias is None
-    return linear and not projection._forward_hooks and not projection._forward_pre_hooks
+def _states(cache: Any, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The conv state and the recurrent state that a cache holds of a layer, if it does."""
+    if cache is None:
+        return None, None
+    if hasattr(cache, "get_conv_state"):  # since Transformers 5.24
+        return cache.get_conv_state(layer_idx, state_idx=0), cache.get_recurrent_state(layer_idx, state_idx=0)
+    if not cache.has_previous_state(layer_idx):
+        return None, None
+    return cache.layers[layer_idx].conv_states[0], cache.layers[layer_idx].recurrent_states[0]
+
+
+def _records_past(cache: Any, layer_idx: int) -> bool:
+    if hasattr(cache, "is_recording_past"):  # since Transformers 5.24
+        return bool(cache.is_recording_past(layer_idx))
+    return bool(cache.layers[layer_idx].record_past)
+
+
+def _channels(module: Any, projected: torch.Tensor) -> torch.Tensor:
+    """The channels [q | k | v] of the first projection [..., columns]: a copy where they are interleaved."""
+    if not _is_interleaved(module):
+        return projected
+    key, value = module.head_k_dim, module.value_dim // module.num_k_heads
+    groups = projected.unflatten(-1, (module.num_k_heads, -1)).split([key, key, value, value], dim=-1)
+    return torch.cat([group.flatten(-2) for group in groups[:3]], dim=-1)
+
+
+def _is_interleaved(module: Any) -> bool:
+    return hasattr(module, "in_proj_qkvz")
 
 
 def _projections(module: Any) -> list[Any]:
-    if hasattr(module, "in_proj_qkvz"):
+    if _is_interleaved(module):
         return [module.in_proj_qkvz, module.in_proj_ba]
     return [module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a]
 
 
-def _project(module: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """qkv, z, b and a of hidden states [rows, hidden], as columns of the two projections."""
-    qkvz, ba = polyfuse.gdn_in_proj(rows, *stacked_weights(module))
-    return *qkvz.split([module.conv_dim, module.value_dim], dim=-1), *ba.chunk(2, dim=-1)
+def _class(module: nn.Module) -> type | None:
+    """The class of a layer that the ops know: its own, or the one that FSDP made a subclass of. None for others."""
+    cls = type(module)
+    if cls.__module__.startswith("torch.distributed."):
+        cls = next((base for base in cls.__mro__ if base.__name__ in LAYERS), cls)
+    return cls if cls.__name__ in LAYERS else None
+
+
+def _module_name(module: Any) -> str:
+    return (_class(module) or type(module)).__module__
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@lru_cache
+def _has_known_forward(module: str, name: str) -> bool:
+    """Whether a layer's class takes the arguments of `SIGNATURES`."""
+    cls = getattr(sys.modules[module], name, None)
+    return cls is not None and tuple(inspect.signature(cls.forward).parameters) in SIGNATURES
 
 
 def _names(module: Any) -> Any:
     """The Python module of a layer's class, whose functions its own forward calls."""
-    return sys.modules[type(module).__module__]
+    return sys.modules[_module_name(module)]
 
 
 def _check_packed(packed: torch.Tensor, batch: int, continues: bool) -> None:
@@ -210,7 +263,7 @@ def _delta_rule(
     """
     rule = getattr(_names(module), name)
     options["use_qk_l2norm_in_kernel"] = False
-    if packed is None or _reads_boundaries(type(module).__module__, name):
+    if packed is None or _reads_boundaries(_module_name(module), name):
         query, key, value, g, beta = inputs
         return rule(query, key, value, g=g, beta=beta, cu_seqlens=packed, **options)
     outputs: list[torch.Tensor] = []

@@ -1,11 +1,12 @@
 """What the adapters of packed vision towers share: patches and grids as their input, and one transformer block."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 import polyfuse
+from polyfuse.integrations.transformers._plain import model_oddity
 from polyfuse.runtime.encoder.protocol import BufferSpec, EncoderRequest, ItemSize, Rows
 from polyfuse.spec import fail
 
@@ -16,6 +17,19 @@ class PackedTower:
     """The part of a `GraphableEncoder` that is alike for towers called with flattened patches and a grid."""
 
     token_multiple = 1
+    # Whose calls `forward` computes itself: names of modules, and how their classes' names must end.
+    bypassed: ClassVar[Mapping[str, str]] = {
+        "patch_embed": "VisionPatchEmbed",
+        "patch_embed.proj": "Conv3d",
+        "pos_embed": "Embedding",
+        "rotary_pos_emb": "VisionRotaryEmbedding",
+        "blocks": "ModuleList",
+        "blocks.*": "VisionBlock",
+        "blocks.*.attn": "VisionAttention",
+        "blocks.*.attn.*": "Linear",
+        "blocks.*.mlp": "MLP",
+        "deepstack_merger_list": "ModuleList",
+    }
 
     def __init__(self, tower: Any) -> None:
         self.tower = tower
@@ -43,6 +57,14 @@ class PackedTower:
     def inputs(self) -> Mapping[str, BufferSpec]:
         pixels = BufferSpec(Rows(per_token=self.tower.spatial_merge_unit), (self._width,), self._kernel.dtype)
         return {"pixels": pixels, "grid": BufferSpec(Rows(per_item=1), (3,), torch.int64, zero=True)}
+
+    def oddity(self) -> str:
+        """What keeps `forward` from computing what the tower itself would, as it is now; "" for nothing."""
+        found = model_oddity(self.tower, self.bypassed)
+        kernel = self.tower.patch_embed.proj if not found else None
+        if kernel and (kernel.stride != kernel.kernel_size or any(kernel.padding) or kernel.groups != 1):
+            return "patch_embed.proj is no plain projection of patches"
+        return found
 
     def request(self, hidden_states: Any, grid_thw: Any) -> EncoderRequest:
         """Check `hidden_states` `[patches, width]`, floating point, against `grid_thw` `[items, 3]`, integers.

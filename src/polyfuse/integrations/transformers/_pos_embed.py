@@ -1,11 +1,15 @@
-"""A vision tower's position embedding that resamples its own table with `pos_embed_interpolate`."""
+"""A vision tower's position embeddings from `pos_embed_interpolate`, in calls that run the tower's own forward."""
 
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import polyfuse
+from polyfuse.integrations.transformers import _patch
+from polyfuse.integrations.transformers._plain import oddity
+from polyfuse.spec import FLOATS, dtype_name
 
 
 class _Request(NamedTuple):
@@ -16,30 +20,16 @@ class _Request(NamedTuple):
     options: dict[str, Any]
 
 
-class InterpolatedEmbedding(nn.Embedding):
-    """Stands in for a tower's position embedding, whose Parameter it shares, and resamples the table itself.
+@_patch.stand_in
+def forward(module: Any, input: torch.Tensor | _Request) -> torch.Tensor:
+    """A position embedding's forward: for a `_Request`, the finished rows `[rows, 1, D]`.
 
-    Given plain indices it looks them up like any embedding.
+    They are as a single tap, which the tower weights by one and sums. Indices are looked up as ever.
     """
-
-    def __init__(self, original: nn.Embedding) -> None:
-        super().__init__(original.num_embeddings, original.embedding_dim, _weight=original.weight)
-        self.weight = original.weight
-        self.train(original.training)
-        self._original = (original,)  # a bare module would be registered, and add keys to the state dict
-
-    def forward(self, input: torch.Tensor | _Request) -> torch.Tensor:
-        """For a `_Request`, all rows `[rows, 1, D]`: as a single tap, which the tower weights by one and sums."""
-        if not isinstance(input, _Request):
-            return super().forward(input)
-        table = self.weight[: input.side**2]
-        return polyfuse.pos_embed_interpolate(table, input.grid_thw, **input.options)[:, None]
-
-    def release(self) -> nn.Embedding:
-        """Give the original back, with this module's present parameter and mode."""
-        (original,) = self._original
-        original.weight = self.weight
-        return original.train(self.training)
+    if not isinstance(input, _Request):
+        return type(module).forward(module, input)
+    table = module.weight[: input.side**2]
+    return polyfuse.pos_embed_interpolate(table, input.grid_thw, **input.options)[:, None]
 
 
 def embedding_options(tower: Any, rows: int) -> dict[str, Any]:
@@ -54,12 +44,28 @@ def embedding_options(tower: Any, rows: int) -> dict[str, Any]:
 
 
 def request_embeddings(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's keyword arguments, asking a patched tower's embedding for finished rows instead of taps."""
-    given = dict(zip(("hidden_states", "grid_thw"), args, strict=False)) | kwargs
-    patched = isinstance(getattr(tower, "pos_embed", None), InterpolatedEmbedding)
-    if not patched or given.get("interp_indices") is not None or given.get("interp_weights") is not None:
+    """A call's keyword arguments, asking the tower's embedding, which is patched for it, for finished rows, not taps.
+
+    Unchanged where the embedding is no plain one, or the op takes no table or result of its dtypes.
+    """
+    embedding: Any = getattr(tower, "pos_embed", None)
+    if not hasattr(tower, "interpolation_mode") or not isinstance(embedding, nn.Module):
         return kwargs
-    options = embedding_options(tower, given["hidden_states"].shape[0])
-    request = _Request(given["grid_thw"], tower.num_grid_per_side, options)
-    ones = tower.pos_embed.weight.new_ones(1, 1, dtype=options["out_dtype"])
+    given = dict(zip(("hidden_states", "grid_thw"), args, strict=False)) | kwargs
+    if given.get("interp_indices") is not None or given.get("interp_weights") is not None:
+        return kwargs
+    pixels, grid = given.get("hidden_states"), given.get("grid_thw")
+    if not (isinstance(pixels, torch.Tensor) and isinstance(grid, torch.Tensor)):
+        return kwargs
+    projection = getattr(tower.patch_embed, "proj", None)
+    if oddity(embedding, nn.Embedding) or oddity(projection, nn.Conv3d) or embedding.max_norm is not None:
+        return kwargs
+    dtypes = {dtype_name(module.weight.dtype) for module in (embedding, projection)}
+    if not dtypes <= set(FLOATS) or grid.device != embedding.weight.device:
+        return kwargs
+    if getattr(vars(embedding).get("forward"), "__func__", None) is not forward:
+        _patch.install(embedding, MethodType(forward, embedding), "pos_embed", by_request=False)
+    options = embedding_options(tower, pixels.shape[0])
+    request = _Request(grid, tower.num_grid_per_side, options)
+    ones = embedding.weight.new_ones(1, 1, dtype=options["out_dtype"])
     return kwargs | {"interp_indices": request, "interp_weights": ones}

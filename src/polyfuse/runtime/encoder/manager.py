@@ -20,10 +20,12 @@ from polyfuse.configs import EncoderConfig, encoder_config
 from polyfuse.runtime.encoder.buffers import Tensors, allocate, check_request, gather, load, scatter, views
 from polyfuse.runtime.encoder.capture import GraphRuntime, Step, graph_runtime
 from polyfuse.runtime.encoder.forward import exact_forward, forward
+from polyfuse.runtime.encoder.padding import reads_padding
 from polyfuse.runtime.encoder.protocol import Capacity, EncoderRequest, GraphableEncoder, ItemSize
 from polyfuse.runtime.encoder.stats import EncoderStats
+from polyfuse.runtime.encoder.watch import Watch
 from polyfuse.runtime.packing.planner import Batch, Budget, Curve, plan_packing, predicted_time, suggest_budgets
-from polyfuse.spec import fail
+from polyfuse.spec import Unsupported, fail
 
 EAGER_POINTS = 6  # sizes at which eager calls are measured
 FRAMES = 64  # attention segments of a replay, if not configured
@@ -37,13 +39,27 @@ class EncoderGraphManager:
     `settings` are `EncoderConfig`'s, by name; what is not given comes from environment variables and the config file
     (see `polyfuse.configs.encoder_config`). `runtime` defaults to the one registered for the encoder's device. Memory
     is taken at the first request, or by `capture()`. Raises `SpecError` for bad settings.
+
+    With a `watch` of the encoder's model, every request finds out whether graphs still compute what the model would:
+    modules and hooks are looked at before a replay, weights and settings while the device replays. After a change the
+    graphs are dropped and the request is computed anew, uncaptured; the next one without a change captures again.
+    Without it a graph reads the weights where they were when it was captured.
     """
 
-    def __init__(self, encoder: GraphableEncoder, *, runtime: GraphRuntime | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        encoder: GraphableEncoder,
+        *,
+        runtime: GraphRuntime | None = None,
+        watch: Watch | None = None,
+        **settings: Any,
+    ) -> None:
         self.encoder = encoder
         self.config: EncoderConfig = encoder_config(**settings)
         self.runtime = runtime or graph_runtime(encoder.device)
+        self.watch = watch
         self._lock = threading.RLock()
+        self._stats = EncoderStats()
         self._start()
 
     def _start(self) -> None:
@@ -54,7 +70,7 @@ class EncoderGraphManager:
         self._eager_seconds: Curve | None = None
         self._inputs: Tensors = {}
         self._outputs: Tensors = {}
-        self._stats = EncoderStats()
+        self._padding_reaches: str | None = None  # the output; not known yet
         self._logged = 0
 
     def _plan_capacities(self) -> dict[int, Capacity]:
@@ -88,61 +104,93 @@ class EncoderGraphManager:
     def clear(self) -> None:
         """Drop every graph, buffer and count; the next request captures again."""
         with self._lock:
-            self._start()
-            self.runtime.reset()
+            self._stats = EncoderStats()
+            self._drop_graphs()
 
     def capture(self) -> None:
         """Allocate the buffers, capture the budgets (lazily: the largest) and measure. Does nothing the second time.
 
-        A budget that cannot be captured, or with which the pool exceeds `memory_bytes`, is dropped with a warning.
+        A budget that cannot be captured, or with which the pool exceeds `memory_bytes`, is dropped with a warning; all
+        are, if what the encoder gives for an item depends on the padding beside it.
+
+        Raises `Unsupported` if the model has something that the encoder would pass over, such as hooks.
         """
         with self._lock:
-            if self._eager_seconds is not None:
-                return
-            started = time.perf_counter()
-            largest = next(iter(self._capacities.values()))
-            with torch.inference_mode(False):
-                self._inputs = allocate(self._in, largest.tokens, largest.items, self.encoder.device)
-                self._outputs = allocate(self._out, largest.tokens, largest.items, self.encoder.device)
-            for tokens in list(self._capacities):
-                if self._capture(tokens) and self.config.capture == "lazy":
-                    break
-            self._calibrate()
-            self._stats.capture_seconds += time.perf_counter() - started
+            self._follow(contents=True)
+            self._eager_curve()
 
     def execute(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for these arguments, in tensors of the caller's own.
 
         Raises `SpecError` for bad input, before anything is copied or changed.
         """
-        request = self.encoder.request(*args, **kwargs)
-        return self.encoder.result(self.run(request), request)
+        with self._lock:
+            changed = self._follow()
+            request = self.encoder.request(*args, **kwargs)
+            return self.encoder.result(self._encode(request, None, changed), request)
 
     def run(self, request: EncoderRequest, indices: Sequence[int] | None = None) -> Tensors:
-        """The outputs of the named items (default: all), packed in that order, in fresh tensors."""
+        """The outputs of the named items (default: all), packed in that order, in fresh tensors.
+
+        Raises `Unsupported` if the model has something that the encoder would pass over, such as hooks.
+        """
+        with self._lock:
+            return self._encode(request, indices, self._follow())
+
+    def _encode(self, request: EncoderRequest, indices: Sequence[int] | None, changed: bool) -> Tensors:
+        """Check and encode the named items: uncaptured if the model has `changed`, or turns out to have."""
         check_request(self.encoder.name, self._in, request)
         items = range(len(request.sizes)) if indices is None else indices
         sizes = [request.sizes[i] for i in items]
         limit = self.config.max_frames
         if limit is not None and (most := max((size.frames for size in sizes), default=0)) > limit:
             fail(self.encoder.name, "frames", f"at most max_frames={limit} in an item", most)
-        with self._lock:
-            batches = self._plan(sizes)
-            self._stats.requests += 1
-            self._stats.items += len(sizes)
-            if len(batches) == 1 and batches[0].budget is None:
-                return self._eager(request, items)
-            results = allocate(self._out, sum(size.tokens for size in sizes), len(sizes), self.encoder.device)
-            for batch in batches:
-                members = [items[i] for i in batch.indices]
-                if batch.budget is None:
-                    scatter(self._eager(request, members), results, self._out, sizes, batch.indices)
-                    continue
-                with self.runtime.after_last():
-                    self._replay(request, members, batch.budget.tokens)
-                    scatter(self._outputs, results, self._out, sizes, batch.indices)
-            self._log()
-            return results
+        self._stats.requests += 1
+        self._stats.items += len(sizes)
+        if changed:
+            return self._eager(request, items)
+        results = self._run(request, items, sizes)
+        # The device is still at work, on weights that the watch keeps alive.
+        return self._eager(request, items) if self._follow(contents=True) else results
+
+    def _run(self, request: EncoderRequest, items: Sequence[int], sizes: Sequence[ItemSize]) -> Tensors:
+        """The items' outputs, in as many replays and eager calls as the plan has."""
+        batches = self._plan(sizes)
+        if len(batches) == 1 and batches[0].budget is None:
+            return self._eager(request, items)
+        results = allocate(self._out, sum(size.tokens for size in sizes), len(sizes), self.encoder.device)
+        for batch in batches:
+            members = [items[i] for i in batch.indices]
+            if batch.budget is None:
+                scatter(self._eager(request, members), results, self._out, sizes, batch.indices)
+                continue
+            with self.runtime.after_last():
+                self._replay(request, members, batch.budget.tokens)
+                scatter(self._outputs, results, self._out, sizes, batch.indices)
+        self._log()
+        return results
+
+    def _follow(self, contents: bool = False) -> bool:
+        """Whether the model has changed since the last look at it: then no graph is left, and its present state known.
+
+        Raises `Unsupported` if the encoder does not compute what the model would as it is now.
+        """
+        if self.watch is None:
+            return False
+        change = self.watch.structure()
+        if not change and (contents or self.watch.oddity or self._eager_seconds is None):
+            change = self.watch.contents()
+        if change:
+            self._stats.changes[change] += 1
+            self._drop_graphs()
+            self.watch.renew()
+        if self.watch.oddity:
+            raise Unsupported(f"{self.encoder.name}: {self.watch.oddity}")
+        return bool(change)
+
+    def _drop_graphs(self) -> None:
+        self._start()
+        self.runtime.reset()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -184,9 +232,18 @@ class EncoderGraphManager:
             return predicted_time(self._plan(sizes), sizes, self._eager_curve())
 
     def _eager_curve(self) -> Curve:
-        self.capture()
+        """The measured times of eager calls, after a capture if there was none."""
         if self._eager_seconds is None:
-            raise RuntimeError("capture() left no measurements")
+            started = time.perf_counter()
+            largest = next(iter(self._capacities.values()))
+            with torch.inference_mode(False):
+                self._inputs = allocate(self._in, largest.tokens, largest.items, self.encoder.device)
+                self._outputs = allocate(self._out, largest.tokens, largest.items, self.encoder.device)
+            for tokens in list(self._capacities):
+                if self._capture(tokens) and self.config.capture == "lazy":
+                    break
+            self._eager_seconds = self._calibrate()
+            self._stats.capture_seconds += time.perf_counter() - started
         return self._eager_seconds
 
     def _plan(self, sizes: Sequence[ItemSize]) -> list[Batch]:
@@ -217,6 +274,10 @@ class EncoderGraphManager:
 
         try:
             with self.runtime.after_last():
+                if self._padding_reaches is None:
+                    self._padding_reaches = reads_padding(self.encoder, inputs, self._in, capacity)
+                if self._padding_reaches:
+                    return self._drop(tokens, f"{self._padding_reaches} of an item depends on the padding beside it")
                 self._load_example(tokens)
                 replay = self.runtime.capture(step)
         except Exception as error:  # whatever stops a capture, the encoder still runs
@@ -237,7 +298,7 @@ class EncoderGraphManager:
         warnings.warn(text, RuntimeWarning, stacklevel=3)
         return False
 
-    def _calibrate(self) -> None:
+    def _calibrate(self) -> Curve:
         """Time eager calls of a few sizes, and every captured budget; what is not captured yet is interpolated."""
         budgets = sorted(self._capacities) or [self.config.largest]
         points = dict.fromkeys([*budgets[:: max(1, len(budgets) // EAGER_POINTS)], budgets[-1]])
@@ -245,7 +306,7 @@ class EncoderGraphManager:
         measured = {tokens: self._measure(tokens) for tokens in sorted(self._replays)}
         curve = Curve(list(measured.items())) if measured else eager
         self._budgets = [Budget(*capacity, measured.get(t, curve(t))) for t, capacity in self._capacities.items()]
-        self._eager_seconds = eager
+        return eager
 
     def _example_call(self, tokens: int) -> Step:
         example = self.encoder.example(tokens)

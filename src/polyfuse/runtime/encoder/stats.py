@@ -17,6 +17,7 @@ class EncoderStats:
     tokens: int = 0  # of items that were replayed
     padding: int = 0  # replayed for nothing
     capture_failures: int = 0
+    changes: Counter[str] = field(default_factory=Counter)  # of the model, after each of which all graphs were dropped
     capture_seconds: float = 0.0  # with the measuring
     pool_bytes: int = 0
     buffer_bytes: int = 0
@@ -29,4 +30,4 @@ class EncoderStats:
 
     def as_dict(self) -> dict[str, Any]:
         """The counts and `waste` as JSON has them."""
-        return asdict(self) | {"replays": dict(self.replays), "waste": self.waste}
+        return asdict(self) | {"replays": dict(self.replays), "changes": dict(self.changes), "waste": self.waste}

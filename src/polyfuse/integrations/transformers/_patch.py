@@ -1,0 +1,131 @@
+"""How a forward of ours is put into a module and taken out again, whoever else patches that module, and what it counts.
+
+A module's `forward` is replaced on the instance. Accelerate's hooks do the same and keep what they found as
+`_old_forward`; where they came first, ours takes that place, so that it runs inside of them. Whoever wraps ours later
+keeps a reference that cannot be taken back: there ours is switched off, and hands every call on.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+_OFF = "polyfuse_off"  # an attribute of a module whose wrapped forward of ours is to do nothing
+_REPLICATE = "_replicate_for_data_parallel"
+
+log = logging.getLogger("polyfuse")
+
+
+@dataclass
+class Calls:
+    """What became of a patched module's calls: how many ran fused, and how many as before, by reason."""
+
+    name: str
+    by_request: bool = False  # the user named this kind of part
+    fused: int = 0
+    unfused: Counter[str] = field(default_factory=Counter)
+
+
+_functions: list[Callable[..., Any]] = []
+_calls: WeakKeyDictionary[nn.Module, Calls] = WeakKeyDictionary()
+
+
+def stand_in(function: Forward) -> Forward:
+    """Mark a function, or the class of a callable, as a forward of ours."""
+    _functions.append(function)
+    return function
+
+
+def is_ours(forward: object) -> bool:
+    """Whether something found in the place of a `forward` is one that `stand_in` marked."""
+    kind = getattr(forward, "__func__", type(forward))
+    return any(kind is function for function in _functions)
+
+
+def own_forward(module: nn.Module, within_hooks: bool = False) -> bool:
+    """Whether nobody has replaced a module's forward, on the instance or on its class. Ours does not count.
+
+    With `within_hooks` Accelerate's hooks do not count either, only what they call.
+    """
+    placed = vars(module).get(_slot(module) if within_hooks else "forward")
+    # Removing Accelerate's hooks leaves the class's forward behind, bound, on the instance.
+    if placed is not None and not is_ours(placed) and getattr(placed, "__func__", None) is not type(module).forward:
+        return False
+    definer = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return bool(vars(definer)["forward"].__module__ == definer.__module__)
+
+
+def is_installed(module: nn.Module) -> bool:
+    """Whether a forward of ours takes the module's calls, itself or inside of somebody's wrapper."""
+    if is_ours(vars(module).get("forward")) or is_ours(vars(module).get("_old_forward")):
+        return True
+    return module in _calls and not own_forward(module, within_hooks=True) and not is_off(module)
+
+
+def is_off(module: nn.Module) -> bool:
+    """Whether a forward of ours that somebody has wrapped is to hand on every call."""
+    return getattr(module, _OFF, False) is True
+
+
+def install(module: nn.Module, forward: Callable[..., Any], name: str, by_request: bool) -> None:
+    """Put a forward of ours in the place of the module's own."""
+    if is_off(module):
+        delattr(module, _OFF)
+    else:
+        setattr(module, _slot(module), forward)
+        # A replica shares the instance's attributes, and ours would run it on the original's weights.
+        setattr(module, _REPLICATE, MethodType(_replicate_for_data_parallel, module))
+    _calls[module] = Calls(name, by_request)
+
+
+def remove(module: nn.Module) -> None:
+    """Undo `install`."""
+    if is_ours(vars(module).get("forward")):
+        del module.forward
+    elif is_ours(vars(module).get("_old_forward")):
+        vars(module)["_old_forward"] = MethodType(type(module).forward, module)
+    else:
+        setattr(module, _OFF, True)
+    vars(module).pop(_REPLICATE, None)
+    _calls.pop(module, None)
+
+
+def calls(module: nn.Module) -> Calls:
+    """The counts of a module; those of a copy, and of one that was patched without `install`, begin at 0."""
+    found = _calls.get(module)
+    if found is None:
+        found = _calls[module] = Calls(type(module).__name__)
+    return found
+
+
+def count(module: nn.Module, reason: str) -> None:
+    """Count a call: a fused one if there is no reason against it. Nothing is counted under torch.compile."""
+    if torch.compiler.is_compiling():
+        return
+    found = calls(module)
+    if not reason:
+        found.fused += 1
+        return
+    if not found.fused and not found.unfused:
+        level = logging.WARNING if found.by_request else logging.INFO
+        log.log(level, "%s: not fused: %s", found.name, reason)
+    found.unfused[reason] += 1
+
+
+def _slot(module: nn.Module) -> str:
+    return "_old_forward" if {"_hf_hook", "_old_forward"} <= vars(module).keys() else "forward"
+
+
+def _replicate_for_data_parallel(module: Any) -> nn.Module:
+    """A module's replica for nn.DataParallel, with its class's own forward. A pickle finds it by this name."""
+    replica: nn.Module = getattr(type(module), _REPLICATE)(module)
+    remove(replica)
+    return replica
