@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check check-mypy check-rest generate docs clean
+.PHONY: help demo test test-all test-transformers check check-mypy check-rest generate docs clean
 
 help:
 	@echo "make demo    install, then run the demo"
 	@echo "make test    install, then run the tests"
 	@echo "make test-all   the same, with large matrices and compilations"
+	@echo "make test-transformers VERSION=5.24.0   the tests of the integrations with that version"
 	@echo "make check   install, then run ruff, mypy, pyright and import-linter"
 	@echo "make generate   write the public functions and docs/ops from the specs"
 	@echo "make docs    the same, and docs/benchmarks.md from the results"
@@ -25,6 +26,16 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A virtual environment of its own with another version of Transformers, over all else that $(VENV) has.
+VERSION ?= 5.24.0
+OTHER := .venv-transformers-$(VERSION)
+test-transformers: $(STAMP)
+	@test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	@base=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$base')" > $$($(OTHER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	@$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check 'transformers==$(VERSION)'
+	$(OTHER)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" -W default tests/integrations
 
 check: $(STAMP)
 	@$(MAKE) --no-print-directory -j2 check-mypy check-rest
@@ -53,5 +64,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist report src/*.egg-info .coverage* .*_cache .hypothesis
+	rm -rf $(VENV) .venv-transformers-* build dist report src/*.egg-info .coverage* .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

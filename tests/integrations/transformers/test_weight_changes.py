@@ -1,0 +1,63 @@
+"""Weights that change, in every way that users change them: the next call computes with what they are now."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from polyfuse.integrations.transformers import accelerate, report
+from polyfuse.runtime import register_graph_runtime
+from polyfuse.runtime.encoder import capture
+from tests.integrations.transformers import gated_delta_net_models as text
+from tests.integrations.transformers.test_vision_tower import BOUND, build_tower, change, encode
+from tests.integrations.transformers.weight_changes import WEIGHT_CHANGES, Change
+from tests.runtime.encoder.baked_graphs import BakedGraphs
+
+SETTINGS = {"budgets": [64], "policy": "greedy", "compile_blocks": False}
+
+
+@pytest.mark.parametrize("alter", WEIGHT_CHANGES, ids=lambda alter: alter.__name__)
+def test_a_tower_in_graphs(alter: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "_RUNTIMES", dict(capture._RUNTIMES))
+    register_graph_runtime("cpu", BakedGraphs)
+    tower, twin = accelerate(build_tower(), SETTINGS), build_tower()
+    before = encode(tower)
+    alter(tower)
+    alter(twin)
+    wanted = encode(twin)
+    assert change(before, wanted) > 0.02
+    for _ in range(3):  # uncaptured, captured anew, replayed
+        assert change(wanted, encode(tower)) <= 3 * BOUND[torch.float32]
+    assert report(tower).parts[0].fused
+
+
+@pytest.mark.parametrize("family", ["Qwen3Next", "Qwen3_5"])
+@pytest.mark.parametrize("alter", WEIGHT_CHANGES, ids=lambda alter: alter.__name__)
+def test_a_text_model(alter: Change, family: str, op_calls: list[str]) -> None:
+    model = text.build(family)
+    twin, ids = copy.deepcopy(model), text.tokens(2, 9)
+    accelerate(model)
+    before = text.logits(model, ids)
+    alter(model)
+    alter(twin)
+    wanted = text.logits(twin, ids)
+    assert text.change(before, wanted) > 0.02
+    for _ in range(2):
+        assert text.change(wanted, text.logits(model, ids)) <= text.BOUND
+    assert len(op_calls) == 3 * 4
+
+
+def test_a_text_model_has_no_second_copy_of_its_weights() -> None:
+    model = text.build()
+    before = {id(t) for t in tensors(model)}
+    text.logits(accelerate(model), text.tokens(2, 9))
+    assert {id(t) for t in tensors(model)} == before
+
+
+def tensors(model: Any) -> list[torch.Tensor]:
+    """Every tensor that a model's modules hold, as parameter, buffer or attribute."""
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return [*held, *model.parameters(), *model.buffers()]
