@@ -283,7 +283,7 @@ def model_configs() -> dict[str, ModelConfig]:
 def projection_strategies(
     device: str,
 ) -> dict[tuple[int, int, int, str], tuple[tuple[int | None, tuple[str, ...]], ...]]:
-    """(hidden, columns of qkvz, columns of ba, dtype) to ranges of rows and their strategies, as measured on that device."""
+    """(hidden, columns of qkvz, of ba, dtype) to the ranges of rows and their ranked strategies, as measured there."""
     name = device.lower().replace(" ", "_")
     if name not in _names("tuning"):
         return {}

@@ -36,7 +36,7 @@ def make_inputs(spec: OpSpec, case: Case, seed: int = 0) -> dict[str, Any]:
 
 
 def place(values: Mapping[str, Any], family: str, device: str, stacked: Sequence[str] = ()) -> dict[str, Any]:
-    """The same parameters with fresh arrays of a family on a device; those of torch that are `stacked` in one buffer."""
+    """The same parameters with fresh arrays of a family on a device; torch's that are `stacked` are in one buffer."""
     placed = dict(values)
     for name, value in values.items():
         if isinstance(value, np.ndarray):

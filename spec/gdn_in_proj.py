@@ -39,8 +39,8 @@ def _check(call: Call) -> None:
 
 
 def _derive(call: Call) -> Mapping[str, Any]:
-    d = call.dims
-    return {"M1": d["N1"] + d.get("NZ", 0), "M2": d["N2"] + d.get("NA", 0)}
+    z, a = (call.dims.get(name, 0) for name in ("NZ", "NA"))
+    return {"NZ": z, "NA": a, "M1": call.dims["N1"] + z, "M2": call.dims["N2"] + a}
 
 
 def _cost(call: Call) -> Cost:
@@ -69,14 +69,14 @@ SPEC = OpSpec(
     version=2,
     summary="Two input projections of one activation, run one after the other, side by side, or as one.",
     formula=__doc__ or "",
-    source="Transformers Qwen3NextGatedDeltaNet (in_proj_qkvz, in_proj_ba), Qwen3_5GatedDeltaNet (in_proj_qkv, _z, _b, _a)",
+    source="Transformers Qwen3NextGatedDeltaNet (in_proj_qkvz, _ba), Qwen3_5GatedDeltaNet (in_proj_qkv, _z, _b, _a)",
     rows="...",
     tensors=(
         TensorSpec("x", ("...", "hidden"), FLOATS, "the activation; leading dimensions are rows", dtype_var="T"),
-        TensorSpec("w_qkvz", ("N1", "hidden"), FLOATS, "weight of the large projection, or its first rows", dtype_var="T"),
-        TensorSpec("w_ba", ("N2", "hidden"), FLOATS, "weight of the small projection, or its first rows", dtype_var="T"),
-        TensorSpec("w_z", ("NZ", "hidden"), FLOATS, "the rows that follow those of w_qkvz", dtype_var="T", optional=True),
-        TensorSpec("w_a", ("NA", "hidden"), FLOATS, "the rows that follow those of w_ba", dtype_var="T", optional=True),
+        TensorSpec("w_qkvz", ("N1", "hidden"), FLOATS, "the large weight, or its first rows", dtype_var="T"),
+        TensorSpec("w_ba", ("N2", "hidden"), FLOATS, "the small weight, or its first rows", dtype_var="T"),
+        TensorSpec("w_z", ("NZ", "hidden"), FLOATS, "the rows after those of w_qkvz", dtype_var="T", optional=True),
+        TensorSpec("w_a", ("NA", "hidden"), FLOATS, "the rows after those of w_ba", dtype_var="T", optional=True),
         TensorSpec("bias_qkvz", ("M1",), FLOATS, "bias of the whole large projection", dtype_var="T", optional=True),
         TensorSpec("bias_ba", ("M2",), FLOATS, "bias of the whole small projection", dtype_var="T", optional=True),
     ),

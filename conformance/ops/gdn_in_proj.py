@@ -15,7 +15,6 @@ from polyfuse.reference._numerics import F64, Array, round_to, to_f64
 from polyfuse.spec import FLOATS, dtype_name
 from polyfuse.spec.gdn_in_proj import NAME, STRATEGIES
 
-
 BIASES = ("bias_qkvz", "bias_ba")
 TWO, FOUR = ("w_qkvz", "w_ba"), ("w_qkvz", "w_z", "w_ba", "w_a")  # the weights in the order in which merged has them
 SMALL = {"...": (5,), "hidden": 64, "N1": 96, "N2": 8}

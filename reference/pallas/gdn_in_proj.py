@@ -1,7 +1,6 @@
 """`gdn_in_proj` as one Pallas kernel over all weights; the formula is that of `polyfuse.spec.gdn_in_proj`."""
 
 from functools import partial
-from math import prod
 from typing import Any
 
 import jax

@@ -70,7 +70,9 @@ def test_weights_without_elements_lie_anywhere(weights: list[torch.Tensor]) -> N
 
 
 def test_weights_that_do_not_fit_together_are_not_stacked(weights: list[torch.Tensor]) -> None:
-    with pytest.raises(ValueError, match=re.escape("expected weights of one width, dtype and device, got [(96, 64), (")):
+    with pytest.raises(
+        ValueError, match=re.escape("expected weights of one width, dtype and device, got [(96, 64), (")
+    ):
         stack_weights(weights[0], weights[1][:, :32])
     with pytest.raises(ValueError, match="expected weights of one width, dtype and device"):
         stack_weights(weights[0], weights[1].float())
@@ -80,8 +82,8 @@ def test_the_weights_of_two_projections_are_one_or_refused(weights: list[torch.T
     w_qkvz, w_z, w_ba, w_a = stack_weights(*weights)
     assert torch.equal(one_weight(Projection(w_qkvz, w_z), Projection(w_ba, w_a)), torch.cat(weights))
     message = (
-        "gdn_in_proj: strategy merged: expected 3 weights that lie right behind one another in one storage, got others; "
-        "try as weights the views that polyfuse.runtime.stack_weights makes, or another strategy"
+        "gdn_in_proj: strategy merged: expected 3 weights that lie right behind one another in one storage, got "
+        "others; try as weights the views that polyfuse.runtime.stack_weights makes, or strategy auto"
     )
     with pytest.raises(Unsupported, match=re.escape(message)):
         one_weight(Projection(w_qkvz, w_z), Projection(w_a))
@@ -90,7 +92,8 @@ def test_the_weights_of_two_projections_are_one_or_refused(weights: list[torch.T
 def test_a_missing_bias_is_zeros(weights: list[torch.Tensor]) -> None:
     w_qkvz, w_z, w_ba, _ = weights
     b1, b2 = w_qkvz.new_ones(136), w_qkvz.new_ones(8)
-    found = [one_bias(Projection(w_qkvz, w_z, a), Projection(w_ba, None, b)) for a, b in ((b1, b2), (b1, None), (None, b2))]
+    pairs = ((b1, b2), (b1, None), (None, b2))
+    found = [one_bias(Projection(w_qkvz, w_z, first), Projection(w_ba, None, second)) for first, second in pairs]
     assert [None if t is None else t.tolist() for t in found] == [[1] * 144, [1] * 136 + [0] * 8, [0] * 136 + [1] * 8]
     assert one_bias(Projection(w_qkvz), Projection(w_ba)) is None
 

@@ -46,9 +46,7 @@ def operands(rows: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("given", ["", "z", "a", "za"])
-def test_fused_is_one_launch_that_writes_every_element(
-    launches: list[Any], poisoned_memory: None, given: str
-) -> None:
+def test_fused_is_one_launch_that_writes_every_element(launches: list[Any], poisoned_memory: None, given: str) -> None:
     x, w1, wz, w2, wa = operands(5)
     rest1, rest2 = (wz if "z" in given else None), (wa if "a" in given else None)
     results = module.fused(x, Projection(w1, rest1), Projection(w2, rest2))

@@ -72,7 +72,7 @@ def one_weight(large: Projection, small: Projection) -> torch.Tensor:
     if view is None:
         raise Unsupported(
             f"gdn_in_proj: strategy merged: expected {len(weights)} weights that lie right behind one another in one "
-            "storage, got others; try as weights the views that polyfuse.runtime.stack_weights makes, or another strategy"
+            "storage, got others; try as weights the views that polyfuse.runtime.stack_weights makes, or strategy auto"
         )
     return view
 
@@ -85,7 +85,7 @@ def one_bias(large: Projection, small: Projection) -> torch.Tensor | None:
 
 
 def is_recorded(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd or torch.compile records what is done with the tensors, so that no result is written in place."""
+    """Whether autograd or torch.compile records what is done with the tensors, so that none is written in place."""
     if torch.compiler.is_compiling():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
