@@ -113,7 +113,7 @@ class StrategyRange(_Strict):
 
 
 class ProjectionEntry(_Strict):
-    """Measured strategies of `gdn_in_proj` for one pair of weights."""
+    """Measured strategies of `gdn_in_proj` for results of `n1` and `n2` columns, from two weights or four."""
 
     hidden: int
     n1: int
@@ -283,7 +283,7 @@ def model_configs() -> dict[str, ModelConfig]:
 def projection_strategies(
     device: str,
 ) -> dict[tuple[int, int, int, str], tuple[tuple[int | None, tuple[str, ...]], ...]]:
-    """(hidden, n1, n2, dtype) to the ranges of rows and their ranked strategies, as measured on that device."""
+    """(hidden, columns of qkvz, of ba, dtype) to the ranges of rows and their ranked strategies, as measured there."""
     name = device.lower().replace(" ", "_")
     if name not in _names("tuning"):
         return {}

@@ -1,6 +1,6 @@
 """Seeded NumPy inputs from a `Case`: the same case and seed give the same bits everywhere."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -35,12 +35,17 @@ def make_inputs(spec: OpSpec, case: Case, seed: int = 0) -> dict[str, Any]:
     return values
 
 
-def place(values: Mapping[str, Any], family: str, device: str) -> dict[str, Any]:
-    """The same parameters with fresh arrays of a family on a device."""
+def place(values: Mapping[str, Any], family: str, device: str, stacked: Sequence[str] = ()) -> dict[str, Any]:
+    """The same parameters with fresh arrays of a family on a device; torch's that are `stacked` are in one buffer."""
     placed = dict(values)
     for name, value in values.items():
         if isinstance(value, np.ndarray):
             placed[name] = value.copy(order="K") if family == "numpy" else from_numpy(value, family, device)
+    if stacked and family == "torch":
+        import torch
+
+        parts = [placed[name] for name in stacked]
+        placed |= dict(zip(stacked, torch.cat(parts).split([len(part) for part in parts]), strict=True))
     return placed
 
 

@@ -65,7 +65,7 @@ class Trial:
         if too_large:
             return "skipped", too_large
         made, call = self.inputs()
-        arrays = place(made, backend.family, device)
+        arrays = place(made, backend.family, device, self.case.stacked)
         first = next(v for v in arrays.values() if family_of(v))
         verdict, _ = examine(self.op, backend.name, call, backend.family, device_of(first, backend.family), False)
 

@@ -16,10 +16,23 @@ EXACT_SUMS = 2.0**24  # integers up to here are float32 numbers
 
 
 def formula(
-    x: Array, w_qkvz: Array, w_ba: Array, *, bias_qkvz: Array | None, bias_ba: Array | None, strategy: str
+    x: Array,
+    w_qkvz: Array,
+    w_ba: Array,
+    *,
+    w_z: Array | None,
+    w_a: Array | None,
+    bias_qkvz: Array | None,
+    bias_ba: Array | None,
+    strategy: str,
 ) -> tuple[F64, F64]:
-    """qkvz [..., N1] and ba [..., N2]; the strategy changes nothing."""
-    return linear(x, w_qkvz, bias_qkvz), linear(x, w_ba, bias_ba)
+    """qkvz [..., M1] and ba [..., M2]; the strategy changes nothing."""
+    return linear(x, joined(w_qkvz, w_z), bias_qkvz), linear(x, joined(w_ba, w_a), bias_ba)
+
+
+def joined(first: Array, following: Array | None) -> Array:
+    """The rows of one weight, then those of the other."""
+    return first if following is None else np.concatenate([first, following])
 
 
 def linear(x: Array, weight: Array, bias: Array | None) -> F64:
@@ -30,7 +43,10 @@ def linear(x: Array, weight: Array, bias: Array | None) -> F64:
 
 def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
     """The accumulator's error and that of the sum, each of its own magnitude; none for sums of integers."""
-    operands = {"qkvz": (given.w_qkvz, given.bias_qkvz), "ba": (given.w_ba, given.bias_ba)}
+    operands = {
+        "qkvz": (joined(given.w_qkvz, given.w_z), given.bias_qkvz),
+        "ba": (joined(given.w_ba, given.w_a), given.bias_ba),
+    }
     in_accumulator, _ = error("accumulator")
     results = {}
     for name, (weight, bias) in operands.items():

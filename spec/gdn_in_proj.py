@@ -1,19 +1,23 @@
 """`gdn_in_proj`: the two input projections of a Gated DeltaNet layer, which share one activation.
 
-    qkvz = x @ w_qkvz.T (+ bias_qkvz)
-    ba   = x @ w_ba.T   (+ bias_ba)
+    qkvz = x @ [w_qkvz | w_z].T (+ bias_qkvz)        the rows of w_qkvz, then those of w_z
+    ba   = x @ [w_ba | w_a].T   (+ bias_ba)
+
+A model that holds its weights as two tensors gives w_qkvz and w_ba. One that holds them as four (Qwen3.5: in_proj_qkv,
+in_proj_z, in_proj_b, in_proj_a) gives the second as w_z and the fourth as w_a. All of them are read where they are.
+M1 = N1 + NZ and M2 = N2 + NA are the widths of the results; a weight that is not given has no rows.
 
 Products accumulate in fp32 or wider, the bias is added before the one rounding. The strategies give the same
 function, to the accuracy of a GEMM:
 
     sequential   one product after the other
-    parallel     the second product on an auxiliary stream; bitwise equal to sequential
-    merged       one product with both weights as one matrix. Weights that lie behind one another in memory
-                 (see `polyfuse.runtime.stack_weights`) are used as they are; others are concatenated once
-                 and the copy is kept as long as the weights live
-    fused        one launch over both weights, for few rows
-    auto         the fastest of them by a table measured per device; it never copies weights, and takes parallel
-                 only inside a graph capture, where launches cost the host nothing
+    parallel     the products of ba on an auxiliary stream; bitwise equal to sequential
+    merged       one product, of weights that are one matrix already: the given ones lie right behind one another in
+                 memory, in the order [w_qkvz | w_z | w_ba | w_a], as `polyfuse.runtime.stack_weights` makes them.
+                 A backend of arrays that have addresses declines others; JAX joins them inside the compiled function
+    fused        one launch over all weights, for few rows
+    auto         the fastest of them by a table measured per device; it takes merged only for weights that are one
+                 already, and parallel only inside a graph capture, where launches cost the host nothing
 
 A GEMM library picks its kernel by size, so this op alone is not bitwise batch-invariant.
 """
@@ -34,9 +38,14 @@ def _check(call: Call) -> None:
         fail(NAME, "x", "at least 2 dimensions", 1)
 
 
+def _derive(call: Call) -> Mapping[str, Any]:
+    z, a = (call.dims.get(name, 0) for name in ("NZ", "NA"))
+    return {"NZ": z, "NA": a, "M1": call.dims["N1"] + z, "M2": call.dims["N2"] + a}
+
+
 def _cost(call: Call) -> Cost:
     d, size = call.dims, itemsize(call.dtypes["T"])
-    rows, columns = prod(d["..."]), d["N1"] + d["N2"]
+    rows, columns = prod(d["..."]), d["M1"] + d["M2"]
     read = (rows * d["hidden"] + columns * d["hidden"]) * size
     return Cost(read, rows * columns * size, 2 * rows * columns * d["hidden"])
 
@@ -57,22 +66,24 @@ def _accumulator_steps(names: Mapping[str, Any]) -> float:
 
 SPEC = OpSpec(
     name=NAME,
-    version=1,
+    version=2,
     summary="Two input projections of one activation, run one after the other, side by side, or as one.",
     formula=__doc__ or "",
-    source="Transformers Qwen3NextGatedDeltaNet (in_proj_qkvz, in_proj_ba)",
+    source="Transformers Qwen3NextGatedDeltaNet (in_proj_qkvz, _ba), Qwen3_5GatedDeltaNet (in_proj_qkv, _z, _b, _a)",
     rows="...",
     tensors=(
         TensorSpec("x", ("...", "hidden"), FLOATS, "the activation; leading dimensions are rows", dtype_var="T"),
-        TensorSpec("w_qkvz", ("N1", "hidden"), FLOATS, "weight of the large projection", dtype_var="T"),
-        TensorSpec("w_ba", ("N2", "hidden"), FLOATS, "weight of the small projection", dtype_var="T"),
-        TensorSpec("bias_qkvz", ("N1",), FLOATS, "bias of the large projection", dtype_var="T", optional=True),
-        TensorSpec("bias_ba", ("N2",), FLOATS, "bias of the small projection", dtype_var="T", optional=True),
+        TensorSpec("w_qkvz", ("N1", "hidden"), FLOATS, "the large weight, or its first rows", dtype_var="T"),
+        TensorSpec("w_ba", ("N2", "hidden"), FLOATS, "the small weight, or its first rows", dtype_var="T"),
+        TensorSpec("w_z", ("NZ", "hidden"), FLOATS, "the rows after those of w_qkvz", dtype_var="T", optional=True),
+        TensorSpec("w_a", ("NA", "hidden"), FLOATS, "the rows after those of w_ba", dtype_var="T", optional=True),
+        TensorSpec("bias_qkvz", ("M1",), FLOATS, "bias of the whole large projection", dtype_var="T", optional=True),
+        TensorSpec("bias_ba", ("M2",), FLOATS, "bias of the whole small projection", dtype_var="T", optional=True),
     ),
     attrs=(AttrSpec("strategy", "enum", "auto", "how the two products are run", STRATEGIES),),
     outputs=(
-        OutputSpec("qkvz", ("...", "N1"), "T", "the large projection"),
-        OutputSpec("ba", ("...", "N2"), "T", "the small projection"),
+        OutputSpec("qkvz", ("...", "M1"), "T", "the large projection"),
+        OutputSpec("ba", ("...", "M2"), "T", "the small projection"),
     ),
     errors=(
         ErrorBound(
@@ -85,10 +96,12 @@ SPEC = OpSpec(
         ErrorBound("ba", 8, f"the error of the accumulator, and {_SUM_REASON}"),
     ),
     edge_cases=(
-        "No rows, hidden == 0 or a weight without rows: zero-size or zero (plus bias) results, without a launch.",
+        "No rows, or weights without rows: results without elements. hidden == 0: zero, plus the bias.",
+        "w_z and w_a are independent: either may be given alone.",
         "With strategy merged, outside torch.compile, the results are views of one buffer: rows are strided.",
     ),
     check=_check,
-    core=("bfloat16-auto", "float32-auto", "lead_17-sequential"),
+    derive=_derive,
+    core=("bfloat16-auto", "float32-auto", "lead_17-sequential", "four_weights-bfloat16-auto"),
     cost=_cost,
 )

@@ -18,6 +18,7 @@ x = torch.ones(4, 256)
 q, scale = polyfuse.silu_mul_block_quant(x, quant_dtype=torch.int8, scale_layout="col_major")
 result = polyfuse.gdn_post_conv(x, x, x, x, x, num_k_heads=1, head_k_dim=1, head_v_dim=1)
 v: torch.Tensor = result.v
+ba: torch.Tensor = polyfuse.gdn_in_proj(x, x, x, w_z=x, w_a=x).ba
 rows: np.ndarray = polyfuse.pos_embed_interpolate(np.ones((4, 4)), [[1, 2, 2]])
 """
 # Each line with what both checkers must report on it.
@@ -28,6 +29,7 @@ WRONG = {
     "polyfuse.gdn_in_proj(x, x, x).qkv": "misspelt result",
     "polyfuse.gdn_in_proj(x, x)": "missing argument",
     "polyfuse.gdn_in_proj(x, np.ones(3), x)": "two frameworks",
+    "polyfuse.gdn_in_proj(x, x, x, x, x)": "w_z and w_a by position",
 }
 HEAD = "import numpy as np\nimport torch\nimport polyfuse\n\nx = torch.ones(4, 256)\n"
 

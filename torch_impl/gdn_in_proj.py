@@ -3,26 +3,53 @@
 import torch
 from torch.nn.functional import linear
 
-from polyfuse._torch.projections import Bias, Pair, choose, one_bias, one_weight
+from polyfuse._torch.projections import Pair, Projection, choose, is_recorded, one_bias, one_weight
 from polyfuse._torch.streams import execute_in_parallel
 from polyfuse.spec import Capability
 
 
-def sequential(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
+def project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """One of the two results; of two products, each is written to its columns of it."""
+    weight, following, bias = projection
+    if following is None:
+        return linear(x, weight, bias)
+    sizes = [len(weight), len(following)]
+    biases = (None, None) if bias is None else bias.split(sizes)
+    if is_recorded(x, *projection):
+        return torch.cat([linear(x, weight, biases[0]), linear(x, following, biases[1])], dim=-1)
+    rows = x.flatten(0, -2)
+    result = x.new_empty(len(rows), projection.width)
+    for columns, w, b in zip(result.split(sizes, dim=1), (weight, following), biases, strict=True):
+        if b is None:
+            torch.mm(rows, w.t(), out=columns)
+        else:
+            torch.addmm(b, rows, w.t(), out=columns)
+    return result.unflatten(0, x.shape[:-1])
+
+
+def sequential(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
     """One product after the other."""
-    return linear(x, w1, b1), linear(x, w2, b2)
+    return project(x, large), project(x, small)
 
 
-def parallel(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
-    """The second product runs on an auxiliary stream."""
-    large, small = execute_in_parallel(lambda: linear(x, w1, b1), lambda: linear(x, w2, b2), device=x.device)
-    return large, small
+def parallel(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
+    """The products of the small projection run on an auxiliary stream."""
+    qkvz, ba = execute_in_parallel(lambda: project(x, large), lambda: project(x, small), device=x.device)
+    return qkvz, ba
 
 
-def merged(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
-    """One product with both weights as one matrix; the results are views of one buffer."""
-    large, small = linear(x, one_weight(w1, w2), one_bias(b1, b2, (w1, w2))).split([len(w1), len(w2)], dim=-1)
-    return large, small
+def merged(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
+    """One product of weights that are one matrix; the results are views of one buffer.
+
+    Where gradients are recorded, each weight has to get its own: the products run one by one.
+    """
+    whole = one_weight(large, small)
+    if is_recorded(x, *large, *small):
+        both = torch.cat([project(x, large), project(x, small)], dim=-1)
+    else:
+        both = linear(x, whole, one_bias(large, small))
+    qkvz, ba = both.split([large.width, small.width], dim=-1)
+    return qkvz, ba
 
 
 STRATEGIES = {"sequential": sequential, "parallel": parallel, "merged": merged}
@@ -35,11 +62,13 @@ def gdn_in_proj(
     w_qkvz: torch.Tensor,
     w_ba: torch.Tensor,
     *,
+    w_z: torch.Tensor | None = None,
+    w_a: torch.Tensor | None = None,
     bias_qkvz: torch.Tensor | None = None,
     bias_ba: torch.Tensor | None = None,
     strategy: str = "auto",
 ) -> Pair:
     """Returns qkvz and ba, each rounded once."""
     if strategy == "auto":
-        strategy = choose(x, w_qkvz, w_ba, tuple(STRATEGIES))
-    return STRATEGIES[strategy](x, w_qkvz, w_ba, bias_qkvz, bias_ba)
+        strategy = choose(x, w_qkvz, w_ba, tuple(STRATEGIES), w_z=w_z, w_a=w_a)
+    return STRATEGIES[strategy](x, Projection(w_qkvz, w_z, bias_qkvz), Projection(w_ba, w_a, bias_ba))

@@ -1,8 +1,8 @@
-"""The Triton backend of `gdn_in_proj`: `fused`, one launch over both weights, and the GEMMs of the other strategies.
+"""The Triton backend of `gdn_in_proj`: `fused`, one launch over all weights, and the GEMMs of the other strategies.
 
 The kernel streams the weights once, so it is for few rows, where that is what the time goes to. A program
-computes a block of columns of one projection; weights are the left operand, so that the matrix unit's long side
-is filled by them and its short side by the rows.
+computes a block of columns that belong to one weight; weights are the left operand, so that the matrix unit's long
+side is filled by them and its short side by the rows.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch.nn.functional import linear
 
-from polyfuse._torch.projections import Bias, Pair, choose, one_bias, one_weight
+from polyfuse._torch.projections import Pair, Projection, choose, one_bias, one_weight
 from polyfuse._torch.streams import execute_in_parallel
 from polyfuse.spec import Capability
 from polyfuse.triton_impl._common import INTERPRETED, round_to
@@ -25,25 +25,27 @@ LEAST_ROWS, MOST_ROWS = 16, 64  # rows a program computes: what the matrix unit 
 
 
 @triton.jit
-def _project(activation, projection, block, row, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out[row, block of columns] = x[row] @ w[block of columns].T + bias."""
+def _project(activation, weight, result, block, row, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out[row, first + block of columns] = x[row] @ w[block of columns].T + bias[first + block of columns]."""
     x_ptr, x_stride, rows, hidden = activation
-    w_ptr, w_stride, bias_ptr, out_ptr, columns = projection
+    w_ptr, w_stride, w_step, columns = weight
+    out_ptr, bias_ptr, first, width = result
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, row.shape[0]], tl.float32)
     w_row = w_ptr + column.to(tl.int64) * w_stride
     x_row = x_ptr + row.to(tl.int64) * x_stride
     for start in tl.range(0, hidden, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        w = tl.load(w_row[:, None] + k[None, :], mask=(column < columns)[:, None] & (k < hidden)[None, :], other=0.0)
+        w_at = w_row[:, None] + k.to(tl.int64)[None, :] * w_step
+        w = tl.load(w_at, mask=(column < columns)[:, None] & (k < hidden)[None, :], other=0.0)
         x = tl.load(x_row[None, :] + k[:, None], mask=(row < rows)[None, :] & (k < hidden)[:, None], other=0.0)
         if INTERPRETED:
             w = w.to(tl.float32)
             x = x.to(tl.float32)
         acc = tl.dot(w, x, acc, input_precision="ieee")
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[:, None]
-    target = out_ptr + row.to(tl.int64)[None, :] * columns + column[:, None]
+        acc += tl.load(bias_ptr + first + column, mask=column < columns, other=0.0).to(tl.float32)[:, None]
+    target = out_ptr + row.to(tl.int64)[None, :] * width + (first + column)[:, None]
     mask = (column < columns)[:, None] & (row < rows)[None, :]
     tl.store(target, round_to(acc, out_ptr.dtype.element_ty), mask=mask)
 
@@ -52,32 +54,56 @@ def _project(activation, projection, block, row, BLOCK_N: tl.constexpr, BLOCK_K:
 def _kernel(
     x_ptr,  # [rows, hidden]
     w1_ptr,  # [n1, hidden]
+    wz_ptr,  # [nz, hidden] or None
     w2_ptr,  # [n2, hidden]
-    bias1_ptr,  # [n1] or None
-    bias2_ptr,  # [n2] or None
-    out1_ptr,  # [rows, n1]
-    out2_ptr,  # [rows, n2]
+    wa_ptr,  # [na, hidden] or None
+    bias1_ptr,  # [n1 + nz] or None
+    bias2_ptr,  # [n2 + na] or None
+    out1_ptr,  # [rows, n1 + nz]
+    out2_ptr,  # [rows, n2 + na]
     rows,
-    n1,
-    n2,
     hidden,
     x_stride,
+    n1,
     w1_stride,
+    w1_step,
+    nz,
+    wz_stride,
+    wz_step,
+    n2,
     w2_stride,
+    w2_step,
+    na,
+    wa_stride,
+    wa_step,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     block = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    blocks1 = tl.cdiv(n1, BLOCK_N)
     activation = (x_ptr, x_stride, rows, hidden)
-    if block < blocks1:
-        projection = (w1_ptr, w1_stride, bias1_ptr, out1_ptr, n1)
-        _project(activation, projection, block, row, BLOCK_N, BLOCK_K)
+    end1 = tl.cdiv(n1, BLOCK_N)
+    endz = end1 + tl.cdiv(nz, BLOCK_N)
+    end2 = endz + tl.cdiv(n2, BLOCK_N)
+    if block < end1:
+        weight = (w1_ptr, w1_stride, w1_step, n1)
+        result = (out1_ptr, bias1_ptr, 0, n1 + nz)
+        _project(activation, weight, result, block, row, BLOCK_N, BLOCK_K)
+    elif block < endz:
+        if wz_ptr is not None:
+            weight = (wz_ptr, wz_stride, wz_step, nz)
+            result = (out1_ptr, bias1_ptr, n1, n1 + nz)
+            _project(activation, weight, result, block - end1, row, BLOCK_N, BLOCK_K)
+    elif block < end2:
+        weight = (w2_ptr, w2_stride, w2_step, n2)
+        result = (out2_ptr, bias2_ptr, 0, n2 + na)
+        _project(activation, weight, result, block - endz, row, BLOCK_N, BLOCK_K)
     else:
-        projection = (w2_ptr, w2_stride, bias2_ptr, out2_ptr, n2)
-        _project(activation, projection, block - blocks1, row, BLOCK_N, BLOCK_K)
+        if wa_ptr is not None:
+            weight = (wa_ptr, wa_stride, wa_step, na)
+            result = (out2_ptr, bias2_ptr, n2, n2 + na)
+            _project(activation, weight, result, block - end2, row, BLOCK_N, BLOCK_K)
 
 
 _launch = Launcher(NAME, _kernel, num_stages=STAGES)
@@ -87,43 +113,59 @@ def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def fused(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
-    """Both products in one launch."""
-    hidden, n1, n2 = x.shape[-1], len(w1), len(w2)
-    out1 = torch.empty((*x.shape[:-1], n1), dtype=x.dtype, device=x.device)
-    out2 = torch.empty((*x.shape[:-1], n2), dtype=x.dtype, device=x.device)
-    flat = _unit_stride(x.reshape(-1, hidden))
+def fused(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
+    """All products in one launch."""
+    hidden = x.shape[-1]
+    qkvz = torch.empty((*x.shape[:-1], large.width), dtype=x.dtype, device=x.device)
+    ba = torch.empty((*x.shape[:-1], small.width), dtype=x.dtype, device=x.device)
+    flat = _unit_stride(x.flatten(0, -2))
     rows = len(flat)
-    if rows == 0 or n1 + n2 == 0:
-        return out1, out2
-    w1, w2 = _unit_stride(w1), _unit_stride(w2)
+    if rows == 0 or large.width + small.width == 0:
+        return qkvz, ba
+    weights = large.weight, large.following, small.weight, small.following
+    biases = [None if p.bias is None else _unit_stride(p.bias) for p in (large, small)]
+    sizes = [0 if w is None else len(w) for w in weights]
+    layouts = [(0, 0) if w is None else w.stride() for w in weights]
     block_rows = min(max(LEAST_ROWS, triton.next_power_of_2(rows)), MOST_ROWS)
-    inputs = (
-        *(flat, w1, w2),
-        None if b1 is None else _unit_stride(b1),
-        None if b2 is None else _unit_stride(b2),
-    )
-    fixed = n1, n2, hidden, flat.stride(0), w1.stride(0), w2.stride(0), block_rows, BLOCK_N, BLOCK_K
-    grid = triton.cdiv(n1, BLOCK_N) + triton.cdiv(n2, BLOCK_N), triton.cdiv(rows, block_rows), 1
-    _launch(grid, inputs, (out1, out2), (rows,), fixed, WARPS)
-    return out1, out2
+    described = [number for size, layout in zip(sizes, layouts, strict=True) for number in (size, *layout)]
+    fixed = hidden, flat.stride(0), *described, block_rows, BLOCK_N, BLOCK_K
+    grid = sum(triton.cdiv(size, BLOCK_N) for size in sizes), triton.cdiv(rows, block_rows), 1
+    _launch(grid, (flat, *weights, *biases), (qkvz, ba), (rows,), fixed, WARPS)
+    return qkvz, ba
 
 
-def sequential(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
+def _product(x: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """One result by PyTorch's GEMMs: that of a second weight begins in its buffer where that of the first ends."""
+    first, second, bias = projection
+    if second is None:
+        return linear(x, first, bias)
+    n, flat = len(first), x.flatten(0, -2)
+    out = torch.empty((len(flat), projection.width), dtype=x.dtype, device=x.device)
+    if bias is None:
+        torch.mm(flat, first.t(), out=out[:, :n])
+        torch.mm(flat, second.t(), out=out[:, n:])
+    else:
+        torch.addmm(bias[:n], flat, first.t(), out=out[:, :n])
+        torch.addmm(bias[n:], flat, second.t(), out=out[:, n:])
+    return out.view(*x.shape[:-1], projection.width)
+
+
+def sequential(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
     """One product of PyTorch's after the other."""
-    return linear(x, w1, b1), linear(x, w2, b2)
+    return _product(x, large), _product(x, small)
 
 
-def parallel(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
-    """The second product runs on an auxiliary stream."""
-    large, small = execute_in_parallel(lambda: linear(x, w1, b1), lambda: linear(x, w2, b2), device=x.device)
-    return large, small
+def parallel(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
+    """The small projection's products run on an auxiliary stream."""
+    qkvz, ba = execute_in_parallel(lambda: _product(x, large), lambda: _product(x, small), device=x.device)
+    return qkvz, ba
 
 
-def merged(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, b1: Bias, b2: Bias) -> Pair:
-    """One product with both weights as one matrix; the results are views of one buffer."""
-    large, small = linear(x, one_weight(w1, w2), one_bias(b1, b2, (w1, w2))).split([len(w1), len(w2)], dim=-1)
-    return large, small
+def merged(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
+    """One product of weights that are one matrix; the results are views of one buffer."""
+    both = linear(x, one_weight(large, small), one_bias(large, small))
+    qkvz, ba = both.split([large.width, small.width], dim=-1)
+    return qkvz, ba
 
 
 STRATEGIES = {"sequential": sequential, "parallel": parallel, "merged": merged, "fused": fused}
@@ -134,11 +176,13 @@ def gdn_in_proj(
     w_qkvz: torch.Tensor,
     w_ba: torch.Tensor,
     *,
+    w_z: torch.Tensor | None = None,
+    w_a: torch.Tensor | None = None,
     bias_qkvz: torch.Tensor | None = None,
     bias_ba: torch.Tensor | None = None,
     strategy: str = "auto",
 ) -> Pair:
     """Returns qkvz and ba, each rounded once."""
     if strategy == "auto":
-        strategy = choose(x, w_qkvz, w_ba, tuple(STRATEGIES))
-    return STRATEGIES[strategy](x, w_qkvz, w_ba, bias_qkvz, bias_ba)
+        strategy = choose(x, w_qkvz, w_ba, tuple(STRATEGIES), w_z=w_z, w_a=w_a)
+    return STRATEGIES[strategy](x, Projection(w_qkvz, w_z, bias_qkvz), Projection(w_ba, w_a, bias_ba))

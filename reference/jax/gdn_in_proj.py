@@ -1,7 +1,7 @@
 """`gdn_in_proj` in jax.numpy; the formula is the docstring of `polyfuse.spec.gdn_in_proj`.
 
-XLA schedules the two products itself: of the strategies only `merged` asks for something else, one product over
-both weights as one matrix.
+XLA schedules the products itself: of the strategies only `merged` asks for something else, one product over all
+weights as one matrix, which the compiled function joins.
 """
 
 import jax
@@ -20,16 +20,21 @@ def gdn_in_proj(
     w_qkvz: jax.Array,
     w_ba: jax.Array,
     *,
+    w_z: jax.Array | None = None,
+    w_a: jax.Array | None = None,
     bias_qkvz: jax.Array | None = None,
     bias_ba: jax.Array | None = None,
     strategy: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """qkvz and ba, each rounded once."""
+    for_qkvz = [w for w in (w_qkvz, w_z) if w is not None]
+    for_ba = [w for w in (w_ba, w_a) if w is not None]
     if strategy == "merged":
-        both = _product(x, jnp.concatenate([w_qkvz, w_ba]))
-        large, small = both[..., : len(w_qkvz)], both[..., len(w_qkvz) :]
+        large, small = jnp.split(_product(x, jnp.concatenate(for_qkvz + for_ba)), [sum(map(len, for_qkvz))], axis=-1)
     else:
-        large, small = _product(x, w_qkvz), _product(x, w_ba)
+        large, small = (
+            jnp.concatenate([_product(x, weight) for weight in weights], axis=-1) for weights in (for_qkvz, for_ba)
+        )
     return _finish(large, bias_qkvz, x.dtype), _finish(small, bias_ba, x.dtype)
 
 

@@ -206,13 +206,15 @@ def gdn_in_proj(
     w_qkvz: Array,
     w_ba: Array,
     *,
+    w_z: Array | None = None,
+    w_a: Array | None = None,
     bias_qkvz: Array | None = None,
     bias_ba: Array | None = None,
     strategy: Literal["auto", "sequential", "parallel", "merged", "fused"] = "auto",
     backend: str | Sequence[str] | None = None,
 ) -> GdnInProjResult[Array]:
     """Two input projections of one activation, run one after the other, side by side, or as one."""
-    return GdnInProjResult._make(run("gdn_in_proj", (x, w_qkvz, w_ba, bias_qkvz, bias_ba, strategy), backend))
+    return GdnInProjResult._make(run("gdn_in_proj", (x, w_qkvz, w_ba, w_z, w_a, bias_qkvz, bias_ba, strategy), backend))
 
 
 @public

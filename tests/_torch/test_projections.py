@@ -1,81 +1,119 @@
-"""Stacked weights, kept copies, and the choice of a strategy by the measured table."""
+"""Stacked weights, weights seen as one, and the choice of a strategy by the measured table."""
 
-import gc
+import re
 
 import pytest
 import torch
 
 from polyfuse import Unsupported
 from polyfuse._torch import projections
-from polyfuse._torch.projections import as_one_weight, choose, one_bias, one_weight, stack_weights
+from polyfuse._torch.projections import Projection, as_one_weight, choose, is_recorded, one_bias, one_weight
+from polyfuse.runtime import stack_weights
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 GEMMS = ("sequential", "parallel", "merged")
+SIZES = (96, 40, 8, 6)
 
 
 @pytest.fixture(params=DEVICES)
-def operands(request: pytest.FixtureRequest) -> list[torch.Tensor]:
-    """An activation [7, 64] and two weights [96, 64] and [8, 64]."""
+def x(request: pytest.FixtureRequest) -> torch.Tensor:
+    """An activation [7, 64]."""
     torch.manual_seed(0)
-    return [torch.randn(s, device=request.param, dtype=torch.bfloat16) for s in ((7, 64), (96, 64), (8, 64))]
+    return torch.randn(7, 64, device=request.param, dtype=torch.bfloat16)
 
 
-def test_stacked_weights_are_one_without_a_copy(operands: list[torch.Tensor]) -> None:
-    _, w1, w2 = operands
-    views = stack_weights(w1, w2)
+@pytest.fixture
+def weights(x: torch.Tensor) -> list[torch.Tensor]:
+    """w_qkvz, w_z, w_ba and w_a, each in memory of its own."""
+    return [torch.randn(size, 64, device=x.device, dtype=x.dtype) for size in SIZES]
+
+
+def test_stacked_weights_are_one_without_a_copy(weights: list[torch.Tensor]) -> None:
+    views = stack_weights(*weights)
+    assert [len(view) for view in views] == list(SIZES)
+    for first, last in ((0, 1), (0, 2), (1, 3), (0, 4)):
+        whole = as_one_weight(*views[first:last])
+        assert whole is not None
+        assert whole.data_ptr() == views[first].data_ptr()
+        assert torch.equal(whole, torch.cat(weights[first:last]))
+
+
+def test_other_weights_are_not_one(weights: list[torch.Tensor]) -> None:
+    views = stack_weights(*weights)
+    assert as_one_weight(*weights) is None
+    assert as_one_weight(views[1], views[0]) is None
+    assert as_one_weight(views[0], views[2]) is None
+    assert as_one_weight(views[0], views[0]) is None
+    assert as_one_weight(views[0][:, ::2], views[1][:, ::2]) is None
+    assert as_one_weight(views[0], weights[1]) is None
+    # As far from the beginning of its storage as the second view, but of another storage.
+    assert as_one_weight(views[0], stack_weights(*weights)[1]) is None
+
+
+def test_rows_with_a_gap_behind_each_are_one_as_well(weights: list[torch.Tensor]) -> None:
+    wide = torch.cat(weights).repeat(1, 2)
+    views = wide[:, :64].split(SIZES)
     whole = as_one_weight(*views)
     assert whole is not None
-    assert whole.data_ptr() == views[0].data_ptr()
-    assert torch.equal(whole, torch.cat([w1, w2]))
-    assert as_one_weight(w1, w2) is None
-    assert as_one_weight(views[1], views[0]) is None
-    before = len(projections._merged)
-    assert one_weight(*views).data_ptr() == views[0].data_ptr()
-    assert len(projections._merged) == before
+    assert whole.stride() == (128, 1)
+    assert torch.equal(whole, torch.cat(weights))
 
 
-def test_other_weights_are_concatenated_once_and_again_after_a_write(operands: list[torch.Tensor]) -> None:
-    _, w1, w2 = operands
-    before = dict(projections._merged)
-    first = one_weight(w1, w2)
-    assert torch.equal(first, torch.cat([w1, w2]))
-    assert one_weight(w1, w2) is first
-    assert len(projections._merged) == len(before) + 1
-    w2.mul_(2)
-    assert torch.equal(one_weight(w1, w2), torch.cat([w1, w2]))
-    operands.clear()
-    del w1, w2
-    gc.collect()
-    assert dict(projections._merged) == before
+def test_weights_without_elements_lie_anywhere(weights: list[torch.Tensor]) -> None:
+    first, second, *_ = stack_weights(*weights)
+    none = first.new_empty(0, 64)
+    whole = as_one_weight(none, first, none, second, none)
+    assert whole is not None
+    assert torch.equal(whole, torch.cat(weights[:2]))
+    nothing = [as_one_weight(*(w[:, :0] for w in weights)), as_one_weight(none, none)]
+    assert [None if w is None else w.shape for w in nothing] == [(sum(SIZES), 0), (0, 64)]
 
 
-def test_a_missing_bias_is_zeros(operands: list[torch.Tensor]) -> None:
-    x, w1, w2 = operands
-    b1, b2 = x.new_ones(96), x.new_ones(8)
-    both, first, second = (one_bias(*pair, (w1, w2)) for pair in ((b1, b2), (b1, None), (None, b2)))
-    assert [t is None or t.tolist() for t in (both, first, second)] == [
-        [1] * 104,
-        [1] * 96 + [0] * 8,
-        [0] * 96 + [1] * 8,
-    ]
-    assert one_bias(None, None, (w1, w2)) is None
+def test_weights_that_do_not_fit_together_are_not_stacked(weights: list[torch.Tensor]) -> None:
+    with pytest.raises(
+        ValueError, match=re.escape("expected weights of one width, dtype and device, got [(96, 64), (")
+    ):
+        stack_weights(weights[0], weights[1][:, :32])
+    with pytest.raises(ValueError, match="expected weights of one width, dtype and device"):
+        stack_weights(weights[0], weights[1].float())
 
 
-def test_no_copy_is_made_inside_a_capture(operands: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    _, w1, w2 = operands
-    monkeypatch.setattr(projections, "_capturing", lambda device: True)
-    with pytest.raises(Unsupported, match="stack_weights, or one call before the capture"):
-        one_weight(w1, w2)
-    assert one_weight(*stack_weights(w1, w2)).shape == (104, 64)
+def test_the_weights_of_two_projections_are_one_or_refused(weights: list[torch.Tensor]) -> None:
+    w_qkvz, w_z, w_ba, w_a = stack_weights(*weights)
+    assert torch.equal(one_weight(Projection(w_qkvz, w_z), Projection(w_ba, w_a)), torch.cat(weights))
+    message = (
+        "gdn_in_proj: strategy merged: expected 3 weights that lie right behind one another in one storage, got "
+        "others; try as weights the views that polyfuse.runtime.stack_weights makes, or strategy auto"
+    )
+    with pytest.raises(Unsupported, match=re.escape(message)):
+        one_weight(Projection(w_qkvz, w_z), Projection(w_a))
 
 
-def test_without_a_measurement_the_choice_is_sequential(operands: list[torch.Tensor]) -> None:
-    x, w1, w2 = operands
-    assert choose(x, w1, w2, GEMMS) == "sequential"
+def test_a_missing_bias_is_zeros(weights: list[torch.Tensor]) -> None:
+    w_qkvz, w_z, w_ba, _ = weights
+    b1, b2 = w_qkvz.new_ones(136), w_qkvz.new_ones(8)
+    pairs = ((b1, b2), (b1, None), (None, b2))
+    found = [one_bias(Projection(w_qkvz, w_z, first), Projection(w_ba, None, second)) for first, second in pairs]
+    assert [None if t is None else t.tolist() for t in found] == [[1] * 144, [1] * 136 + [0] * 8, [0] * 136 + [1] * 8]
+    assert one_bias(Projection(w_qkvz), Projection(w_ba)) is None
 
 
-def test_the_choice_follows_the_table(operands: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    x, w1, w2 = operands
+def test_recorded_is_what_requires_a_gradient_while_gradients_are_enabled(x: torch.Tensor) -> None:
+    assert not is_recorded(x, None)
+    x.requires_grad_()
+    assert is_recorded(None, x)
+    with torch.no_grad():
+        assert not is_recorded(x)
+
+
+def test_without_a_measurement_the_choice_is_sequential(x: torch.Tensor, weights: list[torch.Tensor]) -> None:
+    assert choose(x, weights[0], weights[2], GEMMS) == "sequential"
+
+
+def test_the_choice_follows_the_table(
+    x: torch.Tensor, weights: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w1, w2 = weights[0], weights[2]
     ranges = ((4, ("fused", "merged", "parallel")), (None, ("merged", "parallel", "sequential")))
     monkeypatch.setattr(projections, "_table", lambda device: {(64, 96, 8, "bfloat16"): ranges})
     every = (*GEMMS, "fused")
@@ -87,3 +125,18 @@ def test_the_choice_follows_the_table(operands: list[torch.Tensor], monkeypatch:
     assert choose(x, w1, w2, every) == "parallel"
     monkeypatch.setattr(projections, "streams_enabled", lambda: False)
     assert choose(x, w1, w2, every) == "sequential"
+
+
+def test_four_weights_are_looked_up_by_the_widths_of_their_results(
+    x: torch.Tensor, weights: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = {(64, 136, 14, "bfloat16"): ((None, ("merged", "fused", "sequential")),)}
+    monkeypatch.setattr(projections, "_table", lambda device: table)
+    every = (*GEMMS, "fused")
+    w_qkvz, w_z, w_ba, w_a = weights
+    assert choose(x, w_qkvz, w_ba, every) == "sequential"
+    assert choose(x, w_qkvz, w_ba, every, w_z=w_z) == "sequential"
+    assert choose(x, w_qkvz, w_ba, every, w_z=w_z, w_a=w_a) == "fused"
+    w_qkvz, w_z, w_ba, w_a = stack_weights(*weights)
+    assert choose(x, w_qkvz, w_ba, every, w_z=w_z, w_a=w_a) == "merged"
+    assert choose(x, w_qkvz, w_ba, every, w_z=w_z, w_a=weights[3]) == "fused"

@@ -181,9 +181,11 @@ def test_the_way_to_a_first_conformant_op(porter):
 
     module = package / "src/polyfuse_mychip/gdn_in_proj.py"
     stub, _, _ = module.read_text().partition("    raise NotImplementedError")
-    body = (
-        "    linear = torch.nn.functional.linear\n    return linear(x, w_qkvz, bias_qkvz), linear(x, w_ba, bias_ba)\n"
-    )
+    body = """
+    linear = torch.nn.functional.linear
+    large, small = (torch.cat([w for w in pair if w is not None]) for pair in ((w_qkvz, w_z), (w_ba, w_a)))
+    return linear(x, large, bias_qkvz), linear(x, small, bias_ba)
+"""
     module.write_text(stub + body)
     init = package / "src/polyfuse_mychip/__init__.py"
     init.write_text(init.read_text().replace('# "gdn_in_proj"', '"gdn_in_proj"'))

@@ -112,14 +112,14 @@ def test_unknown_names_are_refused():
 
 
 def test_a_waived_failure_is_reported_as_such_and_a_stale_waiver_fails(monkeypatch):
-    def wrong_bias(x, w_qkvz, w_ba, *, bias_qkvz, bias_ba, strategy):
+    def wrong_bias(x, w_qkvz, w_ba, *, w_z, w_a, bias_qkvz, bias_ba, strategy):
         if strategy == "merged":
             raise ZeroDivisionError("no merge unit")
         linear = torch.nn.functional.linear
         return linear(x, w_qkvz, bias_qkvz), linear(x, w_ba)
 
     waivers = {"gdn_in_proj/bias-*": "erratum 7", "gdn_in_proj/float32-merged": "erratum 8", "*/float16-auto": "old"}
-    backend = Backend("waiving", "torch", "polyfuse.torch_impl", implements={"gdn_in_proj": 1}, waivers=waivers)
+    backend = Backend("waiving", "torch", "polyfuse.torch_impl", implements={"gdn_in_proj": 2}, waivers=waivers)
     monkeypatch.setattr(Backend, "load", lambda self, op: Implementation(wrong_bias, Capability()))
     registry().add(backend)
     try:

@@ -110,6 +110,12 @@ def test_a_plan_belongs_to_its_device():
         polyfuse.pos_embed_interpolate(table, [[1, 2, 2]], base=torch.ones(4, 8, device="meta"))
 
 
+def test_a_grid_without_values_is_refused():
+    grid = torch.ones((1, 3), dtype=torch.int64, device="meta")
+    with pytest.raises(SpecError, match="grid_thw: expected a torch array on cpu as table, got torch on meta"):
+        polyfuse.pos_embed_interpolate(torch.from_numpy(TABLE), grid)
+
+
 def test_a_number_in_an_array_is_read_at_every_call():
     table, size = torch.from_numpy(TABLE), torch.tensor(1)
     for number in (1, 2):

@@ -34,7 +34,7 @@ def test_what_is_missing_says_why():
         rows = {row.op: row for row in support_matrix() if row.backend == "half"}
     finally:
         registry.cache_clear()
-    assert rows["gdn_in_proj"].missing == "implements version 99 of gdn_in_proj, this is version 1"
+    assert rows["gdn_in_proj"].missing == "implements version 99 of gdn_in_proj, this is version 2"
     assert rows["gdn_post_conv"].missing == "does not implement gdn_post_conv"
     line = "| gdn_post_conv | half | torch | - | - | does not implement gdn_post_conv |"
     assert line in as_markdown([*rows.values()]).splitlines()

@@ -30,14 +30,18 @@ def test_no_string_enters_the_schema():
     )
 
 
-def finite(op, case):
-    """opcheck takes NaN, and elements that are not written, for a difference."""
-    return case.repeat == 1 and all(np.isfinite(e.low).all() for e in Trial(op, case, 0).exact().values())
+def can_be_checked(op, case):
+    """opcheck takes NaN, and elements that are not written, for a difference, and its copies of arrays lie apart."""
+    return (
+        case.repeat == 1
+        and not case.stacked
+        and all(np.isfinite(e.low).all() for e in Trial(op, case, 0).exact().values())
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
-    for case in [c for c in cases(op) if finite(op, c)][::9]:
+    for case in [c for c in cases(op) if can_be_checked(op, c)][::9]:
         values = arguments(op, case)
         args = _torch_library.flatten(CALLS[op], tuple(values[n] for n in CALLS[op].names))
         torch.library.opcheck(getattr(torch.ops.polyfuse, op).default, args)

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from polyfuse import SpecError
 from polyfuse.reference import oracle
 from polyfuse.spec.gdn_in_proj import STRATEGIES
 
@@ -40,6 +41,26 @@ def test_each_bias_goes_to_its_own_product() -> None:
     qkvz, ba = gdn_in_proj(X, W_QKVZ, W_BA, bias_ba=np.array([0.5], np.float32))
     assert qkvz.tolist() == QKVZ
     assert ba.tolist() == [[1.5], [0.125]]
+
+
+def test_the_rows_of_w_z_and_w_a_follow_those_of_the_first_weights() -> None:
+    # 1*1 + 2*1 = 3 and -1*1 + 0.5*1 = -0.5; 1*2 + 2*0 = 2 and -1*2 + 0.5*0 = -2.
+    w_z, w_a = np.array([[1, 1]], np.float32), np.array([[2, 0]], np.float32)
+    with_z = [[11, 17, -4, 3], [-1, -2, -1, -0.5]]
+    with_a = [[1, 2], [-0.375, -2]]
+    qkvz, ba = gdn_in_proj(X, W_QKVZ, W_BA, w_z=w_z)
+    assert (qkvz.tolist(), ba.tolist()) == (with_z, BA)
+    qkvz, ba = gdn_in_proj(X, W_QKVZ, W_BA, w_a=w_a)
+    assert (qkvz.tolist(), ba.tolist()) == (QKVZ, with_a)
+    qkvz, ba = gdn_in_proj(X, W_QKVZ, W_BA, w_z=w_z, w_a=w_a, bias_ba=np.array([10, 20], np.float32))
+    assert (qkvz.tolist(), ba.tolist()) == (with_z, [[11, 22], [9.625, 18]])
+
+
+def test_a_bias_is_as_wide_as_its_result() -> None:
+    w_z, bias = np.ones((2, 2), np.float32), np.ones(3, np.float32)
+    gdn_in_proj(X, W_QKVZ, W_BA, bias_qkvz=bias)
+    with pytest.raises(SpecError, match=r"gdn_in_proj: bias_qkvz: expected M1=5 in \[M1\], got \[3\]"):
+        gdn_in_proj(X, W_QKVZ, W_BA, w_z=w_z, bias_qkvz=bias)
 
 
 def test_leading_dimensions_are_rows() -> None:
@@ -90,6 +111,7 @@ def test_no_rows_no_columns_and_weights_without_rows() -> None:
     none = np.zeros((0, 2), np.float32)
     assert [part.shape for part in gdn_in_proj(none, W_QKVZ, W_BA)] == [(0, 3), (0, 1)]
     assert [part.shape for part in gdn_in_proj(X, W_QKVZ, none)] == [(2, 3), (2, 0)]
+    assert [part.tolist() for part in gdn_in_proj(X, none, W_BA, w_z=W_QKVZ, w_a=none)] == [QKVZ, BA]
     bias = np.array([1, 2, 3], np.float32)
     qkvz, ba = gdn_in_proj(X[:, :0], W_QKVZ[:, :0], W_BA[:, :0], bias_qkvz=bias)
     assert qkvz.tolist() == [[1, 2, 3], [1, 2, 3]]
@@ -114,6 +136,10 @@ def test_short_sums_of_integers_are_exact() -> None:
     at = gdn_in_proj.intervals(padded(2.0**24 - 1, -1), w, w)["qkvz"]
     # 2 * (2**24 - 2) + 8 * 2**24 roundings are 10 - 2**-22.
     assert (at.high - at.value).tolist() == (at.value - at.low).tolist() == [[10 - 4 * ULP]]
+    # The rows of w_z count as those of w_qkvz do: one fraction among them makes every sum inexact.
+    mixed = gdn_in_proj.intervals(padded(3, 4), w, w, w_z=w / 2)["qkvz"]
+    assert mixed.value.tolist() == [[7, 3.5]]
+    assert (mixed.high - mixed.value).tolist() == [[(2 + 8) * 7 * ULP, (2 + 8) * 3.5 * ULP]]
     # A bias that is no integer makes the sum inexact.
     biased = gdn_in_proj.intervals(padded(3, 4), w, w, bias_qkvz=np.array([0.5], np.float32))["qkvz"]
     assert (biased.high - biased.value).tolist() == [[(2 * 7.5 + 8 * 7.5) * ULP]]

@@ -110,11 +110,11 @@ def test_every_spec_is_complete(op):
             Capability(dtypes={"x": ("fp32",)}),
             "dtypes['x']: expected values of 'float32', 'bfloat16', 'float16', got 'fp32'",
         ),
-        (Capability(multiples={"D": 128}), "multiples: expected one of N1, N2, hidden, got 'D'"),
-        (Capability(ranges={"dim": (16, 128)}), "ranges: expected one of N1, N2, hidden, got 'dim'"),
+        (Capability(multiples={"D": 128}), "multiples: expected one of M1, M2, N1, N2, NA, NZ, hidden, got 'D'"),
+        (Capability(ranges={"dim": (16, 128)}), "ranges: expected one of M1, M2, N1, N2, NA, NZ, hidden, got 'dim'"),
         (
             Capability(defers=(Deferral("cuda", "slow", multiples={"dim": 32}),)),
-            "defers: expected one of N1, N2, hidden, got 'dim'",
+            "defers: expected one of M1, M2, N1, N2, NA, NZ, hidden, got 'dim'",
         ),
         (Capability(devices="cpu"), "devices: expected a tuple of device kinds, got 'cpu'"),
     ],
@@ -133,7 +133,7 @@ def test_a_capability_speaks_of_its_op(capability, mistake):
 def projection(hidden=8, small=4):
     arrays = {"x": (3, hidden), "w_qkvz": (6, hidden), "w_ba": (small, hidden)}
     values = {name: np.zeros(shape, np.float32) for name, shape in arrays.items()}
-    return bind(OPS["gdn_in_proj"], {"strategy": "auto", "bias_qkvz": None, "bias_ba": None} | values)
+    return bind(OPS["gdn_in_proj"], OPS["gdn_in_proj"].parameters | values)
 
 
 def test_a_range_claims_its_ends_and_nothing_beyond():

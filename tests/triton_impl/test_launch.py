@@ -122,5 +122,5 @@ def test_every_op_launches_what_triton_would(run_uninterpreted: Callable[[str], 
         "gdn_post_conv 24 27",
         "gdn_conv_prep 39 47",
         "pos_embed_interpolate 15 22",
-        "fused 10 21",
+        "in_proj 23 30",
     ]

@@ -41,6 +41,7 @@ driver.set_active(
 
 import torch  # noqa: E402
 
+from polyfuse._torch.projections import Projection  # noqa: E402
 from polyfuse.triton_impl import _launch  # noqa: E402
 from polyfuse.triton_impl.gdn_conv_prep import gdn_conv_prep  # noqa: E402
 from polyfuse.triton_impl.gdn_in_proj import fused  # noqa: E402
@@ -170,12 +171,29 @@ vary(
     merge_size=[1],
     align_corners=[False],
 )
+
+
+def in_proj(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    wz: torch.Tensor | None,
+    wa: torch.Tensor | None,
+    b1: torch.Tensor | None,
+    b2: torch.Tensor | None,
+) -> None:
+    fused(x, Projection(w1, wz, b1), Projection(w2, wa, b2))
+
+
+weights = {"w1": zeros(64, 48), "w2": zeros(8, 48), "wz": zeros(32, 48), "wa": zeros(8, 48)}
 vary(
-    fused,
-    {"x": zeros(5, 48), "w1": zeros(64, 48), "w2": zeros(8, 48), "b1": zeros(64), "b2": zeros(8)},
-    {"x": layouts, "w1": layouts, "w2": layouts, "b1": (shifted, spread), "b2": (shifted, spread)},
+    in_proj,
+    {"x": zeros(5, 48), **weights, "b1": zeros(96), "b2": zeros(16)},
+    {"x": layouts, **dict.fromkeys(weights, layouts), "b1": (shifted, spread), "b2": (shifted, spread)},
     x=[zeros(1, 48), zeros(16, 48), zeros(70, 48)],
     w1=[zeros(32, 48), zeros(33, 48)],
+    wz=[None, zeros(33, 48)],
+    wa=[None],
     b1=[None],
     b2=[None],
 )

@@ -87,7 +87,12 @@ def _read_array(spec: OpSpec, names: Sequence[str], args: tuple[Any, ...], index
     if is_traced(value):
         raise SpecError(f"{spec.name}: {name}: a traced array needs {names[unless]}=, got None")
     dtypes = next(t.dtypes for t in spec.tensors if t.name == name)
-    return value.tolist() if dtype_name(value.dtype) in dtypes and value.ndim == 2 else value
+    if dtype_name(value.dtype) not in dtypes or value.ndim != 2:
+        return value
+    try:
+        return value.tolist()
+    except (NotImplementedError, RuntimeError):  # an array without values, such as one on the meta device
+        return value
 
 
 def _rows(value: Sequence[Any]) -> Any:

@@ -23,9 +23,23 @@ def operands(*lead: int) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((*lead, 64), (96, 64), (8, 64)))
 
 
-def model_shapes(dtype: Any) -> list[jax.ShapeDtypeStruct]:
-    """The operands of a decoding step of Qwen3-Next."""
-    return [jax.ShapeDtypeStruct(shape, dtype) for shape in ((4, 2048), (12288, 2048), (64, 2048))]
+def following() -> dict[str, jax.Array]:
+    """w_z and w_a."""
+    rng = np.random.default_rng(1)
+    sizes = {"w_z": 40, "w_a": 6}
+    return {name: jnp.asarray(rng.standard_normal((n, 64)), jnp.float32) for name, n in sizes.items()}
+
+
+def joined(w1: jax.Array, w2: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What w_qkvz and w_ba are as one matrix each with what `following` gives."""
+    return jnp.concatenate([w1, following()["w_z"]]), jnp.concatenate([w2, following()["w_a"]])
+
+
+def model_shapes(dtype: Any) -> tuple[list[jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+    """The operands of a decoding step of Qwen3.5-9B."""
+    sizes = {"x": 4, "w_qkvz": 8192, "w_ba": 32, "w_z": 4096, "w_a": 32}
+    x, w_qkvz, w_ba, w_z, w_a = (jax.ShapeDtypeStruct((n, 4096), dtype) for n in sizes.values())
+    return [x, w_qkvz, w_ba], {"w_z": w_z, "w_a": w_a}
 
 
 def test_cases(layer: Any, cpu_tiles: None) -> None:
@@ -33,16 +47,16 @@ def test_cases(layer: Any, cpu_tiles: None) -> None:
     assert layer.problems([case for case in CASES.values() if case.attrs.get("strategy", "auto") in claimed]) == {}
 
 
-@pytest.mark.parametrize("name", ["bfloat16-auto", "float32-auto", "bias-auto"])
+@pytest.mark.parametrize("name", ["bfloat16-auto", "float32-auto", "bias-auto", "four_odd-auto", "with_a-auto"])
 def test_public_function(layer: Any, name: str) -> None:
     assert layer.public(CASES[name]) == ("passed", "")
 
 
 def test_jit_and_vmap(layer: Any) -> None:
     x, w1, w2 = operands(3, 5)
-    op = partial(layer.function, strategy="auto")
+    op = partial(layer.function, strategy="auto", **following())
     batched = jax.jit(jax.vmap(op, in_axes=(0, None, None)))(x, w1, w2)
-    for result, weight in zip(batched, (w1, w2), strict=True):
+    for result, weight in zip(batched, joined(w1, w2), strict=True):
         np.testing.assert_allclose(result, np.asarray(x) @ np.asarray(weight).T, rtol=1e-4, atol=1e-4)
 
 
@@ -69,23 +83,37 @@ def test_rows_split_over_devices(pallas_layer: Any, mesh: Mesh) -> None:
         np.testing.assert_allclose(result, want, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_reach_every_operand(jax_layer: Any) -> None:
+@pytest.mark.parametrize("strategy", ["auto", "merged"])
+def test_gradients_reach_every_operand(jax_layer: Any, strategy: str) -> None:
     x, w1, w2 = operands(3)
+    factor = jnp.arange(150.0)  # another one for each column
 
-    def total(*arrays: jax.Array) -> jax.Array:
-        large, small = jax_layer.function(*arrays)
-        return large.sum() + small.sum()
+    def total(x: jax.Array, w1: jax.Array, w2: jax.Array, rest: dict[str, jax.Array]) -> jax.Array:
+        results = jax_layer.function(x, w1, w2, strategy=strategy, **rest)
+        return (jnp.concatenate(results, axis=-1) * factor).sum()
 
-    gradients = jax.grad(total, argnums=(0, 1, 2))(x, w1, w2)
-    np.testing.assert_allclose(gradients[0], np.tile(w1.sum(0) + w2.sum(0), (3, 1)), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(gradients[2], np.tile(x.sum(0), (8, 1)), rtol=1e-4, atol=1e-4)
+    of_x, of_w1, of_w2, rest = jax.grad(total, argnums=(0, 1, 2, 3))(x, w1, w2, following())
+    weights = jnp.concatenate(joined(w1, w2))
+    np.testing.assert_allclose(of_x, np.tile(factor @ weights, (3, 1)), rtol=1e-4, atol=1e-3)
+    found = np.concatenate([of_w1, rest["w_z"], of_w2, rest["w_a"]])
+    np.testing.assert_allclose(found, factor[:, None] * x.sum(0), rtol=1e-4, atol=1e-3)
+
+
+def test_merged_is_one_product(jax_layer: Any) -> None:
+    products = {}
+    for strategy in ("merged", "sequential"):
+        traced = jax.make_jaxpr(partial(jax_layer.function, strategy=strategy, **following()))(*operands(3))
+        products[strategy] = str(traced).count("dot_general[")
+    assert products == {"merged": 1, "sequential": 4}
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_lowers(jax_layer: Any, lowered: Any, platform: str) -> None:
-    assert lowered(jax_layer.function, *model_shapes("bfloat16"), platform=platform)
+    arrays, rest = model_shapes("bfloat16")
+    assert lowered(jax_layer.function, *arrays, **rest, platform=platform)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_lowers_to_one_kernel(pallas_layer: Any, triton_kernels: Any, dtype: str) -> None:
-    assert triton_kernels(pallas_layer.function, *model_shapes(dtype)) == 1
+    arrays, rest = model_shapes(dtype)
+    assert triton_kernels(pallas_layer.function, *arrays, **rest) == 1

@@ -12,6 +12,6 @@ BACKEND = Backend(
         "gdn_post_conv": 1,
         "gdn_conv_prep": 1,
         "silu_mul_block_quant": 1,
-        "gdn_in_proj": 1,
+        "gdn_in_proj": 2,
     },
 )

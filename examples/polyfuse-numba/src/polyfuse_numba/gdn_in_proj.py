@@ -17,9 +17,22 @@ def gdn_in_proj(
     w_qkvz: torch.Tensor,
     w_ba: torch.Tensor,
     *,
+    w_z: torch.Tensor | None = None,
+    w_a: torch.Tensor | None = None,
     bias_qkvz: torch.Tensor | None = None,
     bias_ba: torch.Tensor | None = None,
     strategy: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """qkvz and ba, one product after the other, each rounded once."""
-    return linear(x, w_qkvz, bias_qkvz), linear(x, w_ba, bias_ba)
+    return _project(x, w_qkvz, w_z, bias_qkvz), _project(x, w_ba, w_a, bias_ba)
+
+
+def _project(
+    x: torch.Tensor, weight: torch.Tensor, following: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """One result, the columns of the weight that follows after those of the first."""
+    if following is None:
+        return linear(x, weight, bias)
+    sizes = [len(weight), len(following)]
+    biases = (None, None) if bias is None else bias.split(sizes)
+    return torch.cat([linear(x, weight, biases[0]), linear(x, following, biases[1])], dim=-1)
