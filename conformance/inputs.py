@@ -19,19 +19,20 @@ from polyfuse.spec._validate import evaluate
 def make_inputs(spec: OpSpec, case: Case, seed: int = 0) -> dict[str, Any]:
     """Every parameter of the op for this case: NumPy arrays, host values and attributes."""
     values: dict[str, Any] = {a.name: case.attrs.get(a.name, a.default) for a in spec.attrs}
-    names = {**values, **case.dims}
+    given = {t.name: t.name in case.present for t in spec.tensors if t.optional}
+    names = {**values, **given, **case.dims}
+    derived = []
     for tensor in spec.tensors:
-        if tensor.optional:
+        if tensor.optional and not (given[tensor.name] and _is_known(tensor, names)):
             values[tensor.name] = None
+            derived += [tensor] if given[tensor.name] else []
         elif tensor.name in case.host:
             values[tensor.name] = _host(tensor, case)
         else:
             values[tensor.name] = _array(spec, tensor, case, names, seed)
-    if case.present:
-        names = {**values, **bind(spec, values).dims, **case.dims}
-        for tensor in spec.tensors:
-            if tensor.name in case.present:
-                values[tensor.name] = _array(spec, tensor, case, names, seed)
+    if derived:
+        names = {**names, **bind(spec, values).dims, **case.dims}
+        values |= {tensor.name: _array(spec, tensor, case, names, seed) for tensor in derived}
     return values
 
 
@@ -47,6 +48,11 @@ def place(values: Mapping[str, Any], family: str, device: str, stacked: Sequence
         parts = [placed[name] for name in stacked]
         placed |= dict(zip(stacked, torch.cat(parts).split([len(part) for part in parts]), strict=True))
     return placed
+
+
+def _is_known(tensor: TensorSpec, names: Mapping[str, Any]) -> bool:
+    """Whether the case gives every dimension of the array; the others follow from the rest of the call."""
+    return all(symbol in names for symbol in tensor.shape)
 
 
 def _host(tensor: TensorSpec, case: Case) -> Any:

@@ -17,6 +17,7 @@ CAPABILITY = Capability(devices=("cpu",))
 def formula(
     x: Array,
     *,
+    up: Array | None,
     num_rows: Array | None,
     group_size: int,
     quant_dtype: str,
@@ -29,12 +30,12 @@ def formula(
     reciprocal: bool,
 ) -> tuple[F64, F64]:
     """q [..., D] and scale [..., G], or the bytes of a packed scale; 0 in rows past num_rows."""
-    gate, up = gate_and_up(x, limit)
+    gate, factor = gate_and_up(x, up, limit)
     y = gate * sigmoid(gate)
     if materialize:
-        y = rounded(rounded(y, x) * up, x)
+        y = rounded(rounded(y, x) * factor, x)
     else:
-        y = overflowed(y * up)
+        y = overflowed(y * factor)
     amax = np.abs(grouped(y, group_size)).max(-1, initial=0.0)
     scale = bounded_scale(raw_scale(amax, quant_dtype, reciprocal), amax, quant_dtype, scale_ub, scale_min)
     if scale_format != "float32":
@@ -48,13 +49,13 @@ def formula(
     return np.where(valid, q, 0.0), np.where(valid, stored, 0.0)
 
 
-def gate_and_up(x: Array, limit: float | None) -> tuple[F64, F64]:
-    """The halves of x, clamped to the float32 nearest to the limit."""
-    gate, up = np.split(to_f64(x), 2, axis=-1)
+def gate_and_up(x: Array, up: Array | None, limit: float | None) -> tuple[F64, F64]:
+    """The halves of x, or x and up, clamped to the float32 nearest to the limit."""
+    gate, factor = np.split(to_f64(x), 2, axis=-1) if up is None else (to_f64(x), to_f64(up))
     if limit is not None:
         limit = float(np.float32(limit))
-        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    return gate, up
+        gate, factor = np.minimum(gate, limit), np.clip(factor, -limit, limit)
+    return gate, factor
 
 
 def rounded(value: F64, x: Array) -> F64:
@@ -138,7 +139,7 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
 
 
 def _activation_interval(given: Any, relative: float, flush: float) -> Interval:
-    gate, up = gate_and_up(given.x, given.limit)
+    gate, up = gate_and_up(given.x, given.up, given.limit)
     sigma = sigmoid(gate)
     silu = gate * sigma
     if given.materialize:

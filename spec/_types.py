@@ -4,7 +4,9 @@ Everything else is derived from an `OpSpec`: argument validation, output shapes 
 cases and error bounds, rooflines, documentation and the stubs of a new backend.
 
 A dimension is written as a string: a name (`"D"`), or an arithmetic expression over names of dimensions
-and attributes (`"2*D"`, `"N*N"`). `"..."` as the first dimension stands for any number of leading ones.
+and attributes (`"2*D"`, `"N*N"`), or a choice between two of these, `"D if up else 2*D"`, by the truth of an attribute
+or by whether an optional array is given. `"..."` as the first dimension stands for any number of leading ones, the same
+for all arguments that have it.
 A dtype is the name NumPy and ml_dtypes give it (`"bfloat16"`), or a dtype variable (`"T"`).
 """
 
@@ -234,7 +236,8 @@ class Capability:
         tensors = {t.name: t.dtypes for t in spec.tensors}
         choices = {a.name: a.values for a in spec.attrs}
         dtypes = tensors | {a.name: a.values for a in spec.attrs if a.kind == "dtype"}
-        dims = {word for t in spec.tensors for size in t.shape for word in re.findall(r"[A-Za-z_]\w*", size)}
+        words = {word for t in spec.tensors for size in t.shape for word in re.findall(r"[A-Za-z_]\w*", size)}
+        dims = words - set(spec.parameters) - {"if", "else"}
         found = []
         devices: Any = self.devices
         fields: Any = (("attrs", self.attrs, choices), ("dtypes", self.dtypes, dtypes))

@@ -84,7 +84,8 @@ def bind(spec: OpSpec, arguments: Mapping[str, Any], *, read_host: bool = True) 
             fail(spec.name, tensor.name, "an array", type(value).__name__)
         shapes[tensor.name] = tuple(value.shape)
         dtypes[tensor.name] = _dtype(spec, tensor, dtype_name(value.dtype), dtypes)
-    dims = _bind_shapes(spec, shapes, attrs)
+    given = {t.name: arguments[t.name] is not None for t in spec.tensors if t.optional}
+    dims = _bind_shapes(spec, shapes, attrs, given)
     call = Call(spec, dims, attrs, dtypes, host)
     spec.check(call)
     extra = spec.derive(call)
@@ -198,18 +199,24 @@ def _dtype(spec: OpSpec, tensor: TensorSpec, dtype: str, bound: dict[str, str]) 
     return dtype
 
 
-def _bind_shapes(spec: OpSpec, shapes: Mapping[str, tuple[Any, ...]], attrs: Mapping[str, Any]) -> dict[str, Any]:
+def _bind_shapes(
+    spec: OpSpec, shapes: Mapping[str, tuple[Any, ...]], attrs: Mapping[str, Any], given: Mapping[str, bool]
+) -> dict[str, Any]:
+    """The dimensions of the arguments, whose shapes must agree; `given` says which of the optional arrays are there."""
     dims: dict[str, Any] = {}
     expressions: list[tuple[TensorSpec, str, Any]] = []
-    for tensor in spec.tensors:
-        if tensor.name not in shapes:
+    for declared in spec.tensors:
+        if declared.name not in shapes:
             continue
+        tensor = replace(declared, shape=tuple(_chosen(symbol, {**attrs, **given}) for symbol in declared.shape))
         shape, symbols = shapes[tensor.name], tensor.shape
         if symbols and symbols[0] == "...":
             symbols = symbols[1:]
             lead = len(shape) - len(symbols)
             if lead >= 0:
-                dims["..."] = shape[:lead]
+                if dims.setdefault("...", shape[:lead]) != shape[:lead]:
+                    want = f"leading dimensions {list(dims['...'])} in {_shape_text(tensor.shape)}"
+                    fail(spec.name, tensor.name, want, list(shape))
                 shape = shape[lead:]
         if len(shape) != len(symbols):
             fail(spec.name, tensor.name, f"shape {_shape_text(tensor.shape)}", list(shapes[tensor.name]))
@@ -217,7 +224,8 @@ def _bind_shapes(spec: OpSpec, shapes: Mapping[str, tuple[Any, ...]], attrs: Map
             if not _NAME.fullmatch(symbol) or symbol in attrs:
                 expressions.append((tensor, symbol, size))
             elif dims.setdefault(symbol, size) != size:
-                fail(spec.name, tensor.name, f"{symbol}={dims[symbol]} in {_shape_text(tensor.shape)}", list(shape))
+                want = f"{symbol}={dims[symbol]} in {_shape_text(tensor.shape)}"
+                fail(spec.name, tensor.name, want, list(shapes[tensor.name]))
     for tensor, symbol, size in expressions:
         names = {**attrs, **dims}
         unknown = set(_NAME.findall(symbol)) - set(names)
@@ -232,6 +240,13 @@ def _bind_shapes(spec: OpSpec, shapes: Mapping[str, tuple[Any, ...]], attrs: Map
     return dims
 
 
+def _chosen(symbol: str, names: Mapping[str, Any]) -> str:
+    """The side of a choice such as `"D if up else 2*D"` that a call takes; any other dimension as it is."""
+    first, choice, rest = symbol.partition(" if ")
+    condition, _, second = rest.partition(" else ")
+    return symbol if not choice else first if names[condition] else second
+
+
 def _solve(spec: OpSpec, tensor: TensorSpec, symbol: str, size: Any, names: Mapping[str, Any]) -> Any:
     """The unknown of `k*X` (k known) or `X*X`, given the value of the product."""
     left, _, right = symbol.rpartition("*")
@@ -242,7 +257,8 @@ def _solve(spec: OpSpec, tensor: TensorSpec, symbol: str, size: Any, names: Mapp
         return root
     factor = evaluate(left, names)
     if size % factor:
-        fail(spec.name, tensor.name, f"a size divisible by {left}={factor} in {_shape_text(tensor.shape)}", size)
+        divisor = left if left == str(factor) else f"{left}={factor}"
+        fail(spec.name, tensor.name, f"a size divisible by {divisor} in {_shape_text(tensor.shape)}", size)
     return size // factor
 
 

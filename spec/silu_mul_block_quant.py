@@ -1,6 +1,6 @@
 """`silu_mul_block_quant`: SiLU-and-multiply of a gated MLP, quantised block by block, in one pass.
 
-A row of `x` is [gate | up], each of width D:
+A row has a gate and an up, each of width D. `x` holds the two side by side, [gate | up]; with `up=`, the gate alone:
 
     y      gate * sigmoid(gate) * up          in fp32, unrounded
     amax   max |y| over each group of group_size columns
@@ -47,13 +47,15 @@ def scale_floor(quant_dtype: str, scale_min: float | None = None) -> float:
 
 def _check(call: Call) -> None:
     group = call.attrs["group_size"]
+    halves, times = (1, "") if "up" in call.dtypes else (2, "2*")
+    width = halves * call.dims["D"]
     if call.dims["D"] % group:
-        fail(NAME, "x", f"a last dimension divisible by 2*group_size={2 * group}", 2 * call.dims["D"])
+        fail(NAME, "x", f"a last dimension divisible by {times}group_size={halves * group}", width)
     lead = call.dims["..."]
     if not lead:
         fail(NAME, "x", "at least 2 dimensions", 1)
     if "num_rows" in call.dtypes and len(lead) != 2:
-        fail(NAME, "x", "shape [E, T, 2*D] with num_rows", [*lead, 2 * call.dims["D"]])
+        fail(NAME, "x", f"shape [E, T, {times}D] with num_rows", [*lead, width])
     for name in ("scale_ub", "limit"):
         if call.attrs[name] is not None and not call.attrs[name] > 0:
             fail(NAME, name, "a number > 0", call.attrs[name])
@@ -113,12 +115,26 @@ SPEC = OpSpec(
     ),
     rows="...",
     tensors=(
-        TensorSpec("x", ("...", "2*D"), FLOATS, "[gate | up]; leading dimensions are rows"),
+        TensorSpec(
+            "x",
+            ("...", "D if up else 2*D"),
+            FLOATS,
+            "[gate | up], or the gate where up is given; leading dimensions are rows",
+            dtype_var="T",
+        ),
+        TensorSpec(
+            "up",
+            ("...", "D"),
+            FLOATS,
+            "the up of each row, with strides of its own; x and up may each be columns of a wider array",
+            dtype_var="T",
+            optional=True,
+        ),
         TensorSpec(
             "num_rows",
             ("E",),
             ("int32",),
-            "valid rows per expert of an x [E, T, 2*D]; rows past that are neither read nor written",
+            "valid rows per expert, where `...` is [E, T]; rows past that are neither read nor written",
             optional=True,
         ),
     ),
@@ -173,6 +189,7 @@ SPEC = OpSpec(
         "infinite or NaN. With scale_min=0, so may a scale.",
         "y beyond float32 is infinite. ue8m0_packed writes exponent byte 255 for a NaN or infinite scale.",
         "Four exponent bytes per int32, the first group lowest; the bytes past the last group are 0.",
+        "With up, the result is that of the two side by side in x. They may share memory.",
         "No rows, or D == 0: empty results, without a launch. num_rows beyond T counts as T, below 0 as 0.",
     ),
     core=(

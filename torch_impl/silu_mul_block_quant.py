@@ -26,6 +26,7 @@ CAPABILITY = Capability()
 def silu_mul_block_quant(
     x: torch.Tensor,
     *,
+    up: torch.Tensor | None = None,
     num_rows: torch.Tensor | None = None,
     group_size: int = 128,
     quant_dtype: str = "float8_e4m3fn",
@@ -38,8 +39,9 @@ def silu_mul_block_quant(
     reciprocal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns q and scale, each rounded once; rows past num_rows, which nothing may depend on, are like the others."""
+    gate, factor = x.chunk(2, -1) if up is None else (x, up)
     q, scale = block_quant(
-        silu_mul(x, limit=limit) if materialize else _unrounded(x, limit),
+        (_rounded if materialize else _unrounded)(gate, factor, limit),
         group_size=group_size,
         quant_dtype=quant_dtype,
         scale_format=scale_format,
@@ -50,13 +52,21 @@ def silu_mul_block_quant(
     return q, _lay_out(scale, scale_layout, masked=num_rows is not None)
 
 
-def _unrounded(x: torch.Tensor, limit: float | None) -> torch.Tensor:
+def _unrounded(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> torch.Tensor:
     """y [..., D] in fp32."""
-    gate, up = (half.float() for half in x.chunk(2, -1))
+    gate, up = gate.float(), up.float()
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     # Not silu(): on a CPU its last bit depends on the place of the element in the tensor.
     return gate * (up / (1 + torch.exp(-gate)))
+
+
+def _rounded(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """y [..., D] in the dtype of gate, to which silu(gate) and the product are rounded."""
+    dtype = gate.dtype
+    if limit is not None:
+        gate, up = gate.float().clamp(max=limit), up.float().clamp(-limit, limit)
+    return (silu(gate).to(dtype) * up).to(dtype)
 
 
 def silu_mul(x: torch.Tensor, *, limit: float | None = None) -> torch.Tensor:
@@ -71,9 +81,7 @@ def silu_mul(x: torch.Tensor, *, limit: float | None = None) -> torch.Tensor:
     if limit is not None and not limit > 0:
         fail("silu_mul", "limit", "a number > 0", limit)
     gate, up = x.chunk(2, -1)
-    if limit is not None:
-        gate, up = gate.float().clamp(max=limit), up.float().clamp(-limit, limit)
-    return (silu(gate).to(x.dtype) * up).to(x.dtype)
+    return _rounded(gate, up, limit)
 
 
 def block_quant(

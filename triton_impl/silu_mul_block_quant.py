@@ -54,7 +54,8 @@ def _sigmoid(x):
 
 @triton.jit(do_not_specialize=["num_rows_ptr", "rows", "tiles", "scale_expert", "scale_row", "scale_group"])
 def _kernel(
-    x_ptr,  # [experts, rows, 2*D]
+    x_ptr,  # [experts, rows, 2*D], or the gate [experts, rows, D]
+    up_ptr,  # [experts, rows, D], or None for the columns of x from D on
     num_rows_ptr,  # [experts], or None for one expert whose rows are all valid
     q_ptr,  # [experts, rows, D]
     scale_ptr,  # [experts, rows, GROUPS]; packed: bytes of int32 [experts, rows, GROUPS / 4]
@@ -68,6 +69,9 @@ def _kernel(
     x_expert,
     x_row,
     x_column,
+    up_expert,
+    up_row,
+    up_column,
     D: tl.constexpr,
     GROUP: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -91,6 +95,8 @@ def _kernel(
         if tile.to(tl.int64) * BLOCK >= valid.to(tl.int64) * GROUPS:
             return
         x_ptr += expert * x_expert
+        if up_ptr is not None:
+            up_ptr += expert * up_expert
         q_ptr += expert * rows * D
         scale_ptr += expert * scale_expert
 
@@ -104,7 +110,11 @@ def _kernel(
     source = x_ptr + row.to(tl.int64)[:, None] * x_row
     inside = lane < GROUP
     gate = tl.load(source + column * x_column, mask=inside, other=0.0, eviction_policy="evict_first")
-    up = tl.load(source + (column + D) * x_column, mask=inside, other=0.0, eviction_policy="evict_first")
+    if up_ptr is None:
+        ups = source + (column + D) * x_column
+    else:
+        ups = up_ptr + row.to(tl.int64)[:, None] * up_row + column * up_column
+    up = tl.load(ups, mask=inside, other=0.0, eviction_policy="evict_first")
     mask = live[:, None] & inside
     dtype: tl.constexpr = gate.dtype
     gate = widen(gate)
@@ -185,6 +195,7 @@ def _tile(group: int, itemsize: int, elements: int) -> tuple[int, int]:
 def _plan(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
+    up_strides: tuple[int, ...] | None,
     dtype: torch.dtype,
     device: torch.device,
     masked: bool,
@@ -197,25 +208,26 @@ def _plan(
     reciprocal: bool,
     *launched_by: bool,
 ) -> _Plan:
-    """`strides` are those of x as [experts, rows, width] if `masked`, else as [rows, width].
+    """`strides` are those of x as [experts, rows, width] if `masked`, else as [rows, width]; `up_strides` those of up.
 
     `launched_by` is what else tells one launch from another.
     """
     if group > WIDEST_GROUP:
         raise Unsupported(f"{NAME}: group_size={group}: a program takes whole groups of up to {WIDEST_GROUP}")
-    lead, width = shape[:-1], shape[-1]
+    lead, width = shape[:-1], shape[-1] // 2 if up_strides is None else shape[-1]
     experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
-    groups = width // 2 // group
+    groups = width // group
     packed = scale_format == "ue8m0_packed"
     columns = -(-groups // 4) if packed else groups
     layout = scale_strides(lead, columns, scale_layout, masked)
     scale_row, scale_group = (columns, 1) if layout is None else (1, layout[-1])
     scale_expert = 0 if not masked else rows * columns if layout is None else layout[0]
-    block, warps = _tile(group, dtype.itemsize, experts * rows * width // 2)
+    block, warps = _tile(group, dtype.itemsize, experts * rows * width)
     tiles = -(-rows * groups // block)
     fixed = (
         *(strides if masked else (0, *strides)),
-        width // 2,
+        *((None, None, None) if up_strides is None else up_strides if masked else (0, *up_strides)),
+        width,
         group,
         quant_dtype,
         QMAX[quant_dtype],
@@ -227,7 +239,7 @@ def _plan(
         block,
     )
     return _Plan(
-        q_shape=(*lead, width // 2),
+        q_shape=(*lead, width),
         q_dtype=getattr(torch, quant_dtype),
         emulated=quant_dtype != "int8" and not _converts(device, quant_dtype),
         scale_shape=(*lead, columns),
@@ -243,6 +255,7 @@ def _plan(
 def silu_mul_block_quant(
     x: torch.Tensor,
     *,
+    up: torch.Tensor | None = None,
     num_rows: torch.Tensor | None = None,
     group_size: int = 128,
     quant_dtype: str = "float8_e4m3fn",
@@ -259,11 +272,13 @@ def silu_mul_block_quant(
     if num_rows is None:
         if len(shape) > 2:
             x = x.flatten(0, -2)
+            up = up if up is None else up.flatten(0, -2)
     elif num_rows.stride(0) != 1:
         num_rows = num_rows.contiguous()
     plan = _plan(
         shape,
         x.stride(),
+        up if up is None else up.stride(),
         x.dtype,
         x.device,
         num_rows is not None,
@@ -277,6 +292,7 @@ def silu_mul_block_quant(
         scale_ub is None,
         limit is None,
         x.data_ptr() % 16 == 0,
+        up is None or up.data_ptr() % 16 == 0,
     )
     q = torch.empty(plan.q_shape, dtype=plan.q_dtype, device=x.device)
     if plan.scale_strides is None:
@@ -288,6 +304,6 @@ def silu_mul_block_quant(
     codes = q.view(torch.uint8) if plan.emulated else q
     if plan.launch is None:
         numbers = scale_ub, limit, *plan.numbers
-        plan.launch = _launch.find((x, num_rows, codes), numbers, plan.fixed, plan.warps)
-    plan.launch(plan.grid, x, num_rows, codes, scale, scale_ub, limit, *plan.numbers, *plan.fixed)
+        plan.launch = _launch.find((x, up, num_rows, codes), numbers, plan.fixed, plan.warps)
+    plan.launch(plan.grid, x, up, num_rows, codes, scale, scale_ub, limit, *plan.numbers, *plan.fixed)
     return q, scale

@@ -19,24 +19,24 @@ def cases() -> Iterator[Case]:
     small = {"...": (5,), "D": 128}
     for dtype, fmt, layout in product(QMAX, SCALE_FORMATS, SCALE_LAYOUTS):
         attrs = {"group_size": 32, "quant_dtype": dtype, "scale_format": fmt, "scale_layout": layout}
-        yield Case(f"{dtype}-{fmt}-{layout}", small, attrs, {"x": "bfloat16"})
+        yield Case(f"{dtype}-{fmt}-{layout}", small, attrs, {"T": "bfloat16"})
     for dtype, materialize, limit in product(FLOATS, (False, True), (None, 0.75)):
         attrs = {"group_size": 64, "materialize": materialize, "limit": limit}
-        yield Case(f"{dtype}-materialize_{materialize}-limit_{limit}", small, attrs, {"x": dtype})
+        yield Case(f"{dtype}-materialize_{materialize}-limit_{limit}", small, attrs, {"T": dtype})
     for group, width in ((128, 256), (64, 192), (48, 144), (7, 21), (1, 3), (256, 512), (96, 96)):
         for fmt in ("float32", "ue8m0_packed"):
             attrs = {"group_size": group, "scale_format": fmt}
-            yield Case(f"group_{group}-{fmt}", {"...": (4,), "D": width}, attrs, {"x": "bfloat16"})
+            yield Case(f"group_{group}-{fmt}", {"...": (4,), "D": width}, attrs, {"T": "bfloat16"})
     for lead in ((0,), (1,), (67,), (2, 3), (2, 2, 2)):
         for layout in SCALE_LAYOUTS:
             attrs = {"group_size": 32, "scale_layout": layout}
-            yield Case(f"lead_{'x'.join(map(str, lead))}-{layout}", {"...": lead, "D": 64}, attrs, {"x": "bfloat16"})
+            yield Case(f"lead_{'x'.join(map(str, lead))}-{layout}", {"...": lead, "D": 64}, attrs, {"T": "bfloat16"})
     for fmt, layout in product(SCALE_FORMATS, SCALE_LAYOUTS):
         yield Case(
             f"experts-{fmt}-{layout}",
             {"...": (3, 6), "D": 160, "E": 3},
             {"group_size": 32, "scale_format": fmt, "scale_layout": layout},
-            {"x": "bfloat16"},
+            {"T": "bfloat16"},
             present=("num_rows",),
             fill={"num_rows": "row_counts", "x": "nan_past_rows"},
         )
@@ -56,7 +56,7 @@ def cases() -> Iterator[Case]:
         attrs = {"group_size": 32, "scale_format": fmt, "scale_min": 0.01}
         yield Case(f"scale_min_0.01-{fmt}", {"...": (12,), "D": 96}, attrs, fill={"x": "decades"})
     attrs = {"scale_layout": "col_major", "scale_min": 0.0, "materialize": True}
-    yield Case("scale_min_0.0-materialize", {"...": (5,), "D": 256}, attrs, {"x": "bfloat16"}, fill={"x": "decades"})
+    yield Case("scale_min_0.0-materialize", {"...": (5,), "D": 256}, attrs, {"T": "bfloat16"}, fill={"x": "decades"})
     for dtype, fmt, fill in (
         *((dtype, "float32", "decades") for dtype in QMAX),
         ("int8", "ue8m0", "decades"),
@@ -64,16 +64,48 @@ def cases() -> Iterator[Case]:
     ):
         attrs = {"group_size": 32, "quant_dtype": dtype, "scale_format": fmt, "materialize": True, "reciprocal": True}
         name = f"reciprocal-{fill}-{dtype}-{fmt}"
-        yield Case(name, {"...": (12,), "D": 96}, attrs, {"x": "bfloat16"}, fill={"x": fill})
+        yield Case(name, {"...": (12,), "D": 96}, attrs, {"T": "bfloat16"}, fill={"x": fill})
     yield Case("reciprocal", small, {"group_size": 32, "reciprocal": True})
     for dtype, fmt in product(QMAX, SCALE_FORMATS[1:]):
         attrs = {"group_size": 32, "quant_dtype": dtype, "scale_format": fmt, "materialize": True}
-        yield Case(f"ties-{dtype}-{fmt}", {"...": (12,), "D": 96}, attrs, {"x": "bfloat16"})
+        yield Case(f"ties-{dtype}-{fmt}", {"...": (12,), "D": 96}, attrs, {"T": "bfloat16"})
     yield Case("scale_min_above_ub", small, {"group_size": 32, "scale_ub": 1e-3, "scale_min": 2e-3})
     for layout in ("row_strided", "column_strided"):
-        yield Case(layout, {"...": (9,), "D": 64}, {"group_size": 32}, {"x": "bfloat16"}, layout={"x": layout})
+        yield Case(layout, {"...": (9,), "D": 64}, {"group_size": 32}, {"T": "bfloat16"}, layout={"x": layout})
+    yield from _up_cases()
     # 211,200 rows: more than 2**31 elements.
-    yield Case("over_2_31", {"...": (660,), "D": 12288}, {}, {"x": "bfloat16"}, repeat=320)
+    yield Case("over_2_31", {"...": (660,), "D": 12288}, {}, {"T": "bfloat16"}, repeat=320)
+
+
+def _up_cases() -> Iterator[Case]:
+    """Gate and up as two arrays, each where it lies."""
+    small = {"...": (5,), "D": 128}
+    for dtype, materialize in product(FLOATS, (False, True)):
+        attrs = {"group_size": 32, "materialize": materialize, "limit": 0.75 if materialize else None}
+        yield Case(f"up-{dtype}-materialize_{materialize}", small, attrs, {"T": dtype}, present=("up",))
+    for dtype, fmt, layout in zip(QMAX, cycle(SCALE_FORMATS), cycle(SCALE_LAYOUTS), strict=False):
+        attrs = {"group_size": 32, "quant_dtype": dtype, "scale_format": fmt, "scale_layout": layout}
+        yield Case(f"up-{dtype}-{fmt}-{layout}", small, attrs, {"T": "bfloat16"}, present=("up",))
+    for lead in ((0,), (1,), (3, 4)):
+        dims = {"...": lead, "D": 96}
+        name = f"up-lead_{'x'.join(map(str, lead))}"
+        yield Case(name, dims, {"group_size": 48}, {"T": "bfloat16"}, present=("up",))
+    layouts = ("contiguous", "row_strided", "column_strided", "one_of_three")
+    for x, up in ((a, b) for a, b in product(layouts, layouts) if a != b):
+        layout = {"x": x, "up": up}
+        yield Case(f"up-{x}-{up}", small, {"group_size": 32}, {"T": "bfloat16"}, present=("up",), layout=layout)
+    for x, up in (("contiguous", "contiguous"), ("row_strided", "one_of_three"), ("one_of_three", "column_strided")):
+        yield Case(
+            f"up-experts-{x}-{up}",
+            {"...": (3, 6), "D": 64, "E": 3},
+            {"group_size": 32, "scale_format": "ue8m0_packed"},
+            {"T": "bfloat16"},
+            present=("up", "num_rows"),
+            fill={"num_rows": "row_counts", "x": "nan_past_rows", "up": "nan_past_rows"},
+            layout={"x": x, "up": up},
+        )
+    for fill in ("decades", "nan_some", "inf_some"):
+        yield Case(f"up-fill_{fill}", {"...": (12,), "D": 96}, {"group_size": 32}, present=("up",), fill={"up": fill})
 
 
 def _decades(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
@@ -152,6 +184,31 @@ def _unrounded_scale_used(**values: Any) -> Any:
     return q, right(NAME, values)[1]
 
 
+def _gate_and_up_swapped(v: dict[str, Any]) -> dict[str, Any]:
+    if v["up"] is not None:
+        return {"x": v["up"], "up": v["x"]}
+    return {"x": np.roll(v["x"], v["x"].shape[-1] // 2, axis=-1)}
+
+
+def _up_behind_gate(v: dict[str, Any]) -> dict[str, Any]:
+    """The array up is ignored: each up is read D columns behind its gate, where the next row of x lies."""
+    if v["up"] is None:
+        return {}
+    return {"up": np.roll(v["x"], -v["x"].shape[-1])}
+
+
+def _up_with_the_strides_of_x(v: dict[str, Any]) -> dict[str, Any]:
+    """What lies in the memory of up at the places that the strides of x give, within that memory."""
+    if v["up"] is None:
+        return {}
+    up, steps = v["up"], [stride // v["x"].itemsize for stride in v["x"].strides]
+    owner = up if up.base is None else up.base
+    memory = owner.ravel(order="K")
+    first = (up.ctypes.data - owner.ctypes.data) // up.itemsize
+    places = first + sum(i * step for i, step in zip(np.indices(up.shape), steps, strict=True))
+    return {"up": memory[places % max(memory.size, 1)] if up.size else up}
+
+
 def _rounded_down(right: Any) -> Any:
     return lambda scale: np.where(np.isfinite(scale), right(scale) / 2, scale)
 
@@ -166,7 +223,9 @@ MUTANTS: dict[str, Mutant] = common(NAME) | {
     "unrounded_scale_used": _unrounded_scale_used,
     "scale_rounded_down": patched(NAME, oracle, "power_of_two_above", _rounded_down),
     "no_scale_floor": patched(NAME, oracle, "scale_floor", lambda right: lambda *_: 1e-30),
-    "gate_and_up_swapped": changed(NAME, lambda v: {"x": np.roll(v["x"], v["x"].shape[-1] // 2, axis=-1)}),
+    "gate_and_up_swapped": changed(NAME, _gate_and_up_swapped),
+    "up_ignored": changed(NAME, _up_behind_gate),
+    "up_with_the_strides_of_x": changed(NAME, _up_with_the_strides_of_x),
     "limit_ignored": changed(NAME, lambda v: {"limit": None}),
     "scale_ub_ignored": changed(NAME, lambda v: {"scale_ub": None}),
     "scale_min_ignored": changed(NAME, lambda v: {"scale_min": None}),

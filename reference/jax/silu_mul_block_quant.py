@@ -19,6 +19,7 @@ CAPABILITY = Capability()
 def silu_mul_block_quant(
     x: jax.Array,
     *,
+    up: jax.Array | None = None,
     num_rows: jax.Array | None = None,
     group_size: int = 128,
     quant_dtype: str = "float8_e4m3fn",
@@ -33,6 +34,7 @@ def silu_mul_block_quant(
     """q [..., D], scale [..., G]. Rows past num_rows are zero in q and have the least scale."""
     return _quantise(
         x,
+        up,
         num_rows,
         group_size=group_size,
         quant_dtype=quant_dtype,
@@ -48,6 +50,7 @@ def silu_mul_block_quant(
 @jit("silu_mul_block_quant")
 def _quantise(
     x: jax.Array,
+    up: jax.Array | None,
     num_rows: jax.Array | None,
     *,
     group_size: int,
@@ -58,8 +61,8 @@ def _quantise(
     reciprocal: bool,
     **activation: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    y = silu_mul(gate, up, dtype_name(x.dtype), **activation)
+    gate, factor = jnp.split(x, 2, axis=-1) if up is None else (x, up)
+    y = silu_mul(gate.astype(jnp.float32), factor.astype(jnp.float32), dtype_name(x.dtype), **activation)
     if num_rows is not None:
         y = jnp.where(jnp.arange(y.shape[1])[:, None] < num_rows[:, None, None], y, 0.0)
     groups = y.reshape(*y.shape[:-1], y.shape[-1] // group_size, group_size)

@@ -1,7 +1,8 @@
 """`silu_mul_block_quant` as one Pallas kernel; the formula is the docstring of `polyfuse.spec.silu_mul_block_quant`.
 
-A program takes whole groups of some rows; x is seen as [experts, rows, gate or up, groups, group_size]. JAX arrays
-have no strides: `scale` is the same [..., G] array for every `scale_layout`.
+A program takes whole groups of some rows of two arrays [experts, rows, parts, groups, group_size]: the gate is the
+first part of one, up the last part of the other. Both are x, of two parts, or they are x and `up`, of one part. JAX
+arrays have no strides: `scale` is the same [..., G] array for every `scale_layout`.
 """
 
 from functools import partial
@@ -30,6 +31,7 @@ _CPU_TILE_ROWS = 8192  # the interpreter pays per program and copies the whole r
 def silu_mul_block_quant(
     x: jax.Array,
     *,
+    up: jax.Array | None = None,
     num_rows: jax.Array | None = None,
     group_size: int = 128,
     quant_dtype: str = "float8_e4m3fn",
@@ -44,6 +46,7 @@ def silu_mul_block_quant(
     """q [..., D], scale [..., G]. Rows past num_rows are zero in q and have the least scale."""
     return _quantise(
         x,
+        up,
         num_rows,
         group_size=group_size,
         quant_dtype=quant_dtype,
@@ -59,6 +62,7 @@ def silu_mul_block_quant(
 @jit("silu_mul_block_quant")
 def _quantise(
     x: jax.Array,
+    up: jax.Array | None,
     num_rows: jax.Array | None,
     *,
     group_size: int,
@@ -66,26 +70,26 @@ def _quantise(
     scale_format: str,
     **attrs: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    *lead, width = x.shape
-    groups = width // 2 // group_size
+    parts = 2 if up is None else 1
+    *lead, width = *x.shape[:-1], x.shape[-1] // parts
+    groups = width // group_size
     packed = scale_format == "ue8m0_packed"
     if x.size == 0:
         columns, scale_dtype = (pl.cdiv(groups, 4), "int32") if packed else (groups, "float32")
-        return jnp.zeros((*lead, width // 2), quant_dtype), jnp.zeros((*lead, columns), scale_dtype)
+        return jnp.zeros((*lead, width), quant_dtype), jnp.zeros((*lead, columns), scale_dtype)
     experts, counts = (1, []) if num_rows is None else (lead[0], [num_rows])
-    blocks = x.reshape(experts, prod(lead) // experts, 2, groups, group_size)
+    shape = experts, prod(lead) // experts, parts, groups, group_size
+    sources = [x.reshape(shape), (x if up is None else up).reshape(shape)]
     attrs |= {"quant_dtype": quant_dtype, "scale_format": scale_format}
     native = partial(_in_parts, tile=_gpu_tile(groups, group_size), **attrs)
-    interpreted = partial(
-        _in_parts, tile=(min(_CPU_TILE_ROWS, blocks.shape[1]), groups, group_size), interpret=True, **attrs
-    )
-    q, scale = lax.platform_dependent(blocks, *counts, cpu=interpreted, cuda=native)
+    interpreted = partial(_in_parts, tile=(min(_CPU_TILE_ROWS, shape[1]), groups, group_size), interpret=True, **attrs)
+    q, scale = lax.platform_dependent(*sources, *counts, cpu=interpreted, cuda=native)
     if quant_dtype == "float8_e4m3fnuz":
         q = lax.bitcast_convert_type(q, quant_dtype)
     if packed:
         scale = jnp.pad(scale, [(0, 0), (0, 0), (0, -groups % 4)])
         scale = lax.bitcast_convert_type(scale.reshape(*scale.shape[:2], -1, 4), jnp.int32)
-    return q.reshape(*lead, width // 2), scale.reshape(*lead, scale.shape[-1])
+    return q.reshape(*lead, width), scale.reshape(*lead, scale.shape[-1])
 
 
 def _gpu_tile(groups: int, size: int) -> tuple[int, int, int]:
@@ -95,12 +99,12 @@ def _gpu_tile(groups: int, size: int) -> tuple[int, int, int]:
     return max(1, _GPU_TILE // (tile_groups * lanes)), tile_groups, lanes
 
 
-def _in_parts(x: jax.Array, *num_rows: jax.Array, tile: tuple[int, int, int], **attrs: Any) -> Any:
+def _in_parts(gates: jax.Array, ups: jax.Array, *num_rows: jax.Array, tile: tuple[int, int, int], **attrs: Any) -> Any:
     """One launch, or several where q passes 2**31 elements: up to 2**32 bytes the lowering has 32-bit offsets."""
-    experts, rows, _, groups, size = x.shape
+    experts, rows, _, groups, size = gates.shape
     most = max(1, _INT32_MAX // (experts * groups * size * tile[0])) * tile[0]
     parts = [
-        _launch(x, *num_rows, rows=slice(first, min(rows, first + most)), tile=tile, **attrs)
+        _launch(gates, ups, *num_rows, rows=slice(first, min(rows, first + most)), tile=tile, **attrs)
         for first in range(0, rows, most)
     ]
     if len(parts) == 1:
@@ -109,7 +113,8 @@ def _in_parts(x: jax.Array, *num_rows: jax.Array, tile: tuple[int, int, int], **
 
 
 def _launch(
-    x: jax.Array,
+    gates: jax.Array,
+    ups: jax.Array,
     *num_rows: jax.Array,
     rows: slice,
     tile: tuple[int, int, int],
@@ -119,11 +124,11 @@ def _launch(
     **attrs: Any,
 ) -> Any:
     """q [experts, rows, groups, group_size] and scale [experts, rows, groups]; `rows` starts where a tile does."""
-    experts, _, _, groups, size = x.shape
+    experts, _, parts, groups, size = gates.shape
     count = rows.stop - rows.start
     tile_rows, tile_groups, lanes = tile
 
-    def half(part: int) -> pl.BlockSpec:
+    def source(part: int) -> pl.BlockSpec:
         skipped = rows.start // tile_rows
         return pl.BlockSpec((None, tile_rows, None, tile_groups, lanes), lambda j, i, e: (e, skipped + i, part, j, 0))
 
@@ -137,7 +142,7 @@ def _launch(
             jax.ShapeDtypeStruct((experts, count, groups), scale_dtype),
         ),
         grid=(pl.cdiv(groups, tile_groups), pl.cdiv(count, tile_rows), experts),
-        in_specs=[half(0), half(1), *(pl.BlockSpec((None,), lambda j, i, e: (e,)) for _ in num_rows)],
+        in_specs=[source(0), source(parts - 1), *(pl.BlockSpec((None,), lambda j, i, e: (e,)) for _ in num_rows)],
         out_specs=(
             pl.BlockSpec((None, *tile), lambda j, i, e: (e, i, j, 0)),
             pl.BlockSpec((None, tile_rows, tile_groups), lambda j, i, e: (e, i, j)),
@@ -145,7 +150,7 @@ def _launch(
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=min(32, pl.cdiv(prod(tile), 512))),
         name="silu_mul_block_quant",
-    )(x, x, *num_rows)
+    )(gates, ups, *num_rows)
 
 
 def _kernel(

@@ -159,6 +159,7 @@ class SiluMulBlockQuantResult(NamedTuple, Generic[Array]):
 def silu_mul_block_quant(
     x: Array,
     *,
+    up: Array | None = None,
     num_rows: Array | None = None,
     group_size: int = 128,
     quant_dtype: DType = "float8_e4m3fn",
@@ -177,6 +178,7 @@ def silu_mul_block_quant(
             "silu_mul_block_quant",
             (
                 x,
+                up,
                 num_rows,
                 group_size,
                 quant_dtype,

@@ -2,7 +2,7 @@
 
 from polyfuse.conformance import Case
 
-BFLOAT16 = {"x": "bfloat16"}
+BFLOAT16 = {"T": "bfloat16"}
 SILU_MUL_BLOCK_QUANT = [
     Case("width_768", {"...": (7,), "D": 768}, {"group_size": 128}, BFLOAT16),
     Case("width_2048", {"...": (3,), "D": 2048}, {"group_size": 64}, BFLOAT16),

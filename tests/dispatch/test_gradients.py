@@ -50,6 +50,24 @@ def test_a_gradient_raises(op: str, backend: str) -> None:
     assert np.isfinite(loss(arguments[name]))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_gradient_of_an_optional_array_raises_too(backend: str) -> None:
+    gate, up = torch.ones(2, 128), torch.ones(2, 128, requires_grad=True)
+    with pytest.raises(Unsupported, match=f"{backend}: an input requires grad: no backward"):
+        polyfuse.silu_mul_block_quant(gate, up=up, backend=backend)
+    with torch.no_grad():
+        assert polyfuse.silu_mul_block_quant(gate, up=up, backend=backend)[0].shape == (2, 128)
+
+
+@pytest.mark.parametrize("backend", ["jax", "pallas"])
+def test_a_gradient_of_an_optional_jax_array_raises_too(backend: str) -> None:
+    def loss(up: jax.Array) -> jax.Array:
+        return polyfuse.silu_mul_block_quant(jnp.ones((2, 128)), up=up, backend=backend).scale.sum()
+
+    with pytest.raises(Unsupported, match=f"silu_mul_block_quant: {backend}: a gradient through a backend"):
+        jax.grad(loss)(jnp.ones((2, 128)))
+
+
 def test_a_backend_with_a_backward_is_differentiated() -> None:
     name, arguments = first_case("gdn_post_conv", "jax")
 

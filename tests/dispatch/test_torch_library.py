@@ -85,6 +85,41 @@ def test_every_op_compiles_into_one_full_graph(op):
         assert result.flatten().view(torch.uint8).equal(want.flatten().view(torch.uint8))
 
 
+@pytest.mark.parametrize("lead", ["rows", "experts"])
+def test_gate_and_up_as_two_tensors_compile_into_one_full_graph(lead):
+    """Column slices of wider buffers; the number of rows may change."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    num_rows = torch.tensor([3, 5], dtype=torch.int32) if lead == "experts" else None
+    options = {"num_rows": num_rows, "group_size": 32, "scale_layout": "col_major_tma"}
+
+    def model(wide, other):
+        gate, up = wide[..., :64], other[..., 8:72]
+        return polyfuse.silu_mul_block_quant(gate, up=up, **options)
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (6, 9):
+        shape = (2, rows) if lead == "experts" else (rows,)
+        wide, other = torch.randn(*shape, 128), torch.randn(*shape, 80)
+        q, scale = compiled(wide, other)
+        joined = torch.cat([wide[..., :64], other[..., 8:72]], -1)
+        want_q, want_scale = polyfuse.silu_mul_block_quant(joined, **options)
+        assert scale.stride() == want_scale.stride()
+        assert torch.equal(scale, want_scale)
+        assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
+    assert counter.frame_count == 1
+    names = [n.target for n in counter.graphs[0].graph.nodes if n.op == "call_function"]
+    assert names.count(torch.ops.polyfuse.silu_mul_block_quant) == 1
+    assert torch.cat not in names
+
+
+def test_an_up_of_another_shape_is_refused_while_compiling():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, up: polyfuse.silu_mul_block_quant(x, up=up), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="up: expected D=256 in"):
+        compiled(torch.randn(2, 256), torch.randn(2, 128))
+
+
 def test_a_bad_call_is_refused_while_compiling():
     compiled = torch.compile(lambda t: polyfuse.pos_embed_interpolate(t, ((1, 3, 4),)), fullgraph=True)
     with pytest.raises(Exception, match="divisible by merge_size=2, got"):

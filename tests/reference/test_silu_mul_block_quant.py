@@ -108,6 +108,35 @@ def test_scale_ub() -> None:
     assert call(rows_of([127, 0]), quant_dtype="int8", scale_ub=0.1) == ([[127, 0]], [[float32(0.1)]])
 
 
+def test_gate_and_up_as_two_arrays() -> None:
+    # 64 * 7 = 448 and 64 * -3.5 = -224. In the other order a gate of -3.5 would have a sigmoid.
+    gate, up = np.full((1, 2), 64, np.float32), np.array([[7, -3.5]], np.float32)
+    assert call(gate, up=up) == ([[448, -224]], [[1]])
+    assert call(up, up=gate) != ([[448, -224]], [[1]])
+    # The limit of gate is above, that of up on both sides: 64 * 2 over the scale 128 / 448.
+    assert call(gate, up=up, limit=2.0)[1] == [[float32(2 / (1 + np.exp(-2.0)) * 2 / 448)]]
+
+
+@pytest.mark.parametrize("materialize", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_two_arrays_are_the_two_side_by_side(masked: bool, materialize: bool) -> None:
+    """In the results, and in the intervals; each array has strides of its own."""
+    rng = np.random.default_rng(0)
+    gate, up = rng.standard_normal((3, 2, 4, 96)).astype(ml_dtypes.bfloat16)[:2, :, :, 8:72]
+    up = np.asfortranarray(up)
+    counts = np.array([1, 4], np.int32) if masked else None
+    options: Any = {"num_rows": counts, "group_size": 32, "materialize": materialize, "limit": 0.75}
+    joined = np.concatenate([gate, up], -1)
+    for one, other in zip(
+        silu_mul_block_quant(gate, up=up, **options), silu_mul_block_quant(joined, **options), strict=True
+    ):
+        assert one.tobytes() == other.tobytes()
+    together = exact(joined, **options)
+    for name, found in exact(gate, up=up, **options).items():
+        for end in ("low", "value", "high"):
+            np.testing.assert_array_equal(getattr(found, end), getattr(together[name], end))
+
+
 def test_limit_clamps_gate_from_above_and_up_on_both_sides() -> None:
     # min(gate, 64) * clip(up, -64, 64): 64 * 7, 64 * -64, 64 * 8, and -1000 * sigmoid(-1000) * 1 = 0.
     x = np.array([[100, 64, 100, -1000, 7, -100, 8, 1]], np.float32)

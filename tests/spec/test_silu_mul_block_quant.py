@@ -12,11 +12,19 @@ from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, scale_floor
 
 NAME = "silu_mul_block_quant"
 SPEC = OPS[NAME]
-DEFAULTS: dict[str, Any] = {a.name: a.default for a in SPEC.attrs} | {"num_rows": None}
+DEFAULTS: dict[str, Any] = {a.name: a.default for a in SPEC.attrs} | {"up": None, "num_rows": None}
+
+
+def zeros(*shape: int) -> Any:
+    return np.zeros(shape, np.float32)
+
+
+def call(**changes: Any) -> Any:
+    return bind(SPEC, DEFAULTS | {"x": zeros(2, 512)} | changes)
 
 
 def attrs_of(**changes: Any) -> Any:
-    return bind(SPEC, DEFAULTS | {"x": np.zeros((2, 512), np.float32)} | changes).attrs
+    return call(**changes).attrs
 
 
 @pytest.mark.parametrize(
@@ -27,6 +35,26 @@ def attrs_of(**changes: Any) -> Any:
         (
             {"num_rows": np.zeros(2, np.int32)},
             "x: expected shape [E, T, 2*D] with num_rows, got [2, 512]",
+        ),
+        ({"x": zeros(2, 513)}, "x: expected a size divisible by 2 in [..., 2*D], got 513"),
+        ({"up": zeros(2, 256)}, "up: expected D=512 in [..., D], got [2, 256]"),
+        ({"up": zeros(3, 512)}, "up: expected leading dimensions [2] in [..., D], got [3, 512]"),
+        ({"up": zeros(1, 2, 512)}, "up: expected leading dimensions [2] in [..., D], got [1, 2, 512]"),
+        ({"up": np.float32(0)}, "up: expected shape [..., D], got []"),
+        ({"up": np.zeros((2, 512), np.float16)}, "up: expected dtype float32 as the other T arguments, got float16"),
+        ({"up": np.zeros((2, 512))}, "up: expected dtype float32 or bfloat16 or float16, got float64"),
+        (
+            {"x": zeros(2, 192), "up": zeros(2, 192)},
+            "x: expected a last dimension divisible by group_size=128, got 192",
+        ),
+        ({"x": zeros(512), "up": zeros(512)}, "x: expected at least 2 dimensions, got 1"),
+        (
+            {"up": zeros(2, 512), "num_rows": np.zeros(2, np.int32)},
+            "x: expected shape [E, T, D] with num_rows, got [2, 512]",
+        ),
+        (
+            {"x": zeros(2, 3, 128), "up": zeros(2, 3, 128), "num_rows": np.zeros(3, np.int32)},
+            "num_rows: expected E=2 in [E], got [3]",
         ),
         ({"scale_ub": 0}, "scale_ub: expected a number > 0, got 0.0"),
         ({"limit": math.nan}, "limit: expected a number > 0, got nan"),
@@ -45,6 +73,20 @@ def attrs_of(**changes: Any) -> Any:
 def test_bad_calls(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=f"^{re.escape(f'{NAME}: {message}')}$"):
         attrs_of(**changes)
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0_packed"])
+def test_with_up_x_is_the_gate(scale_format: str) -> None:
+    joined = call(x=zeros(2, 3, 512), num_rows=np.zeros(2, np.int32), scale_format=scale_format)
+    apart = call(x=zeros(2, 3, 256), up=zeros(2, 3, 256), num_rows=np.zeros(2, np.int32), scale_format=scale_format)
+    assert apart.dims == joined.dims
+    assert apart.dims["D"] == 256
+    assert apart.outputs == joined.outputs
+    assert SPEC.cost(apart) == SPEC.cost(joined)
+
+
+def test_with_up_the_columns_of_x_may_be_odd() -> None:
+    assert call(x=zeros(2, 21), up=zeros(2, 21), group_size=7).dims["G"] == 3
 
 
 @pytest.mark.parametrize("scale_min", [None, 0, 2.0**-126, 1e-12, 2.0**127])

@@ -74,6 +74,20 @@ def test_materialize_changes_no_bit_of_the_unfused_ops(dtype: str, device: str) 
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("materialize", [False, True])
+def test_gate_and_up_as_two_tensors(materialize: bool, masked: bool, device: str) -> None:
+    """Column slices of buffers of different widths, bit for bit as the two side by side."""
+    gate = normal(2, 6, 200, dtype=torch.bfloat16).to(device)[..., 8:104]
+    up = normal(2, 6, 150, dtype=torch.bfloat16).to(device)[..., 53:149]
+    num_rows = torch.tensor([6, 6], dtype=torch.int32, device=device) if masked else None
+    options: Any = {"num_rows": num_rows, "group_size": 48, "limit": 0.75, "materialize": materialize}
+    want = silu_mul_block_quant(torch.cat([gate, up], -1), **options)
+    assert_same_bits(silu_mul_block_quant(gate, up=up, **options), want)
+    assert not torch.equal(raw(silu_mul_block_quant(up, up=gate, **options)[0]), raw(want[0]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("quant_dtype", [dtype for dtype in QMAX if dtype != "int8"])
 def test_the_casts_of_torch_round_to_nearest_even_and_keep_nan(quant_dtype: str, device: str) -> None:
     """What the op relies on, at every value and every midpoint of the format."""
@@ -107,8 +121,10 @@ def test_compiles_as_one_graph(options: Any) -> None:
     assert_same_bits(compiled(x, scale_layout="col_major_tma", **options), silu_mul_block_quant(x, **options))
 
 
-def test_an_empty_width() -> None:
-    q, scale = silu_mul_block_quant(torch.zeros(3, 0), scale_format="ue8m0_packed")
+@pytest.mark.parametrize("with_up", [False, True])
+def test_an_empty_width(with_up: bool) -> None:
+    x = torch.zeros(3, 0)
+    q, scale = silu_mul_block_quant(x, up=x if with_up else None, scale_format="ue8m0_packed")
     assert (q.shape, scale.shape) == ((3, 0), (3, 0))
 
 

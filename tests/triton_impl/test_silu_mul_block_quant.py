@@ -128,6 +128,61 @@ def test_strides_of_leading_dimensions() -> None:
     assert_same_bits((q[::2], scale[::2]), (want[0][::2], want[1][::2]))
 
 
+def column_slices(*lead: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A gate and an up [..., 96] that lie in buffers of different widths; up begins at no multiple of 16 bytes."""
+    return normal(*lead, 200)[..., 8:104], normal(*lead, 151)[..., 53:149]
+
+
+@pytest.mark.parametrize("options", [{}, {"materialize": True, "limit": 0.75, "scale_format": "ue8m0_packed"}], ids=str)
+@pytest.mark.parametrize("lead", [(1,), (7,), (2, 3), (3, 2, 2)], ids=str)
+def test_gate_and_up_as_two_tensors(lead: tuple[int, ...], options: dict[str, Any]) -> None:
+    gate, up = column_slices(*lead)
+    want = silu_mul_block_quant(torch.cat([gate, up], -1), group_size=32, **options)
+    assert_same_bits(silu_mul_block_quant(gate, up=up, group_size=32, **options), want)
+
+
+def test_gate_and_up_of_experts_as_two_tensors(poisoned_memory: None) -> None:
+    gate, up = column_slices(4, 6)
+    up = up.transpose(0, 1).contiguous().transpose(0, 1)
+    num_rows = torch.tensor([2, -5, 6, 99]).int().to(DEVICE)
+    want = silu_mul_block_quant(torch.cat([gate, up], -1), num_rows=num_rows, group_size=32)
+    q, scale = silu_mul_block_quant(gate, up=up, num_rows=num_rows, group_size=32)
+    assert_same_bits((q, scale), want)
+    assert (q[1].view(torch.uint8) == POISON).all()
+
+
+def test_gate_and_up_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[int] = []
+    find = Launcher.find
+
+    def noted(self: Launcher, inputs: Any, *others: Any) -> Any:
+        launched[:] = [tensor.data_ptr() for tensor in inputs[:2]]
+        return find(self, inputs, *others)
+
+    monkeypatch.setattr(Launcher, "find", noted)
+    module._plan.cache_clear()
+    gate, up = column_slices(5)
+    silu_mul_block_quant(gate, up=up, group_size=32)
+    assert launched == [gate.data_ptr(), up.data_ptr()]
+
+
+def test_calls_that_differ_in_up_alone_have_plans_of_their_own(kernel: CompilingKernel) -> None:
+    """In its strides, and in whether it begins at a multiple of 16 bytes."""
+    gate = normal(4, 96)
+    values = normal(4, 96, dtype=torch.float32).to(torch.bfloat16).flip(0)
+    ups = []
+    for width, first in ((96, 0), (128, 0), (128, 8), (128, 3)):
+        buffer = torch.zeros(4, width, dtype=torch.bfloat16, device=DEVICE)
+        ups.append(buffer[:, first : first + 96].copy_(values))
+    turned = values.t().contiguous().t()
+    for up in (*ups, turned, *ups):
+        want = silu_mul_block_quant(torch.cat([gate, values], -1), group_size=32)
+        assert_same_bits(silu_mul_block_quant(gate, up=up, group_size=32), want)
+    joined, apart = kernel.how[::2], kernel.how[1::2]
+    assert joined == ["jit", *["compiled"] * 8]
+    assert apart == ["jit", "jit", "compiled", "jit", "jit", *["compiled"] * 4]
+
+
 def test_a_repeated_signature_starts_the_compiled_kernel(kernel: CompilingKernel) -> None:
     memory = normal(1 + 4 * 2 * 64)
     aligned, unaligned = (memory[i : i + 4 * 2 * 64].view(4, 2 * 64) for i in (0, 1))
@@ -252,11 +307,18 @@ for group, scale_format in ((128, "float32"), (64, "ue8m0_packed")):
     types = {n: "i32" for n in _kernel.arg_names} | {"x_ptr": "*bf16", "q_ptr": "*fp8e4nv"}
     types["scale_ptr"] = "*fp32" if scale_format == "float32" else "*i32"
     constants = dict(num_rows_ptr=None, scale_ub=None, limit=None, x_column=1, D=2048, GROUP=group)
+    constants |= dict(up_ptr=None, up_expert=None, up_row=None, up_column=None)
     constants |= dict(FORMAT="float8_e4m3fn", QMAX=448.0, FLOOR=1 / (448 * 512), SCALE_FORMAT=scale_format)
     constants |= dict(MATERIALIZE=False, RECIPROCAL=False, WIDE=False, BLOCK=block)
     code, spilled = compile_for_hopper(_kernel, types, constants, ["x_ptr", "q_ptr", "scale_ptr", "x_row"], warps)
     accesses = re.findall(r"(ld|st)\\.global\\S*?\\.(v4\\.b32|v2\\.b32|b\\d+)", code)
     print(*(" ".join(access) for access in accesses), code.count("cvt.rn.satfinite.e4m3x2.f32"), spilled, sep=", ")
+    types["up_ptr"] = "*bf16"
+    apart = {name: value for name, value in constants.items() if name not in ("up_ptr", "up_expert", "up_row")}
+    aligned = ["x_ptr", "q_ptr", "scale_ptr", "x_row", "up_ptr", "up_row"]
+    code, spilled = compile_for_hopper(_kernel, types, apart | {"up_column": 1}, aligned, warps)
+    same = re.findall(r"(ld|st)\\.global\\S*?\\.(v4\\.b32|v2\\.b32|b\\d+)", code) == accesses
+    print("gate and up apart", same, spilled, sep=", ")
 """
 
 
@@ -265,5 +327,7 @@ def test_compiles_for_hopper_with_16_byte_accesses(run_uninterpreted: Callable[[
     """A thread's loads and stores of 8 and of 16 elements, its conversions of 2, what spills; no GPU is needed."""
     assert run_uninterpreted(COMPILE) == [
         "ld v4.b32, ld v4.b32, st v2.b32, st b32, 4, []",
+        "gate and up apart, True, []",
         "ld v4.b32, ld v4.b32, ld v4.b32, ld v4.b32, st v4.b32, st b8, 8, []",
+        "gate and up apart, True, []",
     ]

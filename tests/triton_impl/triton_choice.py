@@ -126,6 +126,13 @@ vary(
     materialize=[True],
     reciprocal=[True],
 )
+vary(
+    silu_mul_block_quant,
+    {"x": zeros(4, 6, 256), "up": zeros(4, 6, 256)},
+    {"x": layouts, "up": layouts},
+    num_rows=[count],
+    group_size=[64],
+)
 heads = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 16}
 gates = {"a": zeros(7, 4), "b": zeros(7, 4), "A_log": zeros(4), "dt_bias": zeros(4)}
 gate_ways = {"a": matrix, "b": matrix, "A_log": vector, "dt_bias": vector}

@@ -61,6 +61,24 @@ def test_rows_past_num_rows(layer: Any) -> None:
         assert (scale[expert, count:] == np.float32(1 / (448 * 512))).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"materialize": True, "limit": 0.75, "scale_format": "ue8m0_packed"}], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gate_and_up_as_two_arrays(layer: Any, bits: Any, masked: bool, options: dict[str, Any]) -> None:
+    x = random_x(3, 4, 2 * 96)
+    options |= {"group_size": 48, "num_rows": jnp.array([9, -1, 2], jnp.int32) if masked else None}
+    gate, up = jnp.split(x, 2, axis=-1)
+    assert bits(layer.function(gate, up=up, **options)) == bits(layer.function(x, **options))
+    assert bits(layer.function(up, up=gate, **options)) != bits(layer.function(x, **options))
+
+
+def test_gate_and_up_as_two_arrays_under_vmap(layer: Any, bits: Any) -> None:
+    gate, up = random_x(2, 3, 5, 64)
+    op = partial(layer.function, group_size=32)
+    each = [op(gate[i], up=up[i]) for i in range(3)]
+    batched = jax.vmap(lambda gate, up: op(gate, up=up))(gate, up)
+    assert bits(batched) == bits(np.stack(results) for results in zip(*each, strict=True))
+
+
 def test_layouts_are_one_logical_array(layer: Any, bits: Any) -> None:
     results = [bits(layer.function(random_x(5, 256), scale_layout=layout)) for layout in SCALE_LAYOUTS]
     assert results[0] == results[1] == results[2]
@@ -68,9 +86,11 @@ def test_layouts_are_one_logical_array(layer: Any, bits: Any) -> None:
 
 @pytest.mark.parametrize("scale_format", ["float32", "ue8m0_packed"])
 def test_no_columns(layer: Any, scale_format: str) -> None:
-    q, scale = layer.function(jnp.zeros((3, 0), jnp.bfloat16), scale_format=scale_format)
-    assert (q.shape, q.dtype) == ((3, 0), jnp.float8_e4m3fn)
-    assert (scale.shape, scale.dtype) == ((3, 0), "float32" if scale_format == "float32" else "int32")
+    x = jnp.zeros((3, 0), jnp.bfloat16)
+    for up in (None, x):
+        q, scale = layer.function(x, up=up, scale_format=scale_format)
+        assert (q.shape, q.dtype) == ((3, 0), jnp.float8_e4m3fn)
+        assert (scale.shape, scale.dtype) == ((3, 0), "float32" if scale_format == "float32" else "int32")
 
 
 def test_sharded_rows_stay_where_they_are(jax_layer: Any, mesh: Mesh, bits: Any) -> None:
@@ -103,7 +123,7 @@ def test_gpu_tiles(
         f"gpu_tiles_{group_size}",
         {"...": shape, "D": 5 * group_size} | ({"E": 3} if masked else {}),
         {"group_size": group_size, "scale_format": scale_format},
-        {"x": "bfloat16"},
+        {"T": "bfloat16"},
         present=("num_rows",) if masked else (),
         fill={"num_rows": "row_counts", "x": "nan_past_rows"} if masked else {"x": "nan_some"},
     )
@@ -116,7 +136,7 @@ def test_parts_of_a_large_result(pallas_layer: Any, bits: Any, monkeypatch: pyte
     attrs: dict[str, Any] = {"quant_dtype": "int8", "scale_format": "float32", "scale_ub": None, "scale_min": None}
     attrs |= {"limit": None, "materialize": False, "reciprocal": False}
     in_parts = partial(module._in_parts, tile=(4, 3, 32), interpret=True, **attrs)
-    whole = jax.jit(in_parts)(x, num_rows)
+    whole = jax.jit(in_parts)(x, x, num_rows)
     launched, launch = [], module._launch
 
     def recorded(*arrays: jax.Array, rows: slice, **attrs: Any) -> Any:
@@ -125,7 +145,7 @@ def test_parts_of_a_large_result(pallas_layer: Any, bits: Any, monkeypatch: pyte
 
     monkeypatch.setattr(module, "_launch", recorded)
     monkeypatch.setattr(module, "_INT32_MAX", 2 * 96 * 9)  # both experts' next 9 rows, so 8
-    parts = jax.jit(partial(in_parts))(x, num_rows)
+    parts = jax.jit(partial(in_parts))(x, x, num_rows)
     assert launched == [(0, 8), (8, 16), (16, 23)]
     assert bits(parts) == bits(whole)
 
@@ -153,6 +173,11 @@ def test_lowers_to_one_kernel(pallas_layer: Any, triton_kernels: Any, quant_dtyp
 def test_lowers_with_any_group(pallas_layer: Any, triton_kernels: Any, group_size: int, dtype: str) -> None:
     op = partial(pallas_layer.function, group_size=group_size, materialize=True, limit=7.0, scale_ub=2.0)
     assert triton_kernels(op, jax.ShapeDtypeStruct((5, 6 * group_size), dtype)) == 1
+
+
+def test_lowers_with_gate_and_up_as_two_arrays(pallas_layer: Any, triton_kernels: Any) -> None:
+    x = jax.ShapeDtypeStruct((4096, 2048), "bfloat16")
+    assert triton_kernels(lambda gate, up: pallas_layer.function(gate, up=up), x, x) == 1
 
 
 def test_lowers_with_experts_and_vmap(pallas_layer: Any, triton_kernels: Any) -> None:

@@ -38,6 +38,7 @@ TILE = 1024  # columns that stay in the first-level cache between the steps
 def silu_mul_block_quant(
     x: torch.Tensor,
     *,
+    up: torch.Tensor | None = None,
     num_rows: torch.Tensor | None = None,
     group_size: int = 128,
     quant_dtype: str = "float8_e4m3fn",
@@ -50,7 +51,9 @@ def silu_mul_block_quant(
     reciprocal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and scale, each rounded once; rows past num_rows are left unwritten."""
-    lead, width = x.shape[:-1], x.shape[-1] // 2
+    if up is None:
+        x, up = x.chunk(2, -1)
+    lead, width = x.shape[:-1], x.shape[-1]
     rows, groups = prod(lead), width // group_size
     packed, masked = scale_format == "ue8m0_packed", num_rows is not None
     columns = -(-groups // 4) if packed else groups
@@ -65,8 +68,14 @@ def silu_mul_block_quant(
         return q, scale
     counts = np.array([rows], dtype=np.int32) if num_rows is None else num_rows.contiguous().numpy()
     extent = 1 + sum((n - 1) * s for n, s in zip(scale.shape, scale.stride(), strict=True))
+    gates, gate_stride, kind = rows_of(x.reshape(rows, width))
+    ups, up_stride, _ = rows_of(up.reshape(rows, width))
     _kernel(
-        *rows_of(x.reshape(rows, 2 * width)),
+        gates,
+        gate_stride,
+        ups,
+        up_stride,
+        kind,
         rows // len(counts),
         width,
         counts,
@@ -177,8 +186,10 @@ def _to_int8(y: Any, divisor: Any, qmax: Any, q: Any) -> None:
 
 @parallel
 def _kernel(
-    source: Any,
-    row_stride: int,
+    gates: Any,
+    gate_stride: int,
+    ups: Any,
+    up_stride: int,
     kind: int,
     expert_rows: int,
     width: int,
@@ -213,15 +224,14 @@ def _kernel(
             row_in_expert = row - expert * expert_rows
             if row_in_expert >= counts[expert]:
                 continue
-            start = row * row_stride
             scale_at = expert * expert_stride + row_in_expert * scale_row_stride
             for column in range(0, width, tile):
                 columns = min(tile, width - column)
                 gate, up = gate_tile[:columns], up_tile[:columns]
-                at = start + column * unit
-                decode(kind, source[at : at + columns * unit], gate)
-                at += width * unit
-                decode(kind, source[at : at + columns * unit], up)
+                at = row * gate_stride + column * unit
+                decode(kind, gates[at : at + columns * unit], gate)
+                at = row * up_stride + column * unit
+                decode(kind, ups[at : at + columns * unit], up)
                 if materialize:
                     _silu(gate, limit)
                     encode(kind, gate, rounded[: columns * unit])
