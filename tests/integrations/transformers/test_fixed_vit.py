@@ -101,6 +101,13 @@ def test_requests_and_examples(kind: str) -> None:
     assert torch.equal(example.tensors["pixel_values"], torch.zeros(5, *IMAGE, dtype=torch.bfloat16))
 
 
+def test_images_may_be_on_the_host() -> None:
+    """A model without memory stands for one on an accelerator."""
+    encoder, images = FixedResolutionEncoder(build_model("Siglip").to("meta")), make_images(2)
+    for given in (images, images.to("meta")):
+        assert encoder.request(given).tensors["pixel_values"] is given
+
+
 BAD = [
     (make_images(1).tolist(), "a tensor [images, 3, 32, 32], got list"),
     (make_images(1)[0], "a tensor [images, 3, 32, 32], got [3, 32, 32]"),

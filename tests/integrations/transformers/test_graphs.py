@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import polyfuse
 from polyfuse.integrations.transformers import accelerate, encoder_manager, make_encoder, restore
@@ -190,6 +191,18 @@ def test_bad_input_raises_and_changes_nothing(kind: str) -> None:
         tower(pixels, grid)
     assert manager.stats.requests == 1
     assert all(torch.equal(before[name], buffer) for name, buffer in manager._inputs.items())
+
+
+def test_pixels_may_be_on_the_host() -> None:
+    """A tower without memory stands for one on an accelerator, and a third device is refused."""
+    encoder = make_encoder(build_tower().to("meta"))
+    assert encoder.request(PIXELS, GRIDS[:1]).tensors["pixels"] is PIXELS
+    there = PIXELS.to("meta")
+    assert encoder.request(there, GRIDS[:1]).tensors["pixels"] is there
+    with FakeTensorMode():
+        elsewhere = torch.empty(24, 1536, device="xpu")
+    with pytest.raises(polyfuse.SpecError, match=r"pixels: expected floating point on meta or cpu, got .* on xpu:0"):
+        encoder.request(elsewhere, GRIDS[:1])
 
 
 def test_errors_of_settings_and_models() -> None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from polyfuse.integrations.transformers._packed import compiled
+from polyfuse.integrations.transformers._packed import check_pixels, compiled
 from polyfuse.integrations.transformers._plain import model_oddity
 from polyfuse.runtime.encoder.protocol import BufferSpec, Capacity, EncoderRequest, ItemSize, Rows
 from polyfuse.spec import fail
@@ -72,17 +72,17 @@ class FixedResolutionEncoder:
     def request(self, pixel_values: Any) -> EncoderRequest:
         """Check `pixel_values` `[images, channels, side, side]`, floating point; any such dtype is converted.
 
+        They may be on the host, and then only what is computed is moved.
+
         Raises `SpecError` for another shape, device or dtype, and for no images.
         """
-        image, device = list(self._image), self.device
+        image = list(self._image)
         if not isinstance(pixel_values, torch.Tensor) or list(pixel_values.shape[1:]) != image:
             got = list(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
             fail(self.name, "pixel_values", f"a tensor [images, {', '.join(map(str, image))}]", got)
         if not len(pixel_values):
             fail(self.name, "pixel_values", "at least one image", "none")
-        if pixel_values.device != device or not pixel_values.is_floating_point():
-            got = f"{pixel_values.dtype} on {pixel_values.device}"
-            fail(self.name, "pixel_values", f"floating point on {device}", got)
+        check_pixels(self.name, "pixel_values", pixel_values, self.device)
         return self._request(pixel_values)
 
     def example(self, tokens: int) -> EncoderRequest:

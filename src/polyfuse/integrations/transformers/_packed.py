@@ -69,15 +69,14 @@ class PackedTower:
     def request(self, hidden_states: Any, grid_thw: Any) -> EncoderRequest:
         """Check `hidden_states` `[patches, width]`, floating point, against `grid_thw` `[items, 3]`, integers.
 
-        The grid is read back once. Raises `SpecError` for other shapes, dtypes or a wrong device, for no items, and for
-        sides that cannot be merged or do not add up to the patches.
+        Both may be on the host, and of the pixels only what is computed is moved. The grid is read back once. Raises
+        `SpecError` for other shapes, dtypes or a wrong device, for no items, and for sides that cannot be merged or do
+        not add up to the patches.
         """
         name, merge, width = self.name, self.tower.spatial_merge_size, self._width
         if not isinstance(hidden_states, torch.Tensor) or hidden_states.dim() != 2 or hidden_states.shape[1] != width:
             fail(name, "pixels", f"a tensor [patches, {width}]", _described(hidden_states))
-        if hidden_states.device != self.device or not hidden_states.is_floating_point():
-            got = f"{hidden_states.dtype} on {hidden_states.device}"
-            fail(name, "pixels", f"floating point on {self.device}", got)
+        check_pixels(name, "pixels", hidden_states, self.device)
         if not isinstance(grid_thw, torch.Tensor) or grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
             fail(name, "grid_thw", "an integer tensor [items, 3]", _described(grid_thw))
         if grid_thw.is_floating_point():
@@ -108,6 +107,14 @@ class PackedTower:
     def embed_patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """The patch embedding, whose kernel covers a whole patch, as one matrix product: [patches, hidden]."""
         return torch.nn.functional.linear(pixels, self._kernel.flatten(1), self.tower.patch_embed.proj.bias)
+
+
+def check_pixels(name: str, argument: str, pixels: torch.Tensor, device: torch.device) -> None:
+    """Raise `SpecError` unless pixels are floating point, on the encoder's device or on the host."""
+    places = dict.fromkeys([device, torch.device("cpu")])
+    if pixels.device not in places or not pixels.is_floating_point():
+        expected = f"floating point on {' or '.join(map(str, places))}"
+        fail(name, argument, expected, f"{pixels.dtype} on {pixels.device}")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,12 +1,13 @@
 """Data-parallel encoding: the items of one request spread over the ranks of a torch.distributed group.
 
 Every rank is given the same request, encodes its share of the items and gets the whole result. The shares follow
-from the items' sizes alone, so the only communication of a request is one all-gather of bytes, a row of each rank:
+from the items' sizes alone, so a request takes two all-gathers of bytes, a row of each rank. The first is of a
+`header`, whose size never changes, and shows whether all ranks agree. Only if they do, the second is made:
 
-    error: int64 | request: int64 | payload, padded to the largest rank's
+    error: int64 | payload, padded to the largest rank's
 
 `error` is 0, and the payload the outputs of the rank's items one after another, each at a multiple of 16 bytes; or
-the rank failed, and the payload's first `error` bytes are the message. `request` is the CRC-32 of the items' sizes.
+the rank failed, and the payload's first `error` bytes are the message.
 """
 
 import math
@@ -15,17 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from heapq import heapreplace
 from itertools import groupby
-from typing import Any, Protocol
-from zlib import crc32
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
+from polyfuse.runtime.encoder.header import check_headers, error_text, failed_header, failure, header
 from polyfuse.runtime.encoder.protocol import BufferSpec, EncoderRequest, GraphableEncoder, ItemSize
 from polyfuse.spec import fail
 
 _ALIGNMENT = 16
-_HEADER = 16
+_STATUS = 16
 _SMALLEST_PAYLOAD = 4096
 
 # PyTorch 2.13 renamed the function and warns of the older name.
@@ -76,14 +77,31 @@ def assign_items(costs: Sequence[float], ranks: int) -> list[list[int]]:
     return assigned
 
 
+class _Share(NamedTuple):
+    """What a rank has before it communicates: the request, each rank's items, and memory for the second all-gather.
+
+    `spans` are the bytes of each output in each rank's payload, `row` is this rank's row and `gathered` those of all.
+    """
+
+    request: EncoderRequest
+    assigned: list[list[int]]
+    spans: list[dict[str, slice]]
+    row: torch.Tensor
+    gathered: torch.Tensor
+
+
 class DataParallelEncoder:
-    """Runs each request's items on all ranks of a group, with one all-gather.
+    """Runs each request's items on all ranks of a group, with two all-gathers.
 
     `manager` is this rank's `EncoderGraphManager`, of the same encoder and weights on every rank. `group` (default:
     all ranks) is any torch.distributed group with a backend for the encoder's device. All its ranks must construct
     the encoder together, and call `execute` together with equal arguments, from one thread. One rank runs locally.
 
-    The all-gather runs in a group of its own with a timeout of `timeout_s` seconds, so `group` keeps its own. (The
+    The first all-gather, of 1288 bytes a rank, tells the ranks of a call that differs or cannot be run, so that none
+    waits for it. It adds its latency to every request, with a copy to the device and one back for NCCL: the encoding
+    starts when the host has read it.
+
+    The all-gathers run in a group of its own with a timeout of `timeout_s` seconds, so `group` keeps its own. (The
     ranks of a `group` smaller than the world must be in equally many groups: PyTorch names the new one by that.)
     Graphs captured in a request count: call `manager.capture()` on every rank first. When a rank dies or is
     `timeout_s` late, `execute` raises PyTorch's `RuntimeError` on the others, and this encoder is of no more use.
@@ -103,11 +121,11 @@ class DataParallelEncoder:
             fail("DataParallelEncoder", "timeout_s", "a finite number of seconds > 0", timeout_s)
         self._manager = manager
         self._timeout = timedelta(seconds=timeout_s)
-        members = dist.get_process_group_ranks(group)
-        self._ranks = len(members)
+        self._members = dist.get_process_group_ranks(group)
+        self._ranks = len(self._members)
         if self._ranks > 1:
             self._group = dist.new_group(
-                members,
+                self._members,
                 timeout=self._timeout,
                 backend=dist.get_backend_config(group),
                 use_local_synchronization=self._ranks < dist.get_world_size(),
@@ -117,29 +135,50 @@ class DataParallelEncoder:
     def execute(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result for a call, on every rank: `encoder.result` of all items' outputs in order.
 
-        Runs without gradients, and waits for the device.
+        The pixels may be on the host: each rank moves the rows of its own items alone. Runs without gradients, and
+        waits for the device.
 
-        Raises what `encoder.request` raises, before any communication: on every rank, as all have the same input (a
-        rank whose input alone is bad is one that is late for the others). Raises `RuntimeError` on every rank if
-        encoding fails on some, naming them and their errors, from the rank's own error where there is one; also if
-        the items' sizes are not equal on all ranks. After all these the next request can be run.
+        Raises the same type of error on every rank, and the next request can be run after it. If `encoder.request`
+        raises that type on all ranks, as it does for input that is bad and equal, each raises its own. Else it is
+        `RuntimeError`, which names the ranks: if `encoder.request` or the encoding fails on some, with their errors,
+        from the rank's own where there is one; and if the ranks differ in the items' sizes or their order, or in the
+        encoder's name, inputs, outputs (their dtypes are the encoder's) or `token_multiple`. It cannot be seen whether
+        the ranks have different pixels of equal sizes, or different weights: each item's result is then that of the
+        rank that ran it.
         """
         encoder = self._manager.encoder
-        request = encoder.request(*args, **kwargs)
-        outputs = self._manager.run(request) if self._ranks == 1 else self._run(request)
-        return encoder.result(outputs, request)
+        if self._ranks == 1:
+            request = encoder.request(*args, **kwargs)
+            return encoder.result(self._manager.run(request), request)
+        found: _Share | Exception
+        try:
+            found = self._share(encoder.request(*args, **kwargs))
+            own = header(encoder, found.request)
+        except Exception as caught:
+            found, own = caught, failed_header(caught)
+        headers = torch.empty(self._ranks, len(own), dtype=torch.uint8, device=encoder.device)
+        self._gather(headers, torch.frombuffer(bytearray(own), dtype=torch.uint8).to(encoder.device))
+        error = found if isinstance(found, Exception) else None
+        check_headers([bytes(row.numpy()) for row in headers.cpu()], self._members, error)
+        if isinstance(found, Exception):  # all ranks have one, of one type
+            raise found
+        return encoder.result(self._run(found), found.request)
 
-    def _run(self, request: EncoderRequest) -> dict[str, torch.Tensor]:
-        """Encode this rank's items, gather those of all ranks, and put them in order."""
-        encoder = self._manager.encoder
+    def _share(self, request: EncoderRequest) -> _Share:
+        """Prepare all that can fail on this rank alone, memory too, for then the other ranks can be told."""
+        outputs = self._manager.encoder.outputs
         assigned = assign_items([item_cost(size) for size in request.sizes], self._ranks)
-        spans = [_spans(encoder.outputs, [request.sizes[i] for i in items]) for items in assigned]
+        spans = [_spans(outputs, [request.sizes[i] for i in items]) for items in assigned]
         used = max(span.stop for of_rank in spans for span in of_rank.values())
-        row_bytes = _HEADER + _aligned(max(_SMALLEST_PAYLOAD, used))
-        gathered = torch.empty(self._ranks, row_bytes, dtype=torch.uint8, device=encoder.device)
-        row = torch.empty_like(gathered[0])
-        header, payload = row[:_HEADER].view(torch.int64), row[_HEADER:]
-        header[0], header[1] = 0, crc32(repr(request.sizes).encode())
+        row_bytes = _STATUS + _aligned(max(_SMALLEST_PAYLOAD, used))
+        gathered = torch.empty(self._ranks, row_bytes, dtype=torch.uint8, device=self._manager.encoder.device)
+        return _Share(request, assigned, spans, torch.empty_like(gathered[0]), gathered)
+
+    def _run(self, share: _Share) -> dict[str, torch.Tensor]:
+        """Encode this rank's items, gather those of all ranks, and put them in order."""
+        encoder, (request, assigned, spans, row, gathered) = self._manager.encoder, share
+        status, payload = row[:_STATUS].view(torch.int64), row[_STATUS:]
+        status.zero_()
         error = None
         try:
             if assigned[self._rank]:
@@ -148,23 +187,35 @@ class DataParallelEncoder:
                     _rows(payload, spans[self._rank][name], spec).copy_(outputs[name])
         except Exception as caught:
             error = caught
-            text = f"{type(error).__name__}: {error}".encode()[: payload.numel()]
+            text = error_text(error)[: payload.numel()]
             payload[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            header[0] = len(text)
-        self._wait(_all_gather(gathered.view(-1), row, group=self._group, async_op=True))
-        _raise_failures(gathered, self._rank, error)
+            status[0] = len(text)
+        self._gather(gathered, row)
+        self._raise_failures(gathered, error)
         merged = {}
         for name, spec in encoder.outputs.items():
-            packed = [_rows(gathered[rank, _HEADER:], spans[rank][name], spec) for rank in range(self._ranks)]
+            packed = [_rows(gathered[rank, _STATUS:], spans[rank][name], spec) for rank in range(self._ranks)]
             merged[name] = _in_order(packed, spec, request.sizes, assigned)
         return merged
 
-    def _wait(self, work: dist.Work) -> None:
-        """Wait for the all-gather on the host, for NCCL too, whose own wait looks only every millisecond."""
+    def _gather(self, rows: torch.Tensor, own: torch.Tensor) -> None:
+        """Gather a row of each rank; wait on the host, for NCCL too, whose own wait looks only every millisecond."""
+        work = _all_gather(rows.view(-1), own, group=self._group, async_op=True)
         end = time.monotonic() + self._timeout.total_seconds()
         while not work.is_completed() and time.monotonic() < end:
             time.sleep(2e-5)
         work.wait(self._timeout)
+
+    def _raise_failures(self, gathered: torch.Tensor, error: Exception | None) -> None:
+        """Raise `RuntimeError` if encoding failed on a rank, from this rank's own error."""
+        sizes = gathered[:, :_STATUS].view(torch.int64)[:, 0].tolist()
+        failures = {
+            self._members[rank]: bytes(gathered[rank, _STATUS : _STATUS + size].tolist())
+            for rank, size in enumerate(sizes)
+            if size
+        }
+        if failures:
+            raise failure(failures) from error
 
 
 def _in_order(
@@ -201,18 +252,3 @@ def _spans(outputs: Mapping[str, BufferSpec], sizes: Sequence[ItemSize]) -> dict
 def _rows(payload: torch.Tensor, span: slice, spec: BufferSpec) -> torch.Tensor:
     """View these bytes of a payload as the output `[rows, *shape]` that they hold."""
     return payload[span].view(spec.dtype).view(-1, *spec.shape)
-
-
-def _raise_failures(gathered: torch.Tensor, own: int, error: Exception | None) -> None:
-    """Raise `RuntimeError` if a rank failed, from this rank's own error, or if requests differ between the ranks."""
-    headers = gathered[:, :_HEADER].view(torch.int64).tolist()
-    failures = []
-    for rank, (size, _) in enumerate(headers):
-        if size:
-            text = bytes(gathered[rank, _HEADER : _HEADER + size].tolist()).decode(errors="replace")
-            failures.append(f"on rank {rank}: {text}")
-    if failures:
-        raise RuntimeError(f"data parallel encoding failed {'; '.join(failures)}") from error
-    others = [rank for rank, (_, request) in enumerate(headers) if request != headers[own][1]]
-    if others:
-        raise RuntimeError(f"data parallel encoding: expected equal requests, got other sizes on ranks {others}")
