@@ -31,14 +31,15 @@ def build(family: str = "Qwen3_5", dtype: torch.dtype = torch.float32, kinds: li
     torch.manual_seed(0)
     settings = config(**TINY, **experts, layer_types=kinds, num_hidden_layers=len(kinds))
     model = getattr(transformers, f"{family}ForCausalLM")._from_config(settings, dtype=dtype).eval()
-    for layer in gated_delta_nets(model):
+    for layer in gated_delta_nets(model).values():
         nn.init.normal_(layer.conv1d.weight, std=0.5)
         nn.init.normal_(layer.out_proj.weight, std=0.5)
     return model
 
 
 def build_layer(family: str = "Qwen3_5", dtype: torch.dtype = torch.float32) -> Any:
-    return gated_delta_nets(build(family, dtype, KINDS[:1]))[0]
+    (layer,) = gated_delta_nets(build(family, dtype, KINDS[:1])).values()
+    return layer
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:

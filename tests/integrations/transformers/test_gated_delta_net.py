@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from polyfuse.integrations.transformers import accelerate
+from polyfuse.integrations.transformers import _gated_delta_net, accelerate, report
 from tests.integrations.transformers.gated_delta_net_models import (
     BFLOAT16,
     BOUND,
@@ -173,30 +173,46 @@ def test_a_layer_that_is_offloaded_later_runs_as_before(op_calls: list[str]) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cache_under_another_name_is_not_dropped(family: str, op_calls: list[str], monkeypatch: Any) -> None:
-    """Transformers 5.24 renames `cache_params`: its layers' own forward runs, with the cache."""
-    model = build(family)
-    layer_class = type(model.model.layers[0].linear_attn)
-    own = layer_class.forward
-
-    def renamed(self: Any, hidden_states: Any, cache: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
-        return own(self, hidden_states, cache, attention_mask, **kwargs)
-
-    decoder_class = type(model.model.layers[0])
-    source = decoder_class.forward
-
-    def calls_by_the_new_name(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with monkeypatch.context() as patch:
-            layer = getattr(self, "linear_attn", None)
-            if layer is not None:
-                forward = layer.forward
-                new_name = lambda cache_params=None, **given: forward(cache=cache_params, **given)  # noqa: E731
-                patch.setitem(vars(layer), "forward", new_name)
-            return source(self, *args, **kwargs)
-
-    monkeypatch.setattr(layer_class, "forward", renamed)
-    monkeypatch.setattr(decoder_class, "forward", calls_by_the_new_name)
-    options: Any = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    want = model.generate(tokens(1, 9), **options)
-    assert torch.equal(accelerate(model).generate(tokens(1, 9), **options), want)
+def test_an_unknown_keyword_is_the_layers_own_to_understand(family: str, op_calls: list[str]) -> None:
+    layer = build_layer(family)
+    own = type(layer).forward
+    with torch.no_grad():
+        before = own(layer, hidden(2, 9), a_later_option=True)
+        accelerate(layer)
+        assert torch.equal(before, layer(hidden(2, 9), a_later_option=True))
+    assert report(layer).parts[0].unfused_calls == {"unknown keywords: a_later_option": 1}
     assert not op_calls
+
+
+def test_a_class_with_another_signature_runs_its_own_forward(op_calls: list[str], monkeypatch: Any) -> None:
+    """What a later version of Transformers may do: a layer that takes its cache as a pair of states."""
+    layer = build_layer()
+    cls = type(layer)
+
+    def forward(self: Any, hidden_states: Any, states: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return hidden_states if states is None else states
+
+    forward.__module__ = cls.__module__
+    monkeypatch.setattr(cls, "forward", forward)
+    _gated_delta_net._parameters.cache_clear()
+    try:
+        with torch.no_grad():
+            assert torch.equal(accelerate(layer)(hidden(1, 2)), hidden(1, 2))
+            assert layer(hidden(1, 2), 3) == 3
+    finally:
+        _gated_delta_net._parameters.cache_clear()
+    assert report(layer).parts[0].reason == "its forward has another signature"
+    assert not op_calls
+
+
+def test_the_cache_may_have_either_name(op_calls: list[str]) -> None:
+    layer, config = accelerate(build_layer()), build(kinds=KINDS[:1]).config
+    results = []
+    for given in ({"cache_params": 0}, {"cache": 0}, {}):
+        cache = transformers.DynamicCache(config=config)
+        with torch.no_grad():
+            layer(hidden(1, 5), *([] if given else [cache]), **dict.fromkeys(given, cache))
+            results.append(layer(hidden(1, 1), *([] if given else [cache]), **dict.fromkeys(given, cache)))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert len(op_calls) == 3 * 4

@@ -15,7 +15,6 @@ from transformers import DynamicCache, Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from polyfuse.integrations.transformers import accelerate
-from polyfuse.integrations.transformers._gated_delta_net import stack_projections
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # Inductor's own
 
@@ -110,14 +109,3 @@ def test_a_second_model_compiles_from_the_cache(monkeypatch: pytest.MonkeyPatch)
             eager = layer(hidden())
             assert change(eager, torch.compile(layer, fullgraph=True)(hidden())) <= BOUND
     assert counters["inductor"]["fxgraph_cache_hit"] == 1
-
-
-def test_a_compiled_layer_without_stacked_weights_runs_as_before() -> None:
-    plain = build_layer()
-    layer = accelerate(copy.deepcopy(plain))
-    del layer.polyfuse_in_proj, layer.polyfuse_in_proj_sources
-    with torch.no_grad():
-        before = torch.compile(plain, fullgraph=True, backend="eager")(hidden())
-        assert torch.equal(before, torch.compile(layer, fullgraph=True, backend="eager")(hidden()))
-        stack_projections(layer)
-        assert change(before, torch.compile(layer, fullgraph=True, backend="eager")(hidden())) <= BOUND

@@ -233,11 +233,15 @@ def _module_name(module: Any) -> str:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@lru_cache
 def _has_known_forward(module: str, name: str) -> bool:
     """Whether a layer's class takes the arguments of `SIGNATURES`."""
-    cls = getattr(sys.modules[module], name, None)
-    return cls is not None and tuple(inspect.signature(cls.forward).parameters) in SIGNATURES
+    return _parameters(module, name) in SIGNATURES
+
+
+@lru_cache
+def _parameters(module: str, name: str) -> tuple[str, ...]:
+    """The names of the parameters of a class's forward."""
+    return tuple(inspect.signature(getattr(sys.modules[module], name).forward).parameters)
 
 
 def _names(module: Any) -> Any:
