@@ -204,7 +204,11 @@ def _bind_shapes(spec: OpSpec, shapes: Mapping[str, tuple[Any, ...]], attrs: Map
     for tensor in spec.tensors:
         if tensor.name not in shapes:
             continue
-        shape, symbols = shapes[tensor.name], tensor.shape
+        given, symbols = shapes[tensor.name], tensor.shape
+        if tensor.is_split(given) and given[-2] != attrs[tensor.split]:
+            expected = f"{tensor.split}={attrs[tensor.split]} in {_shape_text(tensor.shapes[-1])}"
+            fail(spec.name, tensor.name, expected, list(given))
+        shape = tensor.merged(given)
         if symbols and symbols[0] == "...":
             symbols = symbols[1:]
             lead = len(shape) - len(symbols)
@@ -212,12 +216,12 @@ def _bind_shapes(spec: OpSpec, shapes: Mapping[str, tuple[Any, ...]], attrs: Map
                 dims["..."] = shape[:lead]
                 shape = shape[lead:]
         if len(shape) != len(symbols):
-            fail(spec.name, tensor.name, f"shape {_shape_text(tensor.shape)}", list(shapes[tensor.name]))
+            fail(spec.name, tensor.name, f"shape {_shapes_text(tensor)}", list(given))
         for symbol, size in zip(symbols, shape, strict=True):
             if not _NAME.fullmatch(symbol) or symbol in attrs:
                 expressions.append((tensor, symbol, size))
             elif dims.setdefault(symbol, size) != size:
-                fail(spec.name, tensor.name, f"{symbol}={dims[symbol]} in {_shape_text(tensor.shape)}", list(shape))
+                fail(spec.name, tensor.name, f"{symbol}={dims[symbol]} in {_shapes_text(tensor)}", list(given))
     for tensor, symbol, size in expressions:
         names = {**attrs, **dims}
         unknown = set(_NAME.findall(symbol)) - set(names)
@@ -249,7 +253,8 @@ def _solve(spec: OpSpec, tensor: TensorSpec, symbol: str, size: Any, names: Mapp
 def _check_derived(call: Call, shapes: Mapping[str, tuple[Any, ...]]) -> None:
     """Dimensions that `derive` determines must agree with the arguments that use them."""
     for tensor in call.op.tensors:
-        for symbol, size in zip(reversed(tensor.shape), reversed(shapes.get(tensor.name, ())), strict=False):
+        shape = tensor.merged(shapes.get(tensor.name, ()))
+        for symbol, size in zip(reversed(tensor.shape), reversed(shape), strict=False):
             want = call.dims.get(symbol)
             if want is not None and symbol != "..." and size != want:
                 fail(
@@ -278,6 +283,10 @@ def _evaluate_shape(symbols: tuple[str, ...], names: Mapping[str, Any]) -> tuple
         else:
             shape.append(evaluate(symbol, names))
     return tuple(shape)
+
+
+def _shapes_text(tensor: TensorSpec) -> str:
+    return " or ".join(map(_shape_text, tensor.shapes))
 
 
 def _shape_text(symbols: tuple[str, ...]) -> str:
