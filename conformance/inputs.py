@@ -69,4 +69,7 @@ def _array(spec: OpSpec, tensor: TensorSpec, case: Case, names: Mapping[str, Any
     rng = np.random.default_rng([seed, crc32(case.name.encode()), crc32(tensor.name.encode())])
     fill = fill_named(case.fill.get(tensor.name, "normal"), suite(spec.name).FILLS)
     values = round_to(fill(rng, tuple(shape), dtype), dtype)
+    if tensor.name in case.split:
+        first = names[tensor.split]
+        values = values.reshape(*shape[:-1], first, shape[-1] // first)
     return LAYOUTS[case.layout.get(tensor.name, "contiguous")](values)

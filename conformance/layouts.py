@@ -26,10 +26,25 @@ def _one_of_three(values: Array) -> Array:
     return wide[:, 1]
 
 
+def _half(number: int) -> Callable[[Array], Array]:
+    """Half number 0 or 1 of rows that are twice as long; the other half is NaN, so that reading it shows."""
+
+    def layout(values: Array) -> Array:
+        width = values.shape[-1]
+        wide = np.full((*values.shape[:-1], 2 * width), np.nan, values.dtype)
+        half = wide[..., number * width : (number + 1) * width]
+        half[...] = values
+        return half
+
+    return layout
+
+
 LAYOUTS: dict[str, Callable[[Array], Array]] = {
     "contiguous": np.ascontiguousarray,
     "row_strided": _row_strided,
     "column_strided": _column_strided,
     "token_stride_1": _column_strided,
     "one_of_three": _one_of_three,
+    "first_half": _half(0),
+    "second_half": _half(1),
 }

@@ -8,7 +8,14 @@ from numpy.typing import NDArray
 
 from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, to_f64
 from polyfuse.reference._oracle import Error, Oracle
-from polyfuse.reference.gdn_post_conv import gate_bounds, inverse_norm, sigmoid, softplus, split_heads
+from polyfuse.reference.gdn_post_conv import (
+    gate_bounds,
+    inverse_norm,
+    per_value_head,
+    sigmoid,
+    softplus,
+    split_heads,
+)
 from polyfuse.spec import Capability
 from polyfuse.spec.gdn_conv_prep import SILU_SLOPE, SPEC
 
@@ -33,17 +40,28 @@ def formula(
     l2norm_eps: float,
     output_g_exp: bool,
     output_final_state: bool,
+    interleaved: bool,
 ) -> tuple[F64, ...]:
     """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]."""
+    if interleaved:
+        x = in_order(x, num_k_heads, head_k_dim)
     c = conv(windows(x, initial_state, cu_seqlens, weight.shape[1]), weight, bias)
     q, k, v = split_heads(silu(c), num_k_heads, head_k_dim, head_v_dim)
     if l2norm:
         q, k = q * inverse_norm(q, l2norm_eps), k * inverse_norm(k, l2norm_eps)
-    g = -np.exp(to_f64(A_log)) * softplus(to_f64(a) + to_f64(dt_bias))
+    g = -np.exp(to_f64(A_log)) * softplus(per_value_head(a) + to_f64(dt_bias))
     if output_g_exp:
         g = np.exp(g)
     last = final_state(x, initial_state, cu_seqlens, weight.shape[1])
-    return q, k, v, g, sigmoid(to_f64(b)), last if output_final_state else last[:0]
+    return q, k, v, g, sigmoid(per_value_head(b)), last if output_final_state else last[:0]
+
+
+def in_order(x: Array, heads: int, width: int) -> Array:
+    """The columns [q | k | v] of rows that are, for each key head, [q | k | v | z] with z as wide as v."""
+    columns = np.arange(x.shape[1]).reshape(heads, x.shape[1] // heads)
+    end_of_v = (2 * width + columns.shape[1]) // 2
+    q, k, v = columns[:, :width], columns[:, width : 2 * width], columns[:, 2 * width : end_of_v]
+    return x[:, np.concatenate([q, k, v], axis=None)]
 
 
 def sequences(length: int, cu_seqlens: Array | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -94,7 +112,8 @@ def final_state(x: Array, state: Array | None, cu_seqlens: Array | None, width: 
 
 def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
     """The error of c, through SiLU to y, and through the norm to q and k."""
-    window = windows(given.x, given.initial_state, given.cu_seqlens, given.weight.shape[1])
+    x = in_order(given.x, given.num_k_heads, given.head_k_dim) if given.interleaved else given.x
+    window = windows(x, given.initial_state, given.cu_seqlens, given.weight.shape[1])
     y = _activated(window, given, error)
     parts = [
         split_heads(part, given.num_k_heads, given.head_k_dim, given.head_v_dim) for part in (y.value, y.low, y.high)

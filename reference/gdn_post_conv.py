@@ -31,10 +31,10 @@ def formula(
     q, k, v = split_heads(to_f64(conv_out), num_k_heads, head_k_dim, head_v_dim)
     if l2norm:
         q, k = q * inverse_norm(q, l2norm_eps), k * inverse_norm(k, l2norm_eps)
-    g = -np.exp(to_f64(A_log)) * softplus(to_f64(a) + to_f64(dt_bias))
+    g = -np.exp(to_f64(A_log)) * softplus(per_value_head(a) + to_f64(dt_bias))
     if output_g_exp:
         g = np.exp(g)
-    return q, k, v, g, sigmoid(to_f64(b))
+    return q, k, v, g, sigmoid(per_value_head(b))
 
 
 def split_heads(rows: F64, heads: int, width: int, width_v: int) -> tuple[F64, F64, F64]:
@@ -43,6 +43,11 @@ def split_heads(rows: F64, heads: int, width: int, width_v: int) -> tuple[F64, F
     length = len(rows)
     heads_v = v.shape[1] // width_v
     return q.reshape(length, heads, width), k.reshape(length, heads, width), v.reshape(length, heads_v, width_v)
+
+
+def per_value_head(gates: Array) -> F64:
+    """[L, HV] of that, or of [L, H, HV / H]."""
+    return to_f64(gates).reshape(len(gates), int(np.prod(gates.shape[1:])))
 
 
 def inverse_norm(x: F64, eps: float) -> F64:
@@ -81,7 +86,7 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
 def gate_bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
     """The intervals of g and beta."""
     relative, flush = error("g")
-    x, rate = to_f64(given.a) + to_f64(given.dt_bias), to_f64(given.A_log)
+    x, rate = per_value_head(given.a) + to_f64(given.dt_bias), to_f64(given.A_log)
     g = -np.exp(rate) * softplus(x)
     flushed = flush * (1 + np.exp(rate))
     of_g = relative * np.abs(g) * (1 + np.maximum(-x, 0) + np.abs(rate)) + flushed
@@ -92,7 +97,7 @@ def gate_bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str,
 
     relative, flush = error("beta")
     beta = exact["beta"]
-    of_beta = relative * beta * (1 + np.abs(to_f64(given.b))) + flush
+    of_beta = relative * beta * (1 + np.abs(per_value_head(given.b))) + flush
     return {
         "g": Exact.around(exact["g"], of_g),
         "beta": Exact.around(beta, np.where(beta == 0, flush, of_beta)),

@@ -10,7 +10,8 @@ def docstring(spec: OpSpec) -> str:
     lines = [spec.summary, "", spec.formula.strip(), "", "Arguments:"]
     for t in spec.tensors:
         optional = ", optional" if t.optional else ""
-        lines.append(f"    {t.name}: [{', '.join(t.shape)}] {'/'.join(t.dtypes)}{optional}. {t.doc}.")
+        shapes = " or ".join(f"[{', '.join(shape)}]" for shape in t.shapes)
+        lines.append(f"    {t.name}: {shapes} {'/'.join(t.dtypes)}{optional}. {t.doc}.")
     for a in spec.attrs:
         kind = " | ".join(a.values) if a.kind == "enum" else a.kind
         default = "required" if a.default is REQUIRED else f"default {a.default!r}"
@@ -28,7 +29,12 @@ def op_page(spec: OpSpec) -> str:
     """The whole definition of an op as Markdown."""
     definition = spec.formula.strip().partition("\n")[2].strip("\n")
     inputs = [
-        (f"`{t.name}`{' (optional)' if t.optional else ''}", _shape(t.shape), ", ".join(t.dtypes), t.doc)
+        (
+            f"`{t.name}`{' (optional)' if t.optional else ''}",
+            " or ".join(map(_shape, t.shapes)),
+            ", ".join(t.dtypes),
+            t.doc,
+        )
         for t in spec.tensors
     ]
     attrs = [

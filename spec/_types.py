@@ -33,6 +33,8 @@ class TensorSpec:
     `dtypes` lists the accepted dtypes; arguments that share a `dtype_var` must have the same one.
     `host_unless` marks an argument that may also be a nested host sequence; as a tensor it is read back
     to the host and checked, except when the attribute named here is given: then it stays on the device.
+    `split` names an integer attribute: the last dimension may also come as two, of which the first is that attribute.
+    `shape` and the names bound to it are the same in both forms.
     """
 
     name: str
@@ -42,6 +44,21 @@ class TensorSpec:
     dtype_var: str = ""
     optional: bool = False
     host_unless: str = ""
+    split: str = ""
+
+    @property
+    def shapes(self) -> tuple[tuple[str, ...], ...]:
+        """`shape`, then the one with its last dimension split where that may be."""
+        *lead, last = self.shape
+        return (self.shape, (*lead, self.split, f"{last}/{self.split}")) if self.split else (self.shape,)
+
+    def is_split(self, shape: tuple[Any, ...]) -> bool:
+        """Whether an argument of this shape has its last dimension split."""
+        return bool(self.split) and len(shape) == len(self.shape) + 1
+
+    def merged(self, shape: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The shape of an argument in the form of `shape`: a split last dimension as one."""
+        return (*shape[:-2], shape[-2] * shape[-1]) if self.is_split(shape) else shape
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,11 @@ def _bind_shapes(
         if declared.name not in shapes:
             continue
         tensor = replace(declared, shape=tuple(_chosen(symbol, {**attrs, **given}) for symbol in declared.shape))
-        shape, symbols = shapes[tensor.name], tensor.shape
+        actual, symbols = shapes[tensor.name], tensor.shape
+        if tensor.is_split(actual) and actual[-2] != attrs[tensor.split]:
+            expected = f"{tensor.split}={attrs[tensor.split]} in {_shape_text(tensor.shapes[-1])}"
+            fail(spec.name, tensor.name, expected, list(actual))
+        shape = tensor.merged(actual)
         if symbols and symbols[0] == "...":
             symbols = symbols[1:]
             lead = len(shape) - len(symbols)
@@ -219,13 +223,12 @@ def _bind_shapes(
                     fail(spec.name, tensor.name, want, list(shape))
                 shape = shape[lead:]
         if len(shape) != len(symbols):
-            fail(spec.name, tensor.name, f"shape {_shape_text(tensor.shape)}", list(shapes[tensor.name]))
+            fail(spec.name, tensor.name, f"shape {_shapes_text(tensor)}", list(actual))
         for symbol, size in zip(symbols, shape, strict=True):
             if not _NAME.fullmatch(symbol) or symbol in attrs:
                 expressions.append((tensor, symbol, size))
             elif dims.setdefault(symbol, size) != size:
-                want = f"{symbol}={dims[symbol]} in {_shape_text(tensor.shape)}"
-                fail(spec.name, tensor.name, want, list(shapes[tensor.name]))
+                fail(spec.name, tensor.name, f"{symbol}={dims[symbol]} in {_shapes_text(tensor)}", list(actual))
     for tensor, symbol, size in expressions:
         names = {**attrs, **dims}
         unknown = set(_NAME.findall(symbol)) - set(names)
@@ -265,7 +268,8 @@ def _solve(spec: OpSpec, tensor: TensorSpec, symbol: str, size: Any, names: Mapp
 def _check_derived(call: Call, shapes: Mapping[str, tuple[Any, ...]]) -> None:
     """Dimensions that `derive` determines must agree with the arguments that use them."""
     for tensor in call.op.tensors:
-        for symbol, size in zip(reversed(tensor.shape), reversed(shapes.get(tensor.name, ())), strict=False):
+        shape = tensor.merged(shapes.get(tensor.name, ()))
+        for symbol, size in zip(reversed(tensor.shape), reversed(shape), strict=False):
             want = call.dims.get(symbol)
             if want is not None and symbol != "..." and size != want:
                 fail(
@@ -294,6 +298,10 @@ def _evaluate_shape(symbols: tuple[str, ...], names: Mapping[str, Any]) -> tuple
         else:
             shape.append(evaluate(symbol, names))
     return tuple(shape)
+
+
+def _shapes_text(tensor: TensorSpec) -> str:
+    return " or ".join(map(_shape_text, tensor.shapes))
 
 
 def _shape_text(symbols: tuple[str, ...]) -> str:

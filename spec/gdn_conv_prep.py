@@ -1,7 +1,7 @@
 """`gdn_conv_prep`: a Gated DeltaNet layer from its projection to its delta rule, in one pass.
 
-A row of `x` is [q | k | v] as the projection wrote it. A causal depthwise convolution of width W over the rows of each
-sequence, a SiLU, then all of `gdn_post_conv`:
+A row of `x` is [q | k | v] as the projection wrote it, with H heads of K for q and for k, and HV heads of V for v. A
+causal depthwise convolution of width W over the rows of each sequence, a SiLU, then all of `gdn_post_conv`:
 
     c[t]   bias + sum over j < W of weight[:, j] * x[t - (W - 1) + j]
     y      c * sigmoid(c)
@@ -14,6 +14,9 @@ sequence, a SiLU, then all of `gdn_post_conv`:
 it all rows are one sequence. What lies before a sequence's first row comes from `initial_state` [S, C, W - 1], its last
 W - 1 inputs, oldest first, and is zero without one; never from another sequence. `final_state` is the same after the
 sequence's last row: the initial state of the call that goes on, also where the sequence has fewer than W - 1 rows.
+With `interleaved` x is Qwen3-Next's whole first projection, read in place: H key heads of [q K | k K | v G*V | z G*V],
+where G = HV / H, so that value head j belongs to key head j // G. The columns of z are not read. Channels of `weight`,
+`bias` and the states stay [q | k | v], each with its heads in order, and the results are the same.
 All arithmetic is fp32 or wider with one rounding per output: c and y are not rounded. g and beta are float32.
 """
 
@@ -40,10 +43,14 @@ MAX_WIDTH = 4
 SILU_SLOPE = 1.1  # the largest derivative of SiLU is 1.0998
 
 _CHANNELS = "2*num_k_heads*head_k_dim + HV*head_v_dim"
+_COLUMNS = "2*num_k_heads*head_k_dim + (1 + interleaved)*HV*head_v_dim"
 
 
 def _check(call: Call) -> None:
     POST_CONV.check(call)
+    heads, heads_v = call.attrs["num_k_heads"], call.dims["HV"]
+    if call.attrs["interleaved"] and heads_v % heads:
+        fail(NAME, "A_log", f"HV divisible by num_k_heads={heads} with interleaved=True", heads_v)
     if not 2 <= call.dims["W"] <= MAX_WIDTH:
         fail(NAME, "weight", f"a width of 2 to {MAX_WIDTH} in [{_CHANNELS}, W]", call.dims["W"])
     if call.dims.get("N", 2) < 2:
@@ -78,7 +85,7 @@ def _cost(call: Call) -> Cost:
 
 SPEC = OpSpec(
     name=NAME,
-    version=1,
+    version=2,
     summary="Causal conv, SiLU, split, L2-normalisation and gates of a Gated DeltaNet layer, in one pass.",
     formula=__doc__ or "",
     source=(
@@ -87,7 +94,13 @@ SPEC = OpSpec(
     ),
     rows="L",
     tensors=(
-        TensorSpec("x", ("L", _CHANNELS), FLOATS, "[q | k | v] before the conv; any strides", dtype_var="T"),
+        TensorSpec(
+            "x",
+            ("L", _COLUMNS),
+            FLOATS,
+            "[q | k | v] before the conv, or key heads of [q | k | v | z] with interleaved; any strides",
+            dtype_var="T",
+        ),
         TensorSpec("weight", (_CHANNELS, "W"), FLOATS, "of the conv; W is 2 to 4, the last column the row itself"),
         *POST_CONV.tensors[1:],
         TensorSpec("bias", (_CHANNELS,), FLOATS, "of the conv", optional=True),
@@ -106,6 +119,7 @@ SPEC = OpSpec(
     attrs=(
         *POST_CONV.attrs,
         AttrSpec("output_final_state", "bool", False, "return final_state; else it has no sequences"),
+        AttrSpec("interleaved", "bool", False, "x is Qwen3-Next's projection: key heads of [q | k | v | z]"),
     ),
     outputs=(
         *POST_CONV.outputs,
@@ -145,11 +159,18 @@ SPEC = OpSpec(
         "cu_seqlens is not read back to the host: its entries are taken to be within 0 to L, and not to decrease. Rows "
         "past its last entry are one more sequence, without a state: padding that no other row depends on.",
         "A NaN makes W rows of its channel NaN in v, and of its head in q and k; the rows of other sequences stay.",
+        "What the columns of z hold changes no bit of a result, NaN included. HV must be divisible by num_k_heads with "
+        "interleaved, and with an a or b of three dimensions.",
         "An infinite weight times the zero before a sequence is NaN. SiLU of -infinity is NaN.",
         "The sum of squares is fp32: beyond |y| of about 1.8e19 it is infinite, and finite elements become 0.",
         "Subnormal float32 numbers, inputs and results, may count as zero; copies are exact.",
     ),
-    core=("bfloat16-l2norm_True-g_exp_False", "width_4-bias-initial_state-int32", "rows_67-initial_state"),
+    core=(
+        "bfloat16-l2norm_True-g_exp_False",
+        "width_4-bias-initial_state-int32",
+        "rows_67-initial_state",
+        "interleaved-h2-k16-g2-v8",
+    ),
     check=_check,
     derive=_derive,
     cost=_cost,

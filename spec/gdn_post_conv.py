@@ -7,6 +7,8 @@ A row of `conv_out` is [q | k | v] with H heads of K for q and for k, and HV hea
     g      -exp(A_log) * softplus(a + dt_bias)        exp of that with output_g_exp=True
     beta   sigmoid(b)
 
+a and b are [L, HV], or [L, H, HV / H] with the value heads of a key head together, as Qwen3-Next's projection has them:
+value head j belongs to key head j // (HV / H).
 `eps` is inside the root: a zero vector gives zero, and |x| = 1e-4 with eps = 1e-6 gives a norm of 0.0995.
 softplus(x) = max(x, 0) + log1p(exp(-|x|)), accurate over the whole line, with no threshold.
 All arithmetic is fp32 or wider with one rounding per output; g and beta are float32.
@@ -73,7 +75,7 @@ def norm_flushes(names: Mapping[str, Any]) -> float:
 
 SPEC = OpSpec(
     name=NAME,
-    version=1,
+    version=2,
     summary="Split, L2-normalise and gate a Gated DeltaNet layer's conv output into q, k, v, g, beta, in one pass.",
     formula=__doc__ or "",
     source=(
@@ -88,8 +90,8 @@ SPEC = OpSpec(
             "[q | k | v] after the causal conv and its activation; any strides",
             dtype_var="T",
         ),
-        TensorSpec("a", ("L", "HV"), FLOATS, "the decay's input-dependent part"),
-        TensorSpec("b", ("L", "HV"), FLOATS, "the write strength before the sigmoid"),
+        TensorSpec("a", ("L", "HV"), FLOATS, "the decay's input-dependent part; any strides", split="num_k_heads"),
+        TensorSpec("b", ("L", "HV"), FLOATS, "the write strength before the sigmoid; any strides", split="num_k_heads"),
         TensorSpec("A_log", ("HV",), FLOATS, "log of the decay rate per value head"),
         TensorSpec("dt_bias", ("HV",), FLOATS, "added to a before the softplus"),
     ),
@@ -117,6 +119,7 @@ SPEC = OpSpec(
     ),
     edge_cases=(
         "L == 0: empty results, without a launch.",
+        "An a or b of three dimensions: HV must be divisible by num_k_heads.",
         "The sum of squares is fp32: beyond |x| of about 1.8e19 it is infinite, and finite elements become 0.",
         "A NaN makes its head NaN in q or k, and only itself in v.",
         "Subnormal float32 numbers, inputs and results, may count as zero; copies are exact.",

@@ -31,7 +31,8 @@ def heads(
 def gates(
     a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, output_g_exp: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """g, or exp(g), and beta as contiguous [L, HV] in fp32."""
+    """g, or exp(g), and beta as contiguous [L, HV] in fp32, of a and b in either of their shapes."""
+    a, b = a.flatten(1), b.flatten(1)
     # -logsigmoid(-x) is softplus(x), without the threshold of torch's own.
     g = A_log.float().exp() * logsigmoid(-(a.float() + dt_bias.float()))
     if output_g_exp:

@@ -26,17 +26,27 @@ def gdn_conv_prep(
     l2norm_eps: float = 1e-6,
     output_g_exp: bool = False,
     output_final_state: bool = False,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """Returns q, k, v, g and beta, each rounded once, and final_state."""
     before = weight.shape[1] - 1
+    if interleaved:
+        x = _in_order(x, num_k_heads, head_k_dim, len(A_log) // num_k_heads * head_v_dim)
     inputs, first, last = _with_states(x, initial_state, cu_seqlens, before)
     c = _conv(inputs, weight, bias, first, len(x))
     # Not silu(): on a CPU its last bit depends on the place of the element in the tensor.
     y = c * sigmoid(c)
     eps = l2norm_eps if l2norm else None
-    q, k, v = heads(y, num_k_heads, head_k_dim, a.shape[1], head_v_dim, eps, x.dtype)
+    q, k, v = heads(y, num_k_heads, head_k_dim, len(A_log), head_v_dim, eps, x.dtype)
     state = inputs[last if output_final_state else last[:0]].transpose(1, 2)
     return q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp), state
+
+
+def _in_order(x: torch.Tensor, num_k_heads: int, head_k_dim: int, values: int) -> torch.Tensor:
+    """[q | k | v] of rows whose key heads are [q | k | v | z], where v and z have `values` columns each."""
+    key_heads = x.unflatten(1, (num_k_heads, 2 * (head_k_dim + values)))
+    parts = key_heads.split([head_k_dim, head_k_dim, values, values], dim=2)[:3]
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 def _with_states(

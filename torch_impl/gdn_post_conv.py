@@ -24,5 +24,5 @@ def gdn_post_conv(
 ) -> tuple[torch.Tensor, ...]:
     """Returns q, k, v, g and beta, each rounded once."""
     eps = l2norm_eps if l2norm else None
-    q, k, v = heads(conv_out, num_k_heads, head_k_dim, a.shape[1], head_v_dim, eps, conv_out.dtype)
+    q, k, v = heads(conv_out, num_k_heads, head_k_dim, len(A_log), head_v_dim, eps, conv_out.dtype)
     return q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp)

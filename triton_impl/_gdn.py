@@ -64,21 +64,30 @@ def sigmoid(x):
 
 
 @triton.jit
-def gate_tile(gates, strides, tile, length, HV: tl.constexpr, TOKENS: tl.constexpr, G_EXP: tl.constexpr):
+def gate_tile(
+    gates, strides, tile, length, GROUP: tl.constexpr, HV: tl.constexpr, TOKENS: tl.constexpr, G_EXP: tl.constexpr
+):
     """Computes g and beta of TOKENS rows.
 
-    `gates` are pointers to a, b [length, HV] with `strides`, A_log, dt_bias [HV], and to g, beta [length, HV].
+    `gates` are pointers to a, b [length, HV / GROUP, GROUP] with `strides`, A_log, dt_bias [HV], and to g, beta
+    [length, HV].
     """
     a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr = gates
-    a_row, a_column, b_row, b_column = strides
+    a_row, a_group, a_column, b_row, b_group, b_column = strides
     HEADS: tl.constexpr = triton.next_power_of_2(HV) if HV else 1
     token = (tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     gate = tl.arange(0, HEADS).to(tl.int64)[None, :]
     live = (token < length) & (gate < HV)
     A_log = widen(tl.load(A_log_ptr + gate, mask=gate < HV, other=0.0))
     dt_bias = widen(tl.load(dt_bias_ptr + gate, mask=gate < HV, other=0.0))
-    a = widen(tl.load(a_ptr + token * a_row + gate * a_column, mask=live, other=0.0))
-    b = widen(tl.load(b_ptr + token * b_row + gate * b_column, mask=live, other=0.0))
+    a_gate = gate * a_column
+    b_gate = gate * b_column
+    if GROUP != HV:
+        group = gate // GROUP
+        a_gate = group * a_group + gate % GROUP * a_column
+        b_gate = group * b_group + gate % GROUP * b_column
+    a = widen(tl.load(a_ptr + token * a_row + a_gate, mask=live, other=0.0))
+    b = widen(tl.load(b_ptr + token * b_row + b_gate, mask=live, other=0.0))
     g = log_decay(a + dt_bias, A_log)
     tl.store(g_ptr + token * HV + gate, tl.exp(g) if G_EXP else g, mask=live)
     tl.store(beta_ptr + token * HV + gate, sigmoid(b), mask=live)
@@ -92,6 +101,18 @@ def silu(x):
         e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -LOG2_E], tl.float32, True, 1)
         return x * tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], tl.float32, True, 1)
     return x / (1.0 + tl.exp(-x))
+
+
+def gate_layout(a: torch.Tensor, b: torch.Tensor, H: int, HV: int) -> tuple[int, ...]:
+    """The strides of a, then of b, each [length, HV / GROUP, GROUP]; and that GROUP.
+
+    It is HV where both are [length, HV]: the stride from group to group is then not used, and no argument of a kernel.
+    """
+    if a.ndim == b.ndim == 2:
+        (a_row, a_column), (b_row, b_column) = a.stride(), b.stride()
+        return a_row, 1, a_column, b_row, 1, b_column, HV
+    a, b = (gate.unflatten(1, (H, HV // H)) if gate.ndim == 2 else gate for gate in (a, b))
+    return *a.stride(), *b.stride(), HV // H
 
 
 def new_outputs(x: torch.Tensor, length: int, HV: int, H: int, K: int, V: int) -> tuple[torch.Tensor, ...]:

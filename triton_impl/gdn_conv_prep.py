@@ -13,7 +13,7 @@ import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import round_to, widen
-from polyfuse.triton_impl._gdn import gate_tile, l2_normalise, new_outputs, silu
+from polyfuse.triton_impl._gdn import gate_layout, gate_tile, l2_normalise, new_outputs, silu
 from polyfuse.triton_impl._launch import Launcher
 
 NAME = "gdn_conv_prep"
@@ -131,14 +131,21 @@ def _strip(
     out_ptr,  # [length, COUNT, WIDTH]
     first_head,
     first_column,
+    first_place,
     eps,
+    KEY_HEAD: tl.constexpr,
+    GROUP: tl.constexpr,
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     NORMALISE: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Computes a strip of HEADS heads of the q, k or v whose columns in x begin at `first_column`."""
+    """Computes a strip of HEADS heads of the q, k or v whose channels begin at `first_column`.
+
+    The channels are the columns of x, unless KEY_HEAD says that those of a key head lie together and how many they are:
+    then `first_place` is where the GROUP heads that belong to it begin among them.
+    """
     x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, x_row, weight_channel, weight_tap, state_strides = conv
     state_sequence, state_channel, state_tap = state_strides
     row, rows, length, sequences = span
@@ -148,7 +155,12 @@ def _strip(
     column = (first_head + tl.arange(0, HEADS))[None, :, None] * WIDTH + lane  # [1, HEADS, PADDED], as all tiles here
     channel = (first_column + column).to(tl.int64)
     weights = _weights(weight_ptr + channel * weight_channel, mask, weight_tap, W, x_ptr.dtype.element_ty)
-    x_ptr += channel + row.to(tl.int64) * x_row
+    if KEY_HEAD:
+        head = first_head + tl.arange(0, HEADS)
+        place = head // GROUP * KEY_HEAD + first_place + head % GROUP * WIDTH
+        x_ptr += (place[None, :, None] + lane).to(tl.int64) + row.to(tl.int64) * x_row
+    else:
+        x_ptr += channel + row.to(tl.int64) * x_row
     out_ptr += column + row.to(tl.int64) * (COUNT * WIDTH)
     x1 = widen(_input(x_ptr, -tl.minimum(row, 1), x_row, mask))
     x2 = widen(_input(x_ptr, -tl.minimum(row, 2), x_row, mask))
@@ -211,12 +223,39 @@ def _strip(
 
 
 @triton.jit
-def _final_state(conv, out_ptr, length, sequence, block, C: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr):
+def _column(channel, KEY_HEAD: tl.constexpr, H: tl.constexpr, K: tl.constexpr, VALUES: tl.constexpr):
+    """The column of a channel in an interleaved x, whose key heads have VALUES columns of v."""
+    qk = channel % (H * K)
+    of_qk = qk // K * KEY_HEAD + channel // (H * K) * K + qk % K
+    v = channel - 2 * H * K
+    of_v = v // VALUES * KEY_HEAD + 2 * K + v % VALUES
+    return tl.where(v < 0, of_qk, of_v)
+
+
+@triton.jit
+def _final_state(
+    conv,
+    out_ptr,
+    length,
+    sequence,
+    block,
+    KEY_HEAD: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    VALUES: tl.constexpr,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Stores the last W - 1 inputs of CHANNELS channels of one sequence; `out_ptr` is to [sequences, W - 1, C]."""
     x_ptr, _, _, state_ptr, cu_ptr, x_row, _, _, state_strides = conv
     state_sequence, state_channel, state_tap = state_strides
     channel = (block * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
     mask = channel < C
+    if KEY_HEAD:
+        column = _column(block * CHANNELS + tl.arange(0, CHANNELS), KEY_HEAD, H, K, VALUES).to(tl.int64)
+    else:
+        column = channel
     begin = 0
     end = length
     if cu_ptr is not None:
@@ -228,7 +267,7 @@ def _final_state(conv, out_ptr, length, sequence, block, C: tl.constexpr, W: tl.
     for tap in tl.static_range(W - 1):
         row = end - (W - 1) + tap
         if row >= begin:
-            tl.store(out_ptr, tl.load(x_ptr + row.to(tl.int64) * x_row + channel, mask=mask), mask=mask)
+            tl.store(out_ptr, tl.load(x_ptr + row.to(tl.int64) * x_row + column, mask=mask), mask=mask)
         elif state_ptr is not None:
             earlier = state_ptr + (row - begin + W - 1).to(tl.int64) * state_tap
             tl.store(out_ptr, tl.load(earlier, mask=mask), mask=mask)
@@ -239,10 +278,10 @@ def _final_state(conv, out_ptr, length, sequence, block, C: tl.constexpr, W: tl.
 
 @triton.jit(do_not_specialize=["length", "sequences", "states", "rows"])
 def _kernel(
-    x_ptr,  # [length, C], C = 2*H*K + HV*V
+    x_ptr,  # [length, C], C = 2*H*K + HV*V; or [length, H * (2*K + 2*HV/H*V)]
     weight_ptr,  # [C, W]
-    a_ptr,  # [length, HV]
-    b_ptr,  # [length, HV]
+    a_ptr,  # [length, HV / GROUP, GROUP]
+    b_ptr,  # [length, HV / GROUP, GROUP]
     A_log_ptr,  # [HV]
     dt_bias_ptr,  # [HV]
     bias_ptr,  # [C] or None
@@ -262,13 +301,16 @@ def _kernel(
     x_row,
     weight_channel,
     weight_tap,
-    a_row,
-    a_column,
-    b_row,
-    b_column,
     state_sequence,
     state_channel,
     state_tap,
+    a_row,
+    a_group,
+    a_column,
+    b_row,
+    b_group,
+    b_column,
+    GROUP: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     HV: tl.constexpr,
@@ -276,6 +318,7 @@ def _kernel(
     W: tl.constexpr,
     L2NORM: tl.constexpr,
     G_EXP: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_V: tl.constexpr,
     GATE_TOKENS: tl.constexpr,
@@ -284,19 +327,23 @@ def _kernel(
     C: tl.constexpr = 2 * H * K + HV * V
     QK_BLOCKS: tl.constexpr = H // HEADS
     BLOCKS: tl.constexpr = 2 * QK_BLOCKS + HV // HEADS_V
+    VALUE_HEADS: tl.constexpr = max(1, HV // H)  # of a key head
+    KEY_HEAD: tl.constexpr = 2 * K + 2 * (HV // H) * V if INTERLEAVED else 0
     STATE_BLOCKS: tl.constexpr = triton.cdiv(C, CHANNELS)
     state_strides = (state_sequence, state_channel, state_tap)
     conv = (x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, x_row, weight_channel, weight_tap, state_strides)
     gates = (a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr)
-    gate_strides = (a_row, a_column, b_row, b_column)
+    gate_strides = (a_row, a_group, a_column, b_row, b_group, b_column)
     program = tl.program_id(0)
     gate_programs = tl.cdiv(length, GATE_TOKENS)
     state_programs = states * STATE_BLOCKS
     if program < gate_programs:
-        gate_tile(gates, gate_strides, program, length, HV, GATE_TOKENS, G_EXP)
+        gate_tile(gates, gate_strides, program, length, GROUP, HV, GATE_TOKENS, G_EXP)
     elif program < gate_programs + state_programs:
         program -= gate_programs
-        _final_state(conv, final_ptr, length, program // STATE_BLOCKS, program % STATE_BLOCKS, C, W, CHANNELS)
+        sequence = program // STATE_BLOCKS
+        channels = program % STATE_BLOCKS
+        _final_state(conv, final_ptr, length, sequence, channels, KEY_HEAD, H, K, VALUE_HEADS * V, C, W, CHANNELS)
     else:
         program -= gate_programs + state_programs
         span = (program // BLOCKS * rows, rows, length, sequences)
@@ -307,10 +354,10 @@ def _kernel(
             if part == 1:
                 out_ptr = k_ptr
             head = block % QK_BLOCKS * HEADS
-            _strip(conv, span, out_ptr, head, part * (H * K), eps, H, K, HEADS, L2NORM, W)
+            _strip(conv, span, out_ptr, head, part * (H * K), part * K, eps, KEY_HEAD, 1, H, K, HEADS, L2NORM, W)
         else:
             head = (block - 2 * QK_BLOCKS) * HEADS_V
-            _strip(conv, span, v_ptr, head, 2 * H * K, eps, HV, V, HEADS_V, False, W)
+            _strip(conv, span, v_ptr, head, 2 * H * K, 2 * K, eps, KEY_HEAD, VALUE_HEADS, HV, V, HEADS_V, False, W)
 
 
 _launch = Launcher(NAME, _kernel)
@@ -347,9 +394,10 @@ def gdn_conv_prep(
     l2norm_eps: float = 1e-6,
     output_g_exp: bool = False,
     output_final_state: bool = False,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """Returns q, k, v, g and beta, each rounded once, and final_state."""
-    length, value_heads = a.shape
+    length, value_heads = x.shape[0], A_log.shape[0]
     (channels, width), sequences = weight.shape, 1 if cu_seqlens is None else len(cu_seqlens) - 1
     states = sequences if output_final_state else 0
     q, k, v, g, beta = new_outputs(x, length, value_heads, num_k_heads, head_k_dim, head_v_dim)
@@ -378,7 +426,7 @@ def gdn_conv_prep(
     programs = -(-length // gate_tokens) + states * -(-channels // state_channels) + -(-length // rows) * blocks
     eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
     numbers = length, sequences, states, rows, eps
-    strides = x.stride(0), *weight.stride(), *a.stride(), *b.stride(), *state_strides
-    fixed = *strides, *dims, width, l2norm, output_g_exp, *tile
+    strides = x.stride(0), *weight.stride(), *state_strides, *gate_layout(a, b, num_k_heads, value_heads)
+    fixed = *strides, *dims, width, l2norm, output_g_exp, interleaved, *tile
     _launch((programs, 1, 1), inputs, (q, k, v, g, beta, final_state), numbers, fixed, warps=4)
     return q, k, v, g, beta, final_state

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import round_to, widen
-from polyfuse.triton_impl._gdn import gate_tile, l2_normalise, new_outputs
+from polyfuse.triton_impl._gdn import gate_layout, gate_tile, l2_normalise, new_outputs
 from polyfuse.triton_impl._launch import Launcher
 
 NAME = "gdn_post_conv"
@@ -61,8 +61,8 @@ def _heads(
 @triton.jit(do_not_specialize=["length"])
 def _kernel(
     conv_ptr,  # [length, 2*H*K + HV*V]
-    a_ptr,  # [length, HV]
-    b_ptr,  # [length, HV]
+    a_ptr,  # [length, HV / GROUP, GROUP]
+    b_ptr,  # [length, HV / GROUP, GROUP]
     A_log_ptr,  # [HV]
     dt_bias_ptr,  # [HV]
     q_ptr,  # [length, H, K]
@@ -75,9 +75,12 @@ def _kernel(
     conv_row,
     conv_column,
     a_row,
+    a_group,
     a_column,
     b_row,
+    b_group,
     b_column,
+    GROUP: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     HV: tl.constexpr,
@@ -95,7 +98,8 @@ def _kernel(
     gate_programs = tl.cdiv(length, GATE_TOKENS)
     if program < gate_programs:
         gates = (a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr)
-        gate_tile(gates, (a_row, a_column, b_row, b_column), program, length, HV, GATE_TOKENS, G_EXP)
+        gate_strides = (a_row, a_group, a_column, b_row, b_group, b_column)
+        gate_tile(gates, gate_strides, program, length, GROUP, HV, GATE_TOKENS, G_EXP)
     else:
         tile = (program - gate_programs) // BLOCKS
         block = (program - gate_programs) % BLOCKS
@@ -148,18 +152,18 @@ def gdn_post_conv(
     output_g_exp: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """Returns q, k, v, g and beta, each rounded once."""
-    length, value_heads = a.shape
+    length, value_heads = conv_out.shape[0], A_log.shape[0]
     q, k, v, g, beta = new_outputs(conv_out, length, value_heads, num_k_heads, head_k_dim, head_v_dim)
     if length == 0:
         return q, k, v, g, beta
     inputs = conv_out, a, b, A_log.contiguous(), dt_bias.contiguous()
-    strides = *conv_out.stride(), *a.stride(), *b.stride()
+    strides = conv_out.stride()
     dims = num_k_heads, head_k_dim, value_heads, head_v_dim
     *tile, warps = _tile(length <= SHORT, strides[1] != 1, *dims)
     tokens, heads, heads_v, gate_tokens = tile
     blocks = 2 * (num_k_heads // heads) + value_heads // heads_v
     programs = -(-length // gate_tokens) + -(-length // tokens) * blocks
     eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
-    fixed = *strides, *dims, l2norm, output_g_exp, *tile
+    fixed = *strides, *gate_layout(a, b, num_k_heads, value_heads), *dims, l2norm, output_g_exp, *tile
     _launch((programs, 1, 1), inputs, (q, k, v, g, beta), (length, eps), fixed, warps)
     return q, k, v, g, beta

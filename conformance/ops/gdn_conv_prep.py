@@ -1,6 +1,6 @@
 """Conformance of `gdn_conv_prep`: cases, fills, and wrong implementations that must be rejected."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
 
@@ -10,9 +10,9 @@ from polyfuse.conformance.case import Case
 from polyfuse.conformance.fills import Fill
 from polyfuse.conformance.mutations import Mutant, changed, common, patched, right
 from polyfuse.conformance.ops.gdn_post_conv import FILLS as GATE_FILLS
-from polyfuse.conformance.ops.gdn_post_conv import early_threshold, truncated_sum
+from polyfuse.conformance.ops.gdn_post_conv import SPLIT, early_threshold, heads_exchanged, truncated_sum
 from polyfuse.reference import gdn_conv_prep as oracle
-from polyfuse.reference._numerics import F64
+from polyfuse.reference._numerics import F64, Array
 from polyfuse.spec import FLOATS
 from polyfuse.spec.gdn_conv_prep import NAME
 
@@ -20,6 +20,8 @@ _HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 8}
 _SMALL = {"L": 5, "HV": 4, "W": 4}
 _PACKED = {"L": 23, "HV": 4, "W": 4, "N": 9, "S": 8}  # lengths 2, 0, 5, 3, 1, 6, 4, 2
 _FINAL = {"output_final_state": True}
+# Key heads, K, value heads of a key head, V.
+_KEY_HEADS = ((2, 16, 2, 8), (1, 8, 1, 8), (3, 24, 1, 40), (2, 5, 3, 7), (2, 16, 4, 4), (1, 1, 3, 1), (16, 128, 2, 128))
 
 
 def cases() -> Iterator[Case]:
@@ -83,10 +85,73 @@ def cases() -> Iterator[Case]:
     for exp, fill in product((False, True), ("wide_line", "nan_some", "inf_some")):
         gates = {"a": fill, "b": fill, "dt_bias": "zeros" if fill == "wide_line" else "normal"}
         yield Case(f"gates_{fill}-g_exp_{exp}", {"L": 64, "HV": 4, "W": 4}, _HEADS | {"output_g_exp": exp}, fill=gates)
+    yield from _interleaved_cases()
     # 300,000 rows: more than 2**31 elements. The last rows are zero, so that each repetition begins as the first does.
     attrs = {"num_k_heads": 16, "head_k_dim": 128, "head_v_dim": 128}
     dims = {"L": 600, "HV": 32, "W": 4}
-    yield Case("over_2_31", dims, attrs, {"T": "bfloat16", "weight": "bfloat16"}, fill={"x": "zero_tail"}, repeat=500)
+    dtypes = {"T": "bfloat16", "weight": "bfloat16"}
+    for name, more in (("over_2_31", {}), ("over_2_31-interleaved", {"interleaved": True})):
+        yield Case(name, dims, attrs | more, dtypes, fill={"x": "zero_tail"}, repeat=500)
+
+
+def _interleaved_cases() -> Iterator[Case]:
+    present: tuple[str, ...] = ("bias", "initial_state", "cu_seqlens")
+    for shape in _KEY_HEADS[:-1]:
+        yield _interleaved("", shape, present=present, fill={"cu_seqlens": "cu_seqlens"}, **SPLIT)
+    shape = _KEY_HEADS[0]
+    for width, present in product((2, 3), ((), ("bias", "initial_state"))):
+        yield _interleaved(f"-width_{width}-{'-'.join(present) or 'plain'}", shape, 13, width, present=present)
+    for length in (0, 1, 67):
+        yield _interleaved(f"-rows_{length}", shape, length, present=("initial_state",), **SPLIT)
+    for layout, dtype in product(("row_strided", "token_stride_1"), ("bfloat16", "float32")):
+        layouts = dict.fromkeys(("x", "a", "b", "initial_state"), layout)
+        options: dict[str, Any] = {"split": ("a", "b"), "layout": layouts}
+        yield _interleaved(f"-{layout}-{dtype}", shape, 13, dtype=dtype, present=("initial_state",), **options)
+    yield _interleaved("-l2norm_False", shape, 9, attrs={"l2norm": False}, **SPLIT)
+    yield _interleaved("-z_finite", shape, 9, fill={"x": "normal"}, **SPLIT)
+    yield _interleaved("", _KEY_HEADS[-1], 5, present=("initial_state",), **SPLIT)
+
+
+def _interleaved(
+    suffix: str,
+    shape: tuple[int, int, int, int],
+    length: int = 23,
+    width: int = 4,
+    dtype: str = "bfloat16",
+    attrs: Mapping[str, Any] | None = None,
+    present: tuple[str, ...] = (),
+    fill: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Case:
+    """A case of these key heads, whose columns of z hold NaN unless another fill is given."""
+    heads, key, group, value = shape
+    own = {"num_k_heads": heads, "head_k_dim": key, "head_v_dim": value, "interleaved": True}
+    dims = {"L": length, "HV": heads * group, "W": width, "N": 9, "S": 8 if "cu_seqlens" in present else 1}
+    return Case(
+        f"interleaved-{_key_heads(shape)}{suffix}",
+        dims,
+        own | _FINAL | dict(attrs or {}),
+        {"T": dtype, "weight": dtype, "a": dtype, "b": dtype},
+        present=present,
+        fill={"x": f"z_nan-{_key_heads(shape)}"} | dict(fill or {}),
+        **options,
+    )
+
+
+def _key_heads(shape: tuple[int, int, int, int]) -> str:
+    return "h{}-k{}-g{}-v{}".format(*shape)
+
+
+def _z_nan(shape: tuple[int, int, int, int]) -> Fill:
+    """Normal values, and NaN in the columns of z of each key head."""
+    heads, _, group, value = shape
+
+    def fill(rng: np.random.Generator, size: tuple[int, ...], dtype: str) -> F64:
+        values = rng.standard_normal((size[0], heads, size[1] // heads))
+        values[:, :, -group * value :] = np.nan
+        return values.reshape(size)
+
+    return fill
 
 
 def _zero_tail(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
@@ -97,6 +162,7 @@ def _zero_tail(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> 
 
 
 FILLS: dict[str, Fill] = GATE_FILLS | {"zero_tail": _zero_tail}
+FILLS |= {f"z_nan-{_key_heads(shape)}": _z_nan(shape) for shape in _KEY_HEADS}
 
 
 def _rounded_before_the_norm(**values: Any) -> Any:
@@ -132,6 +198,30 @@ def _one_row_early(final_state: Any) -> Any:
     return lambda x, *rest: final_state(np.roll(x, 1, axis=0), *rest)
 
 
+def _first_columns(in_order: Any) -> Any:
+    """An interleaved x read as if its first columns were [q | k | v]."""
+    return lambda x, heads, width: x[:, : in_order(x, heads, width).shape[1]]
+
+
+def _z_for_v(in_order: Any) -> Any:
+    def wrong(x: Array, heads: int, width: int) -> Array:
+        key_heads = x.reshape(len(x), heads, x.shape[1] // heads).copy()
+        values = (key_heads.shape[2] - 2 * width) // 2
+        key_heads[:, :, 2 * width : 2 * width + values] = key_heads[:, :, 2 * width + values :]
+        return in_order(key_heads.reshape(x.shape), heads, width)
+
+    return wrong
+
+
+def _values_of_other_heads(**values: Any) -> Any:
+    """Value head j is taken for one of key head j % H, in place of j // (HV / H)."""
+    q, k, v, *rest = right(NAME, values)
+    if values["interleaved"]:
+        heads = values["num_k_heads"]
+        v = v.reshape(len(v), heads, v.shape[1] // heads, v.shape[2]).swapaxes(1, 2).reshape(v.shape)
+    return q, k, v, *rest
+
+
 MUTANTS: dict[str, Mutant] = common(NAME) | {
     "state_leaks_across_sequences": patched(NAME, oracle, "windows", _one_sequence),
     "initial_state_ignored": changed(NAME, lambda v: {"initial_state": None}),
@@ -148,4 +238,8 @@ MUTANTS: dict[str, Mutant] = common(NAME) | {
     "l2norm_ignored": changed(NAME, lambda v: {"l2norm": False}),
     "dt_bias_dropped": changed(NAME, lambda v: {"dt_bias": np.zeros_like(v["dt_bias"])}),
     "a_and_b_swapped": changed(NAME, lambda v: {"a": v["b"], "b": v["a"]}),
+    "gates_of_other_heads": changed(NAME, heads_exchanged),
+    "interleaved_read_as_plain": patched(NAME, oracle, "in_order", _first_columns),
+    "z_for_v": patched(NAME, oracle, "in_order", _z_for_v),
+    "values_of_other_heads": _values_of_other_heads,
 }

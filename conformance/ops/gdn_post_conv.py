@@ -16,6 +16,8 @@ from polyfuse.spec.gdn_post_conv import NAME
 
 _SMALL = {"L": 5, "HV": 4}
 _HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 8}
+# As views of Qwen3-Next's second projection, whose key heads are [b | a].
+SPLIT: dict[str, Any] = {"split": ("a", "b"), "layout": {"b": "first_half", "a": "second_half"}}
 
 
 def cases() -> Iterator[Case]:
@@ -37,6 +39,13 @@ def cases() -> Iterator[Case]:
             {"T": dtype, "a": dtype, "b": dtype},
             layout={"conv_out": layout, "a": layout, "b": layout},
         )
+    for heads, group in ((2, 1), (2, 2), (1, 3), (3, 4)):
+        attrs = {"num_k_heads": heads, "head_k_dim": 8, "head_v_dim": 4}
+        yield Case(f"gates_split-h{heads}-g{group}", {"L": 9, "HV": heads * group}, attrs, {"T": "bfloat16"}, **SPLIT)
+    yield Case("gates_split-contiguous", _SMALL, _HEADS, split=("a", "b"))
+    yield Case("gates_split-rows_0", {"L": 0, "HV": 4}, _HEADS, **SPLIT)
+    for name, layout in (("a", "second_half"), ("b", "column_strided")):
+        yield Case(f"gates_split-only_{name}", _SMALL, _HEADS, split=(name,), layout={name: layout})
     for fill in ("zeros", "tiny_vectors", "nan_some", "inf_some", "subnormal", "large"):
         yield Case(f"qkv_{fill}", {"L": 11, "HV": 4}, _HEADS, fill={"conv_out": fill})
     yield Case("eps_large", _SMALL, _HEADS | {"l2norm_eps": 0.5})
@@ -93,6 +102,12 @@ def naive_softplus(right: Any) -> Any:
     return softplus
 
 
+def heads_exchanged(values: dict[str, Any]) -> dict[str, Any]:
+    """a and b of three dimensions read as [L, HV/H, H]: value head j takes the gates of key head j % H."""
+    gates = {name: values[name] for name in ("a", "b")}
+    return {name: x.swapaxes(1, 2).reshape(x.shape) if x.ndim == 3 else x for name, x in gates.items()}
+
+
 def early_threshold(right: Any) -> Any:
     """softplus(x) = x from 10 on, where the difference is still many roundings."""
     return lambda x: np.where(x > 10, x, right(x))
@@ -115,6 +130,7 @@ MUTANTS: dict[str, Mutant] = common(NAME) | {
     "early_threshold": patched(NAME, oracle, "softplus", early_threshold),
     "dt_bias_dropped": changed(NAME, lambda v: {"dt_bias": np.zeros_like(v["dt_bias"])}),
     "a_and_b_swapped": changed(NAME, lambda v: {"a": v["b"], "b": v["a"]}),
+    "gates_of_other_heads": changed(NAME, heads_exchanged),
     "g_exp_ignored": changed(NAME, lambda v: {"output_g_exp": False}),
     "q_and_k_swapped": returned(NAME, lambda q, k, *rest: (k, q, *rest)),
 }

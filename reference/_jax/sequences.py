@@ -1,5 +1,7 @@
 """The packed sequences of `gdn_conv_prep` in jax.numpy, for both JAX layers."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -15,17 +17,25 @@ def sequences(length: int, cu_seqlens: jax.Array | None) -> tuple[jax.Array, jax
 
 
 def final_state(
-    x: jax.Array, state: jax.Array | None, cu_seqlens: jax.Array | None, before: int, wanted: bool
+    x: jax.Array,
+    channels: Callable[[jax.Array], jax.Array],
+    state: jax.Array | None,
+    cu_seqlens: jax.Array | None,
+    before: int,
+    wanted: bool,
 ) -> jax.Array:
-    """Return the last `before` inputs of each sequence, oldest first [S, C, before]; of no sequence if not `wanted`."""
+    """Return the last `before` inputs of each sequence, oldest first [S, C, before]; of no sequence if not `wanted`.
+
+    `channels` takes rows of x to their C channels.
+    """
     starts = jnp.array([0, len(x)]) if cu_seqlens is None else cu_seqlens
     count = len(starts) - 1 if wanted else 0
     if state is None:
-        state = jnp.zeros((count, x.shape[1], before), x.dtype)
+        state = jnp.zeros((count, channels(x[:0]).shape[1], before), x.dtype)
     if len(x) == 0 or count == 0:
         return state[:count]
     rows = starts[1:, None] - before + jnp.arange(before)  # [S, before]
     missing = starts[:-1, None] - rows  # how far before the sequence; at most 0 inside it
     kept = jnp.take_along_axis(state, jnp.maximum(before - missing, 0)[:, None], axis=2, mode="clip")
-    last = x.at[rows].get(mode="clip").transpose(0, 2, 1)
+    last = channels(x.at[rows].get(mode="clip")).transpose(0, 2, 1)
     return jnp.where((missing > 0)[:, None], kept, last)

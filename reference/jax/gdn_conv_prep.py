@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from polyfuse.reference._jax.compilation import jit
+from polyfuse.reference._jax.projection import channels_of
 from polyfuse.reference._jax.sequences import final_state, sequences
 from polyfuse.reference.jax.gdn_post_conv import gates, normalised
 from polyfuse.spec import Capability
@@ -34,18 +35,21 @@ def gdn_conv_prep(
     l2norm_eps: float = 1e-6,
     output_g_exp: bool = False,
     output_final_state: bool = False,
+    interleaved: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]."""
-    length, heads_v = a.shape
+    length, heads_v = len(x), len(A_log)
     width = num_k_heads * head_k_dim
-    y = jax.nn.silu(_conv(x, weight, bias, initial_state, cu_seqlens))
+    channels = channels_of(num_k_heads, head_k_dim, interleaved)
+    rows = channels(x)
+    y = jax.nn.silu(_conv(rows, weight, bias, initial_state, cu_seqlens))
     q, k, v = jnp.split(y, (width, 2 * width), axis=1)
     q, k = (part.reshape(length, num_k_heads, head_k_dim) for part in (q, k))
     v = v.reshape(length, heads_v, head_v_dim)
     if l2norm:
         q, k = (normalised(part, l2norm_eps) for part in (q, k))
     q, k, v = (part.astype(x.dtype) for part in (q, k, v))
-    state = final_state(x, initial_state, cu_seqlens, weight.shape[1] - 1, output_final_state)
+    state = final_state(x, channels, initial_state, cu_seqlens, weight.shape[1] - 1, output_final_state)
     return q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp), state
 
 

@@ -29,7 +29,7 @@ def gdn_post_conv(
     output_g_exp: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """q, k [L, H, K], v [L, HV, V], g, beta [L, HV]."""
-    length, heads_v = a.shape
+    length, heads_v = len(conv_out), len(A_log)
     width = num_k_heads * head_k_dim
     q, k, v = jnp.split(conv_out, (width, 2 * width), axis=1)
     q, k = (part.reshape(length, num_k_heads, head_k_dim) for part in (q, k))
@@ -49,6 +49,7 @@ def gates(
     a: jax.Array, b: jax.Array, A_log: jax.Array, dt_bias: jax.Array, output_g_exp: bool
 ) -> tuple[jax.Array, jax.Array]:
     """g and beta [L, HV]."""
+    a, b = (part.reshape(len(part), len(A_log)) for part in (a, b))
     a, b, A_log, dt_bias = (part.astype(jnp.float32) for part in (a, b, A_log, dt_bias))
     g = -_decay_rate(a + dt_bias, A_log)
     return jnp.exp(g) if output_g_exp else g, jax.nn.sigmoid(b)

@@ -4,6 +4,7 @@ The kernel of `gdn_post_conv`, which computes y here where it loads it there. Wh
 before it, and the final state beside it, in jax.numpy.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from polyfuse.reference._jax.compilation import jit
+from polyfuse.reference._jax.projection import channels_of
 from polyfuse.reference._jax.sequences import final_state, sequences
 from polyfuse.reference.pallas.gdn_post_conv import CAPABILITY as CAPABILITY
 from polyfuse.reference.pallas.gdn_post_conv import fused
@@ -36,6 +38,7 @@ def gdn_conv_prep(
     l2norm_eps: float = 1e-6,
     output_g_exp: bool = False,
     output_final_state: bool = False,
+    interleaved: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]."""
     number, age = sequences(len(x), cu_seqlens)
@@ -44,8 +47,9 @@ def gdn_conv_prep(
         sources["bias"] = bias
     if initial_state is not None:
         sources["state"] = initial_state
+    per_head = x.shape[1] // num_k_heads if interleaved else 0
     results = fused(
-        _load,
+        partial(_load, heads=num_k_heads, size=head_k_dim, per_head=per_head),
         _specs,
         sources,
         (a, b, A_log, dt_bias),
@@ -58,7 +62,9 @@ def gdn_conv_prep(
         eps=l2norm_eps,
         output_g_exp=output_g_exp,
     )
-    return *results, final_state(x, initial_state, cu_seqlens, weight.shape[1] - 1, output_final_state)
+    channels = channels_of(num_k_heads, head_k_dim, interleaved)
+    state = final_state(x, channels, initial_state, cu_seqlens, weight.shape[1] - 1, output_final_state)
+    return *results, state
 
 
 def _specs(sources: dict[str, jax.Array], rows: int) -> dict[str, pl.BlockSpec]:
@@ -71,18 +77,38 @@ def _whole(array: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec(array.shape, lambda j, i: (0,) * array.ndim)
 
 
-def _load(refs: dict[str, Any], row: jax.Array, column: jax.Array, mask: jax.Array) -> jax.Array:
-    """y in float32, of some columns of a program's rows."""
+def _place(channel: jax.Array, heads: int, size: int, per_head: int) -> jax.Array:
+    """The column of a channel of [q | k | v] in rows of key heads [q | k | v | z], each `per_head` columns."""
+    values = (per_head - 2 * size) // 2
+    of_v = channel - 2 * heads * size
+    is_k = channel >= heads * size
+    qk = channel - jnp.where(is_k, heads * size, 0)
+    in_qk = qk // size * per_head + qk % size + jnp.where(is_k, size, 0)
+    return jnp.where(of_v < 0, in_qk, of_v // values * per_head + 2 * size + of_v % values)
+
+
+def _load(
+    refs: dict[str, Any],
+    row: jax.Array,
+    column: jax.Array,
+    mask: jax.Array,
+    *,
+    heads: int,
+    size: int,
+    per_head: int,
+) -> jax.Array:
+    """y in float32, of some channels of a program's rows. `per_head` is 0 where x is not interleaved."""
     x_ref, weight_ref, state_ref = refs["x"], refs["weight"], refs.get("state")
     before = weight_ref.shape[1] - 1
     row = pl.program_id(1) * row.size + row
-    live, known = row.ravel() < x_ref.shape[0], column < x_ref.shape[1]
+    live, known = row.ravel() < x_ref.shape[0], column < weight_ref.shape[0]
     age = plgpu.load(refs["age"], mask=live, other=0).reshape(row.shape)
     number = plgpu.load(refs["number"], mask=live, other=-1).reshape(row.shape)
+    place = _place(column, heads, size, per_head) if per_head else column
     c = 0.0
     for lag in range(before, -1, -1):
         inside = age >= lag
-        tap = plgpu.load(x_ref.at[row - lag, column], mask=mask & inside, other=0)
+        tap = plgpu.load(x_ref.at[row - lag, place], mask=mask & inside, other=0)
         if state_ref is not None and lag:
             kept = mask & ~inside & (number >= 0) & (number < state_ref.shape[0])
             earlier = plgpu.load(state_ref.at[number, column, before + age - lag], mask=kept, other=0)

@@ -81,10 +81,12 @@ def fused(
     """q, k, v, g, beta of rows [q | k | v] that the kernel `name` loads with `load(refs, row, column, mask)`.
 
     The refs are those of the array or arrays in `source`, with the block specs `specs(source, rows)` for programs of so
-    many rows; `row` counts from the program's first. The gates are a, b, A_log, dt_bias. Raises `Unsupported` for no
-    value heads.
+    many rows; `row` counts from the program's first. The gates are a, b (in either of their shapes), A_log,
+    dt_bias. Raises `Unsupported` for no value heads.
     """
-    length, heads_v = gates[0].shape
+    a, b, *per_head = gates
+    length, heads_v = len(a), len(per_head[0])
+    gates = *(part.reshape(length, heads_v) for part in (a, b)), *per_head
     if heads_v == 0:
         raise Unsupported("HV=0: a kernel cannot have an empty output")
     if length == 0:

@@ -119,6 +119,7 @@ def gdn_conv_prep(
     l2norm_eps: float = 1e-06,
     output_g_exp: bool = False,
     output_final_state: bool = False,
+    interleaved: bool = False,
     backend: str | Sequence[str] | None = None,
 ) -> GdnConvPrepResult[Array]:
     """Causal conv, SiLU, split, L2-normalisation and gates of a Gated DeltaNet layer, in one pass."""
@@ -142,6 +143,7 @@ def gdn_conv_prep(
                 l2norm_eps,
                 output_g_exp,
                 output_final_state,
+                interleaved,
             ),
             backend,
         )

@@ -60,7 +60,8 @@ def norm(op: str, values: Values) -> Intervals:
 def decay(op: str, values: Values) -> Intervals:
     """g's magnitude is |g| * (1 + |x| + |A_log|), above 0 too, and a flush counts once."""
     found = oracle(op).intervals(**values)
-    x, rate = to_f64(values["a"]) + to_f64(values["dt_bias"]), to_f64(values["A_log"])
+    a = to_f64(values["a"]).reshape(found["g"].value.shape)
+    x, rate = a + to_f64(values["dt_bias"]), to_f64(values["A_log"])
     with np.errstate(all="ignore"):
         g: F64 = -np.exp(rate) * (np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))))
         relative = 8 * FP32_ROUNDOFF * np.abs(g) * (1 + np.abs(x) + np.abs(rate))

@@ -10,7 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from polyfuse.conformance import Case, make_inputs
 from polyfuse.reference import oracle
+from tests import interleaved
 
 gdn_conv_prep = oracle("gdn_conv_prep")
 
@@ -142,6 +144,26 @@ def test_heads_are_consecutive_channels() -> None:
     assert q.tolist() == [[[100], [200]]]
     assert k.tolist() == [[[300], [400]]]
     assert v.tolist() == [[[500, 600, 700, 800]]]
+
+
+def test_key_heads_of_a_projection() -> None:
+    # Two key heads of q, k, two value heads of two columns, and as much of z. The conv multiplies by 100.
+    first, second = [1, 2, 11, 12, 13, 14, np.nan, np.nan, -1, -2], [3, 4, 21, 22, 23, 24, np.nan, np.inf, -3, -4]
+    x, weight = np.array([first + second], np.float32), np.tile(np.array([0, 100], np.float32), (12, 1))
+    gates, heads = np.zeros((1, 4), np.float32), np.zeros(4, np.float32)
+    options = HEADS | {"num_k_heads": 2, "head_v_dim": 2, "interleaved": True, "output_final_state": True}
+    q, k, v, _, _, last = gdn_conv_prep(x, weight, gates, gates, heads, heads, **options)
+    assert q.tolist() == [[[100], [300]]]
+    assert k.tolist() == [[[200], [400]]]
+    assert v.tolist() == [[[1100, 1200], [1300, 1400], [2100, 2200], [2300, 2400]]]
+    assert last.tolist() == [[[1], [3], [2], [4], [11], [12], [13], [14], [21], [22], [23], [24]]]
+
+
+@pytest.mark.parametrize("case", interleaved.CASES, ids=lambda case: case.name)
+def test_interleaved_is_the_op_on_columns_in_order(case: Case) -> None:
+    values = make_inputs(gdn_conv_prep.spec, case)
+    for result, want in zip(gdn_conv_prep(**values), gdn_conv_prep(**interleaved.in_order(values)), strict=True):
+        assert result.tobytes() == want.tobytes()
 
 
 def test_gates_are_those_of_gdn_post_conv() -> None:

@@ -57,6 +57,18 @@ def test_each_head_has_its_own_length() -> None:
     assert v.tolist() == [[[1, 2]]]
 
 
+def test_gates_by_key_head() -> None:
+    # softplus(100) = 100 and sigmoid(-inf) = 0: value head j has the gates of key head j // 3.
+    conv_out, heads = np.ones((1, 2 * 2 * 3 + 6 * 2), np.float32), np.zeros(6, np.float32)
+    a = np.array([[[100, 200, 300], [400, 500, 600]]], np.float32)
+    b = np.array([[[0, -np.inf, np.inf], [0, 0, -np.inf]]], np.float32)
+    options = HEADS | {"num_k_heads": 2}
+    for a_given, b_given in ((a, b), (a.reshape(1, 6), b), (a, b.reshape(1, 6))):
+        *_, g, beta = gdn_post_conv(conv_out, a_given, b_given, heads, heads, **options)
+        assert g.tolist() == [[-100, -200, -300, -400, -500, -600]]
+        assert beta.tolist() == [[0.5, 0, 1, 0.5, 0.5, 0]]
+
+
 def test_results_are_rounded_once_to_the_dtype() -> None:
     # 4 + 1 + eps = 9: 2/3 and 1/3. In binary 1/3 is 1.0101010 10101... * 2**-2, which bfloat16 rounds up to 171/512.
     q, _, _, g, beta = call(rows([2, 1, 0, 0, 0, 0, 0, 0], dtype=ml_dtypes.bfloat16), l2norm_eps=4.0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import polyfuse
 from polyfuse.conformance import Case, cases
 from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs
@@ -13,6 +14,7 @@ from polyfuse.dispatch import from_numpy, to_numpy
 from polyfuse.reference import oracle
 from polyfuse.spec import OPS, bind
 from polyfuse.torch_impl.gdn_conv_prep import gdn_conv_prep
+from tests import interleaved
 
 exact = oracle("gdn_conv_prep").intervals
 
@@ -71,6 +73,45 @@ def test_equals_the_oracle_and_leaves_its_inputs(case: Case, device: str) -> Non
 def test_rows_outside_all_sequences(cu_seqlens: list[int]) -> None:
     values = packed(23, 4, "bfloat16", SMALL) | {"cu_seqlens": np.array(cu_seqlens)}
     assert_right(arguments(values), values)
+
+
+@pytest.mark.parametrize("case", interleaved.CASES, ids=lambda case: case.name)
+def test_interleaved_is_the_op_on_columns_in_order(case: Case) -> None:
+    values = make_inputs(SPEC, case)
+    wanted = gdn_conv_prep(**arguments(interleaved.in_order(values)))
+    for result, want in zip(gdn_conv_prep(**arguments(values)), wanted, strict=True):
+        assert bits(result) == bits(want)
+
+
+@pytest.mark.parametrize("case", interleaved.CASES[:4], ids=lambda case: case.name)
+def test_gradients_of_interleaved_columns(case: Case) -> None:
+    """Those of the columns in order, and zeros for z."""
+    values = make_inputs(SPEC, case)
+    gradients = []
+    for given in (values, interleaved.in_order(values)):
+        args = arguments(given)
+        floats = [name for name, x in args.items() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        for name in floats:
+            args[name].requires_grad_()
+        torch.autograd.backward([part.sum() for part in gdn_conv_prep(**args)])
+        gradients.append({name: to_numpy(args[name].grad) for name in floats})
+    mine, wanted = gradients
+    columns = mine["x"].reshape(len(values["x"]), values["num_k_heads"], -1)
+    of_z = len(values["A_log"]) // values["num_k_heads"] * values["head_v_dim"]
+    assert not columns[:, :, -of_z:].any()
+    ordered = interleaved.in_order(values | {name: mine[name] for name in ("x", "a", "b")})
+    for name, want in wanted.items():
+        assert (ordered if name in ("x", "a", "b") else mine)[name].tobytes() == want.tobytes(), name
+
+
+def test_interleaved_compiles_as_one_node() -> None:
+    compiled = torch.compile(polyfuse.gdn_conv_prep, fullgraph=True, dynamic=True, backend="aot_eager")
+    for case in interleaved.CASES[:2]:
+        args = arguments(make_inputs(SPEC, case))
+        wanted = gdn_conv_prep(**args)
+        for result, want in zip(compiled(**args), wanted, strict=True):
+            assert result.stride() == want.stride()
+            assert bits(result) == bits(want)
 
 
 def test_no_value_heads() -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from polyfuse.spec import OPS
 from polyfuse.triton_impl import gdn_conv_prep as module
 from polyfuse.triton_impl._common import INTERPRETED
 from polyfuse.triton_impl.gdn_conv_prep import gdn_conv_prep
+from tests import interleaved
 
 OP = "gdn_conv_prep"
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
@@ -101,6 +103,39 @@ def test_layouts_change_no_bit(name: str, dtype: torch.dtype) -> None:
     assert all(same(gdn_conv_prep(**args | {name: turned}), gdn_conv_prep(**args)))
 
 
+@pytest.mark.parametrize("case", interleaved.CASES, ids=lambda case: case.name)
+def test_interleaved_is_the_op_on_columns_in_order(case: Case, poisoned_memory: None) -> None:
+    results = []
+    for values in (given := make_inputs(OPS[OP], case), interleaved.in_order(given)):
+        arrays = {k: from_numpy(v, "torch", DEVICE) for k, v in values.items() if isinstance(v, np.ndarray)}
+        results.append(gdn_conv_prep(**{**values, **arrays}))
+    assert all(same(*results))
+
+
+def test_gates_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """x, and a and b as views of one projection, reach the kernel as they are."""
+    seen: list[Any] = []
+    monkeypatch.setattr(module, "_launch", lambda grid, inputs, *rest, **options: seen.append(inputs))
+    x, ba = torch.zeros(3, 2 * (2 * 16 + 2 * 2 * 8), device=DEVICE), torch.zeros(3, 2, 2 * 2, device=DEVICE)
+    a, b, heads = ba[..., 2:], ba[..., :2], torch.zeros(4, device=DEVICE)
+    gdn_conv_prep(x, torch.zeros(96, 4, device=DEVICE), a, b, heads, heads, **HEADS, interleaved=True)
+    assert [seen[0][i].data_ptr() for i in (0, 2, 3)] == [x.data_ptr(), a.data_ptr(), b.data_ptr()]
+
+
+@pytest.mark.parametrize("apart", [2**30, 2**31])
+def test_offsets_past_2_31(apart: int, tmp_path: Path) -> None:
+    """Rows of an interleaved x 2**31 and more elements from the first one, in a sparse file."""
+    attrs = {"num_k_heads": 2, "head_k_dim": 2, "head_v_dim": 2, "interleaved": True, "output_final_state": True}
+    values = make_inputs(OPS[OP], Case("far", {"L": 3, "HV": 2, "W": 4}, attrs, {"T": "bfloat16"}))
+    arrays = {k: from_numpy(v, "torch", DEVICE) for k, v in values.items() if isinstance(v, np.ndarray)}
+    args: dict[str, Any] = {**values, **arrays}
+    size = 2 * apart + 16
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
+    memory.as_strided((3, 16), (apart, 1)).copy_(args["x"])
+    far: dict[str, Any] = {"x": memory.to(DEVICE).as_strided((3, 16), (apart, 1))}
+    assert all(same(gdn_conv_prep(**args | far), gdn_conv_prep(**args)))
+
+
 def test_rows_of_single_sequences_are_a_decode_step() -> None:
     """44 sequences of one row each: the launch that takes single rows."""
     args = arguments(cu_seqlens=torch.arange(45, device=DEVICE))
@@ -127,25 +162,29 @@ import re
 from tests.triton_impl.hopper import compile_for_hopper
 from polyfuse.triton_impl.gdn_conv_prep import _kernel, _tile
 
-for sequences, absent in ((1, ("bias_ptr", "state_ptr", "cu_ptr")), (8, ())):
+absent_ones = ("bias_ptr", "state_ptr", "cu_ptr")
+for sequences, absent, interleaved in ((1, absent_ones, False), (8, (), False), (1, absent_ones, True), (8, (), True)):
     rows, *tile = _tile(4096, sequences, 16, 128, 32, 128)
     types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names}
     types |= {"weight_ptr": "*i64", "g_ptr": "*fp32", "beta_ptr": "*fp32", "cu_ptr": "*i32", "eps": "fp32"}
     constants = dict(weight_tap=1, a_column=1, b_column=1, weight_channel=1, H=16, K=128, HV=32, V=128, W=4)
-    constants |= dict(L2NORM=True, G_EXP=False) | dict.fromkeys(absent)
+    constants |= dict(GROUP=2) if interleaved else dict(GROUP=32, a_group=1, b_group=1)
+    constants |= dict(L2NORM=True, G_EXP=False, INTERLEAVED=interleaved) | dict.fromkeys(absent)
     constants |= dict(state_channel=1) if not absent else dict(state_sequence=0, state_channel=0, state_tap=0)
     constants |= dict(zip(("HEADS", "HEADS_V", "GATE_TOKENS", "CHANNELS"), tile))
     aligned = [n for n in types if n.endswith(("_ptr", "_row", "_sequence", "state_tap")) and n not in constants]
     code, spilled = compile_for_hopper(_kernel, types, constants, aligned, warps=4)
     stores = re.findall(r"st\\.global\\S*?\\.(v4\\.b32|\\w+) ", code)
-    print(*set(stores), len(stores), "cp.async.cg.shared.global" in code, spilled)
+    wide = len(re.findall(r"ld\\.global\\S*v4\\.b32", code))
+    print(*set(stores), len(stores), wide, len(re.findall(r"cp\\.async\\.cg\\.shared\\.global", code)), spilled)
 """
 
 
 @pytest.mark.slow
 def test_compiles_for_hopper_with_16_byte_accesses(run_uninterpreted: Callable[[str], list[str]]) -> None:
-    """Sizes and number of stores, whether inputs are fetched 16 bytes at a time and ahead, what spills; without a GPU.
+    """Sizes and number of stores, number of loads of 16 bytes and of those fetched ahead, what spills; without a GPU.
 
-    First one sequence with all that is optional absent, then several with all of it.
+    First one sequence with all that is optional absent, then several with all of it; then both of an interleaved x,
+    which is read in accesses of the same size.
     """
-    assert run_uninterpreted(COMPILE) == ["v4.b32 18 True []"] * 2
+    assert run_uninterpreted(COMPILE) == ["v4.b32 18 11 24 []", "v4.b32 18 22 24 []"] * 2

@@ -148,6 +148,7 @@ for row, column in (("i32", 1), (1, "i32")):
     types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names}
     types |= {"g_ptr": "*fp32", "beta_ptr": "*fp32", "eps": "fp32"}
     constants = dict(a_column=1, b_column=1, H=16, K=128, HV=32, V=128, L2NORM=True, G_EXP=False)
+    constants |= dict(GROUP=32, a_group=1, b_group=1)
     constants |= dict(zip(("TOKENS", "HEADS", "HEADS_V", "GATE_TOKENS"), tile))
     constants |= {n: 1 for n, v in (("conv_row", row), ("conv_column", column)) if v == 1}
     aligned = [n for n in types if n.endswith(("_ptr", "_row", "_column")) and n not in constants]

@@ -120,8 +120,8 @@ def test_every_op_launches_what_triton_would(run_uninterpreted: Callable[[str], 
     assert run_uninterpreted("import tests.triton_impl.triton_choice") == [
         "silu_mul_block_quant 14 19",
         "silu_mul_block_quant 7 9",
-        "gdn_post_conv 24 27",
-        "gdn_conv_prep 39 47",
+        "gdn_post_conv 27 30",
+        "gdn_conv_prep 42 50",
         "pos_embed_interpolate 15 22",
         "in_proj 23 30",
     ]

@@ -137,6 +137,7 @@ heads = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 16}
 gates = {"a": zeros(7, 4), "b": zeros(7, 4), "A_log": zeros(4), "dt_bias": zeros(4)}
 gate_ways = {"a": matrix, "b": matrix, "A_log": vector, "dt_bias": vector}
 flags: dict[str, list[Any]] = {"l2norm": [False], "l2norm_eps": [1.0], "output_g_exp": [True]}
+flags["a"] = [zeros(7, 2, 2), turned(zeros(7, 2, 2)), zeros(7, 2, 4)[..., 2:]]
 vary(gdn_post_conv, {"conv_out": zeros(7, 128), **gates, **heads}, {"conv_out": matrix, **gate_ways}, **flags)
 vary(
     gdn_conv_prep,

@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 from polyfuse.conformance import Case, Trial, all_cases, cases
 from polyfuse.reference.pallas import gdn_post_conv as kernel
 from polyfuse.spec import Unsupported
+from tests import interleaved
 
 OP = "gdn_conv_prep"
 CASES = [case for case in cases(OP) if case.repeat == 1]
@@ -122,6 +123,32 @@ def test_nan_stays_in_its_sequence(layer: Any) -> None:
     np.testing.assert_array_equal(results[5][others], clean[5][others])
 
 
+@pytest.mark.parametrize("case", interleaved.CASES[::3], ids=lambda case: case.name)
+def test_interleaved_is_the_op_on_columns_in_order(layer: Any, cpu_tiles: None, bits: Any, case: Case) -> None:
+    values = Trial(OP, case, seed=0).inputs()[0]
+    assert bits(layer.call(values)) == bits(layer.call(interleaved.in_order(values)))
+
+
+def test_gradients_of_interleaved_columns(jax_layer: Any) -> None:
+    """Those of the columns in order, and zeros for z, whatever it holds."""
+    values = Trial(OP, interleaved.CASES[0], seed=0).inputs()[0]
+    found = []
+    for given in (values, interleaved.in_order(values)):
+        arrays = {name: jnp.asarray(given[name], jnp.float32) for name in ("x", "a", "b")}
+        options = {name: value for name, value in given.items() if name not in arrays}
+
+        def total(arrays: dict[str, jax.Array], options: dict[str, Any] = options) -> jax.Array:
+            return sum(part.sum() for part in jax_layer.function(**arrays, **options))
+
+        found.append({name: np.asarray(part) for name, part in jax.grad(total)(arrays).items()})
+    mine, wanted = found
+    of_z = len(values["A_log"]) // 2 * values["head_v_dim"]
+    assert not mine["x"].reshape(len(values["x"]), 2, -1)[:, :, -of_z:].any()
+    ordered = interleaved.in_order(values | mine)
+    for name, want in wanted.items():
+        np.testing.assert_allclose(ordered[name], want, rtol=1e-5, atol=1e-6)
+
+
 def test_vmap(layer: Any) -> None:
     run = compiled_op(layer.function)
     x, weight, a, b, *rest = random_arguments(15)
@@ -203,6 +230,22 @@ def test_gpu_tiles(
     dims = {"L": 25, "HV": heads_v, "W": width, "N": 9, "S": 8}
     attrs = {"num_k_heads": heads, "head_k_dim": size, "head_v_dim": size_v, "l2norm": l2norm}
     assert pallas_layer.problem(Trial(OP, Case("gpu_tiles", **PACKED | {"dims": dims, "attrs": attrs}), seed=0)) is None
+
+
+def test_gpu_tiles_of_interleaved_columns(pallas_layer: Any, gpu_tiles: None) -> None:
+    attrs = {"num_k_heads": 3, "head_k_dim": 24, "head_v_dim": 40, "interleaved": True}
+    dims = {"L": 25, "HV": 9, "W": 4, "N": 9, "S": 8}
+    assert pallas_layer.problem(Trial(OP, Case("gpu_tiles", **PACKED | {"dims": dims, "attrs": attrs}), seed=0)) is None
+
+
+def test_interleaved_lowers_to_one_kernel(pallas_layer: Any, triton_kernels: Any) -> None:
+    channels, gates = 2 * 16 * 128 + 32 * 128, jax.ShapeDtypeStruct((256, 16, 2), "bfloat16")
+    shapes = {"x": (256, channels + 32 * 128), "weight": (channels, 4)}
+    arrays = {name: jax.ShapeDtypeStruct(shape, "bfloat16") for name, shape in shapes.items()}
+    arrays |= dict.fromkeys(("a", "b"), gates)
+    arrays |= dict.fromkeys(("A_log", "dt_bias"), jax.ShapeDtypeStruct((32,), "float32"))
+    attrs = {"num_k_heads": 16, "head_k_dim": 128, "head_v_dim": 128, "interleaved": True}
+    assert triton_kernels(partial(pallas_layer.function, **attrs), **arrays) == 1
 
 
 def test_many_interpreted_programs(pallas_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

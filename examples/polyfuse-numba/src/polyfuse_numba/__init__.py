@@ -9,8 +9,8 @@ BACKEND = Backend(
     requires=("torch", "numba"),
     implements={
         "pos_embed_interpolate": 1,
-        "gdn_post_conv": 1,
-        "gdn_conv_prep": 1,
+        "gdn_post_conv": 2,
+        "gdn_conv_prep": 2,
         "silu_mul_block_quant": 1,
         "gdn_in_proj": 2,
     },

@@ -43,9 +43,13 @@ def gdn_conv_prep(
     l2norm_eps: float = 1e-6,
     output_g_exp: bool = False,
     output_final_state: bool = False,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """q, k, v, g, beta, each rounded once, and final_state."""
-    (rows, channels), heads_v, before = x.shape, a.shape[1], weight.shape[1] - 1
+    rows, heads_v, (channels, taps) = len(x), len(A_log), weight.shape
+    before = taps - 1
+    if interleaved:
+        x = _in_order(x, num_k_heads, head_k_dim, channels)
     q = torch.empty((rows, num_k_heads, head_k_dim), dtype=x.dtype)
     k = torch.empty_like(q)
     v = torch.empty((rows, heads_v, head_v_dim), dtype=x.dtype)
@@ -65,8 +69,8 @@ def gdn_conv_prep(
             age,
             weight.detach().float().contiguous().numpy(),
             (x.new_zeros(channels) if bias is None else bias).detach().float().contiguous().numpy(),
-            *rows_of(a),
-            *rows_of(b),
+            *rows_of(a.flatten(1)),
+            *rows_of(b.flatten(1)),
             A_log.detach().float().exp().numpy(),
             dt_bias.detach().float().contiguous().numpy(),
             rows,
@@ -84,6 +88,13 @@ def gdn_conv_prep(
     if kept.numel():
         _keep(*inputs, sequences, starts, channels, before, bits(kept))
     return q, k, v, g, beta, kept.transpose(1, 2)
+
+
+def _in_order(x: torch.Tensor, heads: int, head_width: int, channels: int) -> torch.Tensor:
+    """A copy [q | k | v] of rows whose key heads are [q | k | v | z], in which the loops below walk along a row."""
+    values = channels // heads - 2 * head_width
+    q, k, v, _ = x.unflatten(1, (heads, -1)).split([head_width, head_width, values, values], dim=2)
+    return torch.cat([part.flatten(1) for part in (q, k, v)], dim=1)
 
 
 def _places(rows: int, starts: Any, whole: bool) -> tuple[Any, Any]:

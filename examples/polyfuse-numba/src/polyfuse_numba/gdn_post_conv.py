@@ -38,7 +38,7 @@ def gdn_post_conv(
     output_g_exp: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """q, k, v, g, beta, each rounded once."""
-    rows, heads_v = a.shape
+    rows, heads_v = len(conv_out), len(A_log)
     q = torch.empty((rows, num_k_heads, head_k_dim), dtype=conv_out.dtype)
     k = torch.empty_like(q)
     v = torch.empty((rows, heads_v, head_v_dim), dtype=conv_out.dtype)
@@ -47,8 +47,8 @@ def gdn_post_conv(
     if rows:
         _kernel(
             *rows_of(conv_out),
-            *rows_of(a),
-            *rows_of(b),
+            *rows_of(a.flatten(1)),
+            *rows_of(b.flatten(1)),
             A_log.detach().float().exp().numpy(),
             dt_bias.detach().float().contiguous().numpy(),
             rows,
