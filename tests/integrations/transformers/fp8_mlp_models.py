@@ -68,7 +68,7 @@ def build(cls: type[nn.Module] = Qwen3MLP, device: str = "cpu", **options: Any) 
 
 def patched(mlp: Any) -> Any:
     """The MLP, fused."""
-    fuse(mlp)
+    fuse(mlp, "mlp", by_request=False)
     return mlp
 
 
@@ -88,7 +88,8 @@ def hooked(mlp: Any) -> None:
 
 
 def kernelized(mlp: Any) -> None:
-    mlp.down_proj.forward = mlp.down_proj.forward
+    forward = mlp.down_proj.forward
+    mlp.down_proj.forward = lambda x: forward(x)
 
 
 def in_float32(mlp: Any) -> None:

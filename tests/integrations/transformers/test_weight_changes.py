@@ -34,6 +34,7 @@ def test_a_tower_in_graphs(alter: Change, monkeypatch: pytest.MonkeyPatch) -> No
     assert report(tower).parts[0].fused
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # of PEFT
 @pytest.mark.parametrize("family", ["Qwen3Next", "Qwen3_5"])
 @pytest.mark.parametrize("alter", WEIGHT_CHANGES, ids=lambda alter: alter.__name__)
 def test_a_text_model(alter: Change, family: str, op_calls: list[str]) -> None:

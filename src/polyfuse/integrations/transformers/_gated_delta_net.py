@@ -52,7 +52,13 @@ def fuse(layer: Any, name: str, by_request: bool) -> str:
 
 
 @_patch.stand_in
-def forward(module: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def forward(
+    module: Any,
+    hidden_states: torch.Tensor,
+    cache_params: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
     """A Gated DeltaNet layer's forward pass `[batch, tokens, hidden]`: on the ops where it infers, else its own.
 
     The ops read the layer's weights where they are. The layer's own forward runs for a keyword that is none of
@@ -60,14 +66,13 @@ def forward(module: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any)
     quantised, sharded or offloaded ones, and modules with hooks. Raises `SpecError` for packed sequences
     (`cu_seq_lens_q`) in several rows, or after the cached state of one.
     """
-    given = dict(zip(("cache", "attention_mask"), args, strict=False)) | kwargs
-    cache, mask = given.pop("cache", None), given.pop("attention_mask", None)
-    cache = given.pop("cache_params", cache)
-    reason = _why_not(module, hidden_states, cache, given)
+    cache = kwargs.pop("cache", cache_params)
+    reason = _why_not(module, hidden_states, cache, kwargs)
     _patch.count(module, reason)
-    if reason:
-        return type(module).forward(module, hidden_states, *args, **kwargs)
-    return _fused(module, hidden_states, cache, mask, given)
+    if not reason:
+        return _fused(module, hidden_states, cache, attention_mask, kwargs)
+    second = () if cache is None else (cache,)  # whatever this version calls it
+    return type(module).forward(module, hidden_states, *second, attention_mask=attention_mask, **kwargs)
 
 
 def _fused(module: Any, hidden_states: torch.Tensor, cache: Any, mask: Any, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -175,10 +180,10 @@ def _why_not(module: Any, hidden_states: torch.Tensor, cache: Any, kwargs: dict[
         return f"unknown keywords: {', '.join(sorted(kwargs.keys() - KEYWORDS))}"
     if kwargs.get("seq_idx") is not None and kwargs.get("cu_seq_lens_q") is None:
         return "seq_idx without cu_seq_lens_q"
-    if cache is not None and _records_past(cache, module.layer_idx):
-        return "the cache records its past"
     if found := why_not(module):
         return found
+    if cache is not None and _records_past(cache, module.layer_idx):
+        return "the cache records its past"
     if str(hidden_states.dtype).removeprefix("torch.") not in FLOATS:
         return f"hidden states are {hidden_states.dtype}"
     return ""

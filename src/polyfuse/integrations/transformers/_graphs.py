@@ -88,7 +88,9 @@ class AcceleratedForward:
         self._watch: Watch | None = None  # of calls without graphs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _patch.is_off(self.model):
+        if _patch.is_off(self.model):
+            return type(self.model).forward(self.model, *args, **kwargs)
+        if torch.compiler.is_compiling():
             return self._own(args, kwargs)
         reason = self._not_plain(kwargs)
         manager = None if reason else self.manager()
@@ -125,7 +127,8 @@ class AcceleratedForward:
             return "gradients are recorded"
         if self.model.training:
             return "the model is in training mode"
-        if torch.is_autocast_enabled(_device(self.model).type):
+        kind = _device(self.model).type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return "autocast is on"
         if config.output_hidden_states or config.output_attentions:
             return "the config asks for hidden states or attentions"

@@ -53,9 +53,10 @@ def is_ours(forward: object) -> bool:
 def own_forward(module: nn.Module, within_hooks: bool = False) -> bool:
     """Whether nobody has replaced a module's forward, on the instance or on its class. Ours does not count.
 
-    With `within_hooks` Accelerate's hooks do not count either, only what they call.
+    Of Accelerate's hooks only those count that do something: that move weights, or inputs to another device. With
+    `within_hooks` none does, only what they call.
     """
-    placed = vars(module).get(_slot(module) if within_hooks else "forward")
+    placed = vars(module).get(_slot(module) if within_hooks or _has_idle_hook(module) else "forward")
     # Removing Accelerate's hooks leaves the class's forward behind, bound, on the instance.
     if placed is not None and not is_ours(placed) and getattr(placed, "__func__", None) is not type(module).forward:
         return False
@@ -118,6 +119,16 @@ def count(module: nn.Module, reason: str) -> None:
         level = logging.WARNING if found.by_request else logging.INFO
         log.log(level, "%s: not fused: %s", found.name, reason)
     found.unfused[reason] += 1
+
+
+def _has_idle_hook(module: nn.Module) -> bool:
+    """Whether Accelerate's hook only sees to it that inputs are on the device where the module's weights are."""
+    hook: Any = vars(module).get("_hf_hook")
+    if f"{type(hook).__module__}.{type(hook).__name__}" != "accelerate.hooks.AlignDevicesHook" or hook.offload:
+        return False
+    place = hook.execution_device
+    device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    return all(weight.device == device for weight in module.parameters())
 
 
 def _slot(module: nn.Module) -> str:
