@@ -96,6 +96,45 @@ def test_a_device_brings_its_own_streams(monkeypatch):
     assert log == ["record main", "side waits for main", "record side", "main waits for side"]
 
 
+@pytest.mark.parametrize("device", [CPU, None], ids=["cpu", "current"])
+def test_inside_a_full_graph_the_branches_run_in_order(device):
+    x, ran = torch.arange(12.0).reshape(3, 4), []
+
+    def branch(name, value):
+        ran.append(name)
+        return value
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x):
+        inner = lambda: execute_in_parallel(lambda: branch("b", x.sin()), lambda: branch("c", x @ x.T), device=device)  # noqa: E731
+        first, (second, third) = execute_in_parallel(lambda: branch("a", x + 1), inner, device=device, inputs=(x,))
+        return first, second - third.sum()
+
+    first, rest = compiled(x)
+    assert torch.equal(first, x + 1)
+    torch.testing.assert_close(rest, x.sin() - (x @ x.T).sum())
+    assert ran == ["a", "b", "c"]
+
+
+def test_inside_a_full_graph_no_stream_is_asked_for(monkeypatch):
+    """A registered module of streams stands for those of an accelerator; any use of it raises."""
+    monkeypatch.setattr("polyfuse._torch.streams._MODULES", {"cpu": object()})
+    call = lambda x: execute_in_parallel(lambda: x + 1, lambda: x * 2, device=CPU)  # noqa: E731
+    x = torch.ones(2)
+    assert [y.tolist() for y in torch.compile(call, fullgraph=True, backend="eager")(x)] == [[2, 2], [2, 2]]
+    with pytest.raises(AttributeError, match="current_stream"):
+        call(x)
+
+
+def test_an_error_inside_a_full_graph_is_told():
+    def fails():
+        raise ValueError("deliberate")
+
+    compiled = torch.compile(lambda: execute_in_parallel(fails, lambda: 1), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="deliberate"):
+        compiled()
+
+
 def test_stacked_weights_are_views_of_one_buffer():
     first, second = torch.randn(6, 4), torch.randn(2, 4)
     views = stack_weights(first, second)

@@ -75,12 +75,13 @@ def execute_in_parallel(
     of `inputs` until the auxiliary streams are; name there the tensors whose last reference a branch may drop.
     Inside CUDA graph capture the fork and the join are captured. Nested calls use further streams.
 
-    Without streams (a CPU device, or POLYFUSE_STREAMS=0) the branches run in order, with the same results.
+    Without streams (a CPU device, or POLYFUSE_STREAMS=0) the branches run in order, with the same results. So they do
+    in what `torch.compile` or `torch.export` traces: a graph has one stream, and streams are only an optimisation.
 
     Raises the exception of the first branch that raised, after every branch was called and all streams have
     joined; those of other branches are added to it as notes.
     """
-    place = device or _current_device()
+    place = None if torch.compiler.is_compiling() else device or _current_device()
     own = _MODULES.get(place.type) if place is not None else None
     if place is None or not (own or place.type != "cpu") or not streams_enabled() or len(branches) < 2:
         return _gather([_attempt(branch) for branch in branches])

@@ -43,6 +43,14 @@ def is_traced(value: Any) -> bool:
     return jax is not None and isinstance(value, jax.core.Tracer)
 
 
+def is_recorded(torch: Any) -> bool:
+    """Whether `make_fx` records a call made now, without gradients: as one node, like a compiled graph."""
+    if not torch._C._len_torch_dispatch_stack() or torch.is_grad_enabled():  # most calls end here
+        return False
+    tracing = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return tracing is not None and tracing.get_proxy_mode() is not None
+
+
 def device_of(value: Any, family: str) -> Device:
     """The device of an array; for a tracer, JAX's default backend."""
     if family == "torch":

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from polyfuse.dispatch._arguments import examine_arguments
-from polyfuse.dispatch._arrays import convert
+from polyfuse.dispatch._arrays import convert, is_recorded
 from polyfuse.dispatch._plan import CALLS, Calls, Plan, calls, counter, forget_plans
 from polyfuse.dispatch._registry import registry
 from polyfuse.dispatch._select import Explanation, as_names, clear_settings, explain_call, warn_once
@@ -25,7 +25,7 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
     """Call an op; `args` are all its parameters in order."""
     op = CALLS[name]
     torch = sys.modules.get("torch")
-    if torch is not None and (torch.compiler.is_compiling() or (backend is None and _is_recorded(torch))):
+    if torch is not None and (torch.compiler.is_compiling() or (backend is None and is_recorded(torch))):
         from polyfuse.dispatch._torch_library import traced
 
         if backend is not None:
@@ -36,14 +36,6 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
     args = op.read(args)
     gradients = torch is not None and torch.is_grad_enabled()
     return _execute(op, op.plan(args, backend, gradients), args)
-
-
-def _is_recorded(torch: Any) -> bool:
-    """Whether `make_fx` records this call, without gradients: as one node, like a compiled graph, with no host read."""
-    if not torch._C._len_torch_dispatch_stack() or torch.is_grad_enabled():  # most calls end here
-        return False
-    tracing = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    return tracing is not None and tracing.get_proxy_mode() is not None
 
 
 def _execute(op: Calls, plan: Plan, args: tuple[Any, ...]) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,9 +11,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from polyfuse.configs import check_variables, did_you_mean, flag, platform_order, user_config
-from polyfuse.dispatch._arrays import Device
+from polyfuse.dispatch._arrays import Device, is_recorded
 from polyfuse.dispatch._registry import Implementation, on_change, registry
-from polyfuse.spec import FORMER_NAMES, BackendError, Call, SpecError, Unsupported, canonical
+from polyfuse.spec import FORMER_NAMES, BackendError, Call, SpecError, Unsupported, canonical, fail
 from polyfuse.spec._validate import one_line
 
 log = logging.getLogger("polyfuse")
@@ -118,8 +119,16 @@ def use_backend(backend: str | Sequence[str] | None = None, *, strict: bool | No
     With `strict` only the first backend of whatever preference holds may run, and a call that it cannot run raises;
     False allows the others again. What is None stays as it is outside of the block.
 
-    Raises `BackendError` for an unknown name.
+    A graph of `torch.compile` holds no names: around the call of a compiled function the block decides each time the
+    function runs, whichever block it was compiled in. Inside of one it would have to be in the graph, and raises;
+    without `fullgraph` PyTorch then runs the function that holds the block uncompiled, and the block decides.
+
+    Raises `BackendError` for an unknown name, and `SpecError` inside what is being compiled.
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and (torch.compiler.is_compiling() or is_recorded(torch)):
+        expected = "a block around the call of the compiled function"
+        fail("use_backend", "with", expected, "one inside of it, where a graph holds no names")
     outer = context()
     names = outer.names if backend is None else as_names(backend)
     token = _context.set(Wanted(names, outer.strict if strict is None else strict))

@@ -84,14 +84,22 @@ def _decode(op: Calls, flat: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(args)
 
 
-def _owned(results: Any) -> Any:
-    """Results as a graph needs them: none a view of another's memory."""
+def _owned(spec: OpSpec, results: Any) -> Any:
+    """Results as a graph needs them: none a view of another's memory, and each with the strides that its spec gives."""
     if not isinstance(results, tuple):
         return results
-    storages = [r.untyped_storage().data_ptr() for r in results]
-    if len(set(storages)) == len(results):
+    storages = [r.untyped_storage() for r in results]
+    # All storages without bytes are at address 0, and yet they are not one.
+    if len({s.data_ptr() or s._cdata for s in storages}) == len(results):
         return results
-    return tuple(r.clone(memory_format=torch.contiguous_format) for r in results)
+    owned = []
+    for result, output in zip(results, spec.outputs, strict=True):
+        if output.strides:
+            copy = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=result.device)
+            owned.append(copy.copy_(result))
+        else:
+            owned.append(result.clone(memory_format=torch.contiguous_format))
+    return tuple(owned)
 
 
 def register(op: Calls) -> None:
@@ -100,7 +108,7 @@ def register(op: Calls) -> None:
     _LIBRARY.define(schema(op))
 
     def eager(*flat: Any) -> Any:
-        return _owned(run(spec.name, _decode(op, flat), None))
+        return _owned(spec, run(spec.name, _decode(op, flat), None))
 
     def fake(*flat: Any) -> Any:
         call = bind(spec, dict(zip(op.names, _decode(op, flat), strict=True)), read_host=False)
