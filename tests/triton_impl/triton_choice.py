@@ -176,6 +176,7 @@ vary(
     mode=["bicubic"],
     merge_size=[1],
     align_corners=[False],
+    table_height=[6, 4],
 )
 vary(
     fused,
