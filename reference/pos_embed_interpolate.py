@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from polyfuse.reference._numerics import F64, Array, Exact, to_f64
 from polyfuse.reference._oracle import Error, Oracle
 from polyfuse.spec import FP32_TINY, Capability
-from polyfuse.spec.pos_embed_interpolate import SPEC
+from polyfuse.spec.pos_embed_interpolate import SPEC, table_sides
 
 CAPABILITY = Capability(devices=("cpu",))
 
@@ -26,15 +26,16 @@ def formula(
     align_corners: bool,
     out_dtype: str | None,
     out_rows: int | None,
+    table_height: int | None,
 ) -> F64:
     """out [rows, D]."""
     source, images = to_f64(table), [tuple(int(v) for v in image) for image in grid_thw]
-    side, total = round(len(source) ** 0.5), sum(t * h * w for t, h, w in images)
+    sides, total = table_sides(len(source), table_height), sum(t * h * w for t, h, w in images)
     out = np.zeros((total if out_rows is None else out_rows, source.shape[1]))
-    if total > len(out) or not all(usable(image, merge_size, side) for image in images):
+    if total > len(out) or not all(usable(image, merge_size, sides) for image in images):
         return np.full_like(out, np.nan)
-    for rows, frames, y, x in image_taps(images, side, merge_size, mode, align_corners):
-        frame = sum(weight * cells for weight, _, cells in products(source, side, y, x))
+    for rows, frames, y, x in image_taps(images, sides, merge_size, mode, align_corners):
+        frame = sum(weight * cells for weight, _, cells in products(source, sides, y, x))
         out[rows] = np.tile(frame, (frames, 1))
     if base is not None:
         out[:total] += to_f64(base)[:total]
@@ -45,7 +46,7 @@ Taps = tuple[NDArray[np.int64], F64]  # table cells and their weights, both [pat
 
 
 def axis_taps(index: NDArray[np.int64], size: int, side: int, mode: str, align_corners: bool) -> Taps:
-    """Table cells and their weights for target positions `index` on an axis of `size`; both [len(index), taps]."""
+    """Table cells and weights, [len(index), taps], for positions `index` on an axis of `size` over `side` cells."""
     if align_corners:
         numerator, denominator = index * (side - 1), max(size - 1, 1)
     else:
@@ -69,32 +70,33 @@ def axis_taps(index: NDArray[np.int64], size: int, side: int, mode: str, align_c
 
 
 def image_taps(
-    images: Sequence[tuple[int, ...]], side: int, merge_size: int, mode: str, align_corners: bool
+    images: Sequence[tuple[int, ...]], sides: tuple[int, int], merge_size: int, mode: str, align_corners: bool
 ) -> Iterator[tuple[slice, int, Taps, Taps]]:
     """For each used image its rows of the result, its number of frames, and the taps of a frame's patches."""
-    start = 0
+    start, (height, width) = 0, sides
     for t, h, w in images:
         if t == 0:
             continue
         row, column = merge_order(h, w, merge_size)
-        y, x = (axis_taps(i, n, side, mode, align_corners) for i, n in ((row, h), (column, w)))
+        y = axis_taps(row, h, height, mode, align_corners)
+        x = axis_taps(column, w, width, mode, align_corners)
         yield slice(start, start + t * h * w), t, y, x
         start += t * h * w
 
 
-def products(source: F64, side: int, y: Taps, x: Taps) -> Iterator[tuple[F64, F64, F64]]:
+def products(source: F64, sides: tuple[int, int], y: Taps, x: Taps) -> Iterator[tuple[F64, F64, F64]]:
     """For each tap (weight, |wy| + |wx|, cells) of the patches; a cell of weight 0 is not read."""
     for i in range(y[0].shape[1]):
         for j in range(x[0].shape[1]):
             wy, wx = y[1][:, i, None], x[1][:, j, None]
-            cells = source[y[0][:, i] * side + x[0][:, j]]
+            cells = source[y[0][:, i] * sides[1] + x[0][:, j]]
             yield wy * wx, np.abs(wy) + np.abs(wx), np.where(wy * wx == 0, 0.0, cells)
 
 
-def usable(image: tuple[int, ...], merge_size: int, side: int) -> bool:
+def usable(image: tuple[int, ...], merge_size: int, sides: tuple[int, int]) -> bool:
     """Whether an image is unused, or one that the spec allows."""
     _, h, w = image
-    fits = 2 * side * (max(h, w) + 1) < 2**31
+    fits = 2 * max(sides) * (max(h, w) + 1) < 2**31
     return image == (0, 0, 0) or (min(image) > 0 and h % merge_size == 0 and w % merge_size == 0 and fits)
 
 
@@ -110,10 +112,10 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     out, source = exact["out"], to_f64(given.table)
     magnitude, unrounded = np.zeros_like(out), np.zeros((len(out), 1), bool)
     images = [tuple(int(v) for v in image) for image in given.grid_thw]
-    side, total = round(len(source) ** 0.5), sum(t * h * w for t, h, w in images)
+    sides, total = table_sides(len(source), given.table_height), sum(t * h * w for t, h, w in images)
     if not np.isnan(out).all():
-        for rows, frames, y, x in image_taps(images, side, given.merge_size, given.mode, given.align_corners):
-            frame = sum(largest * np.abs(cells) for _, largest, cells in products(source, side, y, x))
+        for rows, frames, y, x in image_taps(images, sides, given.merge_size, given.mode, given.align_corners):
+            frame = sum(largest * np.abs(cells) for _, largest, cells in products(source, sides, y, x))
             weights = np.concatenate([y[1], x[1]], axis=-1)
             at_grid_point = np.isin(weights, (0, 1)).all(-1, keepdims=True)
             magnitude[rows] = np.tile(frame, (frames, 1))

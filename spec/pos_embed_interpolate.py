@@ -1,13 +1,15 @@
-"""`pos_embed_interpolate`: resample a learned square position-embedding table to every image's patch grid.
+"""`pos_embed_interpolate`: resample a learned position-embedding table to every image's patch grid.
 
+The table is a grid of NH rows by N columns of vectors, row-major. NH is `table_height`; without it, NH equals N.
 For an image of `t` frames of `h x w` patches, patch (i, j) of each frame gets
 
     out = sum over taps (y, x) of  wy[i, y] * wx[j, x] * table[y * N + x]      (+ base)
 
-where the taps and weights of an axis of `n` patches come from the exact source coordinate
+where the taps and weights of an axis of `n` patches over `s` cells (h over NH, w over N) come from the exact source
+coordinate
 
-    align_corners=True    source = i * (N - 1) / (n - 1)          (0 when n == 1)
-    align_corners=False   source = ((2 * i + 1) * N - n) / (2 * n)
+    align_corners=True    source = i * (s - 1) / (n - 1)          (0 when n == 1)
+    align_corners=False   source = ((2 * i + 1) * s - n) / (2 * n)
 
 split by integer division into `cell` (the floor) and `f` (the remainder, in [0, 1)):
 
@@ -22,6 +24,7 @@ spatial-merge order: (h/m, w/m, m, m). All arithmetic is fp32 or wider with one 
 """
 
 from collections.abc import Mapping
+from math import isqrt
 from typing import Any
 
 from polyfuse.spec._types import (
@@ -48,6 +51,12 @@ _BOUND_REASON = (
 )
 
 
+def table_sides(rows: int, table_height: int | None) -> tuple[int, int]:
+    """NH and N of a table [rows, D], rows and columns of its grid."""
+    height = isqrt(rows) if table_height is None else table_height
+    return height, rows // height
+
+
 def _steps(names: Mapping[str, Any]) -> float:
     return 10 if names["mode"] == "bilinear" else 24
 
@@ -57,9 +66,10 @@ def _flushes(names: Mapping[str, Any]) -> float:
 
 
 def _check(call: Call) -> None:
-    merge, side = call.attrs["merge_size"], call.dims["N"]
+    merge, columns = call.attrs["merge_size"], call.dims["N"]
+    longest = max(columns, call.attrs["table_height"] or columns)
     grid = call.host.get("grid_thw")
-    if side == 0:
+    if columns == 0:
         fail(NAME, "table", "at least one row", "[0, D]")
     if grid is None:
         return
@@ -71,8 +81,8 @@ def _check(call: Call) -> None:
             fail(NAME, argument, "t, h, w >= 1", [t, h, w])
         if h % merge or w % merge:
             fail(NAME, argument, f"h and w divisible by merge_size={merge}", [t, h, w])
-        if 2 * side * (max(h, w) + 1) >= 2**31:
-            fail(NAME, argument, f"2*N*max(h, w) below 2**31 with N={side}", [t, h, w])
+        if 2 * longest * (max(h, w) + 1) >= 2**31:
+            fail(NAME, argument, f"2*max(NH, N)*max(h, w) below 2**31 with max(NH, N)={longest}", [t, h, w])
 
 
 def _derive(call: Call) -> Mapping[str, Any]:
@@ -86,8 +96,9 @@ def _derive(call: Call) -> Mapping[str, Any]:
 
 def _cost(call: Call) -> Cost:
     taps = 4 if call.attrs["mode"] == "bilinear" else 16
-    rows, side, width = call.dims["rows"], call.dims["N"], call.dims["D"]
-    read = min(side * side, taps * rows) * width * itemsize(call.dtypes["table"])
+    rows, columns, width = call.dims["rows"], call.dims["N"], call.dims["D"]
+    cells = columns * (call.attrs["table_height"] or columns)
+    read = min(cells, taps * rows) * width * itemsize(call.dtypes["table"])
     if "base" in call.dtypes:
         read += rows * width * itemsize(call.dtypes["base"])
     return Cost(read, rows * width * itemsize(call.dtypes["out_dtype"]), 2 * taps * rows * width)
@@ -96,7 +107,7 @@ def _cost(call: Call) -> Cost:
 SPEC = OpSpec(
     name=NAME,
     version=1,
-    summary="Resample a learned square position-embedding table to every image's patch grid, in one launch.",
+    summary="Resample a learned position-embedding table to every image's patch grid, in one launch.",
     formula=__doc__ or "",
     source=(
         "Qwen3-VL vision tower; Transformers `get_vision_interpolation_indices_and_weights`; "
@@ -104,7 +115,12 @@ SPEC = OpSpec(
     ),
     rows="I",
     tensors=(
-        TensorSpec("table", ("N*N", "D"), FLOATS, "the learned table, row-major over its square grid"),
+        TensorSpec(
+            "table",
+            ("table_height*N if table_height else N*N", "D"),
+            FLOATS,
+            "the learned table, row-major over its grid of NH rows and N columns",
+        ),
         TensorSpec(
             "grid_thw",
             ("I", "3"),
@@ -122,6 +138,7 @@ SPEC = OpSpec(
         AttrSpec("align_corners", "bool", True, "which source coordinate, as in torch.nn.functional.interpolate"),
         AttrSpec("out_dtype", "dtype", None, "result dtype; None is base's, else table's", FLOATS),
         AttrSpec("out_rows", "int", None, "rows of the result; those past the real total are zero", minimum=0),
+        AttrSpec("table_height", "int", None, "rows of the table's grid, NH; None for a square table", minimum=1),
     ),
     outputs=(OutputSpec("out", ("rows", "D"), "out_dtype", "the embeddings, in spatial-merge order"),),
     errors=(ErrorBound("out", _steps, _BOUND_REASON, _flushes),),
@@ -130,6 +147,7 @@ SPEC = OpSpec(
         "Padding rows (out_rows) are zero, whatever base holds there.",
         "A grid tensor with out_rows cannot be checked without reading it back. If one of its images is neither "
         "valid nor (0, 0, 0), or the rows do not fit into out_rows, every element of the result is NaN.",
+        "A table of 16 x 36 has as many rows as one of 24 x 24: without table_height it is read as the square.",
         "D == 0 or no rows: an empty result, without a launch.",
     ),
     core=("mixed-bilinear-corners", "video-bicubic-half_pixel", "dtypes-bfloat16-out_default-base_bfloat16"),

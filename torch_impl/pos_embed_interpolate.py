@@ -4,11 +4,11 @@ All images at once, and nothing is read back to the host: a grid on the device c
 """
 
 from collections.abc import Sequence
-from math import isqrt
 
 import torch
 
 from polyfuse.spec import Capability
+from polyfuse.spec.pos_embed_interpolate import table_sides
 
 CAPABILITY = Capability(differentiable=True)
 
@@ -23,40 +23,41 @@ def pos_embed_interpolate(
     base: torch.Tensor | None = None,
     out_dtype: str | None = None,
     out_rows: int | None = None,
+    table_height: int | None = None,
 ) -> torch.Tensor:
     """Returns [rows, D], rounded once."""
     cells, width = table.shape
-    side = isqrt(cells)
+    table_h, table_w = table_sides(cells, table_height)
     dtype = getattr(torch, out_dtype) if out_dtype else (table if base is None else base).dtype
     rows = sum(int(t * h * w) for t, h, w in grid_thw) if out_rows is None else out_rows
     grid = torch.as_tensor(grid_thw, dtype=torch.int64, device=table.device)
     if len(grid) == 0:
         return table.new_zeros((rows, width), dtype=dtype)
 
-    h, w, image_row, live, poisoned = _locate(grid, rows, merge_size, side)
+    h, w, image_row, live, poisoned = _locate(grid, rows, merge_size, max(table_h, table_w))
     y, x = _patch(image_row, h, w, merge_size)
-    y_taps = _axis_taps(y, h, side, mode, align_corners)
-    x_taps = _axis_taps(x, w, side, mode, align_corners)
+    y_taps = _axis_taps(y, h, table_h, mode, align_corners)
+    x_taps = _axis_taps(x, w, table_w, mode, align_corners)
     result = table.new_zeros((rows, width), dtype=torch.float32)
     for y_cell, y_weight in y_taps:
         for x_cell, x_weight in x_taps:
             weight = (y_weight * x_weight).masked_fill(~live, 0.0)[:, None]  # [rows, 1]
             # A tap of zero weight counts as zero: a NaN or Inf there must not reach the sum.
-            value = table[y_cell * side + x_cell].float().masked_fill(weight == 0, 0.0)
+            value = table[y_cell * table_w + x_cell].float().masked_fill(weight == 0, 0.0)
             result.addcmul_(weight, value)
     if base is not None:
         result += base.float().masked_fill(~live[:, None], 0.0)
     return result.masked_fill(poisoned, torch.nan).to(dtype)
 
 
-def _locate(grid: torch.Tensor, rows: int, merge_size: int, side: int) -> tuple[torch.Tensor, ...]:
+def _locate(grid: torch.Tensor, rows: int, merge_size: int, longest: int) -> tuple[torch.Tensor, ...]:
     """Each row's h and w of its image, number in that image and whether it is live; last, whether the grid is invalid.
 
-    A row is live if it belongs to an image of a valid grid.
+    A row is live if it belongs to an image of a valid grid. `longest` is the longer side of the table.
     """
     t, h, w = grid.unbind(1)
     valid = (grid.amin(1) > 0) & (h % merge_size == 0) & (w % merge_size == 0)
-    valid &= grid[:, 1:].amax(1) < (2**31 - 1) // (2 * side)
+    valid &= grid[:, 1:].amax(1) < (2**31 - 1) // (2 * longest)
     # Estimated first: the product itself may pass 2**63.
     valid &= t.float() * (h * w).float() < 2.0 * rows + 2.0
     sizes = (t * h * w).masked_fill(~valid, 0)
@@ -81,7 +82,7 @@ def _patch(image_row: torch.Tensor, h: torch.Tensor, w: torch.Tensor, m: int) ->
 def _axis_taps(
     index: torch.Tensor, size: torch.Tensor, side: int, mode: str, align_corners: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The table cells, and their weights, that positions `index` on an axis of `size` are interpolated from."""
+    """The table cells, of `side`, and their weights, that positions `index` on an axis of `size` are made of."""
     if align_corners:
         numerator, denominator = index * (side - 1), (size - 1).clamp(min=1)
     else:

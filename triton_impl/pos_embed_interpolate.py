@@ -31,7 +31,7 @@ WIDE_ROWS = 2**30  # from here on row numbers are 64-bit
 
 @triton.jit
 def _source(index, size, SIDE: tl.constexpr, ALIGN_CORNERS: tl.constexpr):
-    """Floor and fraction of the source coordinate of positions `index` on an axis of `size`."""
+    """Floor and fraction of the source coordinate of positions `index` on an axis of `size` over SIDE cells."""
     if ALIGN_CORNERS:
         numerator = index * (SIDE - 1)
         denominator = tl.maximum(size - 1, 1)
@@ -66,7 +66,10 @@ def _locate(
     MERGE: tl.constexpr,
     IMAGES: tl.constexpr,
 ):
-    """Each row's image and that image's first row; the rows of all images, `rows + 1` if one is invalid."""
+    """Each row's image and that image's first row; the rows of all images, `rows + 1` if one is invalid.
+
+    SIDE is the longer one of the table.
+    """
     image = row.to(tl.int32) * 0
     start = row * 0
     total = rows.to(tl.int64) * 0
@@ -97,7 +100,7 @@ def _locate(
 
 @triton.jit(do_not_specialize=["rows", "height", "width", "used", "images", "image_stride", "value_stride"])
 def _kernel(
-    table_ptr,  # [SIDE*SIDE, D]
+    table_ptr,  # [NH*N, D]
     grid_ptr,  # [images, 3], or None for one image of height x width that fills `used` rows
     base_ptr,  # [rows, D] or None
     out_ptr,  # [rows, D]
@@ -111,7 +114,8 @@ def _kernel(
     table_stride,
     base_stride,
     D: tl.constexpr,
-    SIDE: tl.constexpr,
+    NH: tl.constexpr,
+    N: tl.constexpr,
     MERGE: tl.constexpr,
     BICUBIC: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
@@ -122,7 +126,8 @@ def _kernel(
     IMAGES: tl.constexpr,
 ):
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.uint32
-    CELL: tl.constexpr = tl.int64 if SIDE * SIDE >= 2**31 else tl.int32
+    SIDE: tl.constexpr = NH if NH > N else N
+    CELL: tl.constexpr = tl.int64 if NH * N >= 2**31 else tl.int32
     TAPS: tl.constexpr = 4 if BICUBIC else 2
     FIRST_TAP: tl.constexpr = -1 if BICUBIC else 0
     ACROSS: tl.constexpr = (D + BLOCK_D * BLOCKS - 1) // (BLOCK_D * BLOCKS)  # programs side by side
@@ -154,8 +159,8 @@ def _kernel(
     block_patch = band_patch % (MERGE * MERGE)
     y = band * MERGE + block_patch // MERGE
     x = band_patch // (MERGE * MERGE) * MERGE + block_patch % MERGE
-    y_cell, y_fraction = _source(y.to(tl.uint32), h, SIDE, ALIGN_CORNERS)
-    x_cell, x_fraction = _source(x.to(tl.uint32), w, SIDE, ALIGN_CORNERS)
+    y_cell, y_fraction = _source(y.to(tl.uint32), h, NH, ALIGN_CORNERS)
+    x_cell, x_fraction = _source(x.to(tl.uint32), w, N, ALIGN_CORNERS)
     y_weights = _weights(y_fraction, BICUBIC)
     x_weights = _weights(x_fraction, BICUBIC)
 
@@ -172,10 +177,10 @@ def _kernel(
             base = tl.load(base_row[:, None] + column, mask=mask, other=fill, eviction_policy="evict_first")
             acc = widen(base)
         for i in tl.static_range(TAPS):
-            y_tap = tl.minimum(tl.maximum(y_cell + (FIRST_TAP + i), 0), SIDE - 1).to(CELL)
+            y_tap = tl.minimum(tl.maximum(y_cell + (FIRST_TAP + i), 0), NH - 1).to(CELL)
             for j in tl.static_range(TAPS):
-                x_tap = tl.minimum(tl.maximum(x_cell + (FIRST_TAP + j), 0), SIDE - 1)
-                table_row = table_ptr + (y_tap * SIDE + x_tap).to(tl.int64) * table_stride
+                x_tap = tl.minimum(tl.maximum(x_cell + (FIRST_TAP + j), 0), N - 1)
+                table_row = table_ptr + (y_tap * N + x_tap).to(tl.int64) * table_stride
                 weight = y_weights[i] * x_weights[j]
                 # A tap of zero weight is not read: a NaN or Inf there must not reach the sum.
                 mask = (live & (weight != 0.0))[:, None] & inside
@@ -222,6 +227,7 @@ def pos_embed_interpolate(
     base: torch.Tensor | None = None,
     out_dtype: str | None = None,
     out_rows: int | None = None,
+    table_height: int | None = None,
 ) -> torch.Tensor:
     """Returns [rows, D], rounded once."""
     used = 0 if isinstance(grid_thw, torch.Tensor) else sum(t * h * w for t, h, w in grid_thw)
@@ -252,7 +258,8 @@ def pos_embed_interpolate(
     programs = -(-rows // block_rows) * -(-columns // (block_columns * blocks))
     numbers = rows, height, width, used, images, image_stride, value_stride
     strides = table.stride(0), base_stride
-    options = columns, isqrt(cells), merge_size, bicubic, align_corners, rows >= WIDE_ROWS
+    table_rows = isqrt(cells) if table_height is None else table_height
+    options = columns, table_rows, cells // table_rows, merge_size, bicubic, align_corners, rows >= WIDE_ROWS
     fixed = *strides, *options, block_rows, block_columns, blocks, BLOCK_IMAGES
     # Two rows of 16 taps a thread would take 200 registers.
     warps = 8 if bicubic else 4

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import product
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -79,12 +80,37 @@ def cases() -> Iterator[Case]:
     yield Case("width_one", {"N": 5, "D": 1}, host=grid)
     yield Case("width_odd", {"N": 5, "D": 131}, host=grid)
     yield Case("many_images", {"N": 5, "D": 8}, host={"grid_thw": ((1, 2, 2),) * 70})
+    yield from _oblong_tables()
     # N = 48, h = 94: rounding the scale (N-1)/(h-1) puts the last row one cell early.
     yield Case("float_scale_trap", {"N": 48, "D": 8}, host={"grid_thw": ((1, 94, 94),)})
     # 1,884,160 rows: more than 2**31 elements.
     yield Case(
         "over_2_31", {"N": 48, "D": 1152}, dtypes={"table": "bfloat16"}, host={"grid_thw": ((1, 64, 64),)}, repeat=460
     )
+
+
+def _oblong_tables() -> Iterator[Case]:
+    """Tables of other heights than widths; that of 16 x 36 has as many rows as a square one of 24 x 24."""
+    grid = {"grid_thw": _GRIDS["mixed"]}
+    for (height, columns), mode, corners in product(
+        ((3, 5), (16, 36), (1, 7), (7, 1)), ("bilinear", "bicubic"), (True, False)
+    ):
+        attrs = {"mode": mode, "align_corners": corners, "table_height": height}
+        yield Case(f"table_{height}x{columns}-{mode}-{_corners(corners)}", {"N": columns, "D": 24}, attrs, host=grid)
+    for form in ("host", "tensor"):
+        yield Case(
+            f"table_3x5-padded-grid_{form}",
+            {"N": 5, "D": 24},
+            {"table_height": 3, "out_rows": 150},
+            {"table": "bfloat16", "base": "bfloat16"},
+            {"grid_thw": (*_GRIDS["mixed"], (0, 0, 0))},
+            as_tensor=("grid_thw",) if form == "tensor" else (),
+            present=("base",),
+            fill={"base": "nan_tail"},
+        )
+    points = {"grid_thw": ((2, 4, 6),)}
+    yield Case("table_4x6-grid_points", {"N": 6, "D": 24}, {"table_height": 4}, {"table": "bfloat16"}, points)
+    yield Case("table_6x6-height_given", {"N": 6, "D": 24}, {"table_height": 6}, host=grid)
 
 
 def _corners(align: bool) -> str:
@@ -139,6 +165,21 @@ def _swapped(values: dict[str, Any]) -> dict[str, Any]:
     return {"grid_thw": [(t, w, h) for t, h, w in values["grid_thw"]]}
 
 
+def _exchanged(values: dict[str, Any]) -> dict[str, Any]:
+    height = values["table_height"]
+    return {} if height is None else {"table_height": len(values["table"]) // height}
+
+
+def _as_a_square(values: dict[str, Any]) -> dict[str, Any]:
+    """The height is ignored: the table is the largest square that it has the rows for."""
+    return {"table_height": None, "table": values["table"][: isqrt(len(values["table"])) ** 2]}
+
+
+def _shorter_side_for_both(right: Callable[..., Any]) -> Callable[..., Any]:
+    """Both axes have coordinates as if the table were as long as its shorter side."""
+    return lambda images, sides, *options: right(images, (min(sides), min(sides)), *options)
+
+
 MUTANTS: dict[str, Mutant] = common(NAME) | {
     "rounded_before_base": _rounded_before_base,
     "ties_away": _ties_away,
@@ -148,4 +189,7 @@ MUTANTS: dict[str, Mutant] = common(NAME) | {
     "other_mode": changed(NAME, lambda v: {"mode": "bicubic" if v["mode"] == "bilinear" else "bilinear"}),
     "raster_order": changed(NAME, lambda v: {"merge_size": 1}),
     "height_and_width_swapped": changed(NAME, _swapped),
+    "table_sides_exchanged": changed(NAME, _exchanged),
+    "table_as_a_square": changed(NAME, _as_a_square),
+    "shorter_side_for_both": patched(NAME, oracle, "image_taps", _shorter_side_for_both),
 }

@@ -16,7 +16,7 @@ def patch(row: jax.Array, w: jax.Array, merge_size: int) -> tuple[jax.Array, jax
 def axis_taps(
     index: jax.Array, size: jax.Array, side: int, mode: str, align_corners: bool
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Return the (table cell, weight) of every tap, for positions `index` on axes of `size` patches."""
+    """Return each tap's (table cell, weight), for positions `index` on axes of `size` patches over `side` cells."""
     if align_corners:
         numerator, denominator = index * (side - 1), jnp.maximum(size - 1, 1)
     else:

@@ -6,7 +6,6 @@ is an array; of a tuple only the number of images and the total of rows are comp
 
 from collections.abc import Sequence
 from itertools import product
-from math import isqrt
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax import lax
 from polyfuse.reference._jax.compilation import jit
 from polyfuse.reference._jax.interpolation import axis_taps, divide, patch
 from polyfuse.spec import Capability, Unsupported, dtype_name
+from polyfuse.spec.pos_embed_interpolate import table_sides
 
 CAPABILITY = Capability(differentiable=True)
 
@@ -31,6 +31,7 @@ def pos_embed_interpolate(
     base: jax.Array | None = None,
     out_dtype: str | None = None,
     out_rows: int | None = None,
+    table_height: int | None = None,
 ) -> jax.Array:
     """[rows, D], rounded once."""
     rows = sum(t * h * w for t, h, w in grid_thw) if out_rows is None else out_rows
@@ -48,6 +49,7 @@ def pos_embed_interpolate(
         align_corners=align_corners,
         out_dtype=dtype,
         out_rows=rows,
+        table_height=table_height,
     )
 
 
@@ -62,11 +64,12 @@ def _interpolate(
     align_corners: bool,
     out_dtype: str,
     out_rows: int,
+    table_height: int | None,
 ) -> jax.Array:
-    side = isqrt(table.shape[0])
+    table_rows, table_columns = table_sides(table.shape[0], table_height)
     # Clipping first keeps an invalid int64 entry invalid in int32.
     grid = jnp.clip(grid, -1, _INT32_MAX).astype(jnp.int32)
-    ends, valid = _image_ends(grid, merge_size, side, out_rows)
+    ends, valid = _image_ends(grid, merge_size, max(table_rows, table_columns), out_rows)
     row = jnp.arange(out_rows, dtype=jnp.int32)
     image = jnp.searchsorted(ends, row, side="right", method="compare_all")
     live = image < len(grid)
@@ -76,10 +79,11 @@ def _interpolate(
     # The cast comes before the gather so that gradients of the table accumulate in fp32.
     source = table.astype(jnp.float32)
     total = jnp.zeros((out_rows, table.shape[1]), jnp.float32)
-    taps_y, taps_x = axis_taps(y, h, side, mode, align_corners), axis_taps(x, w, side, mode, align_corners)
+    taps_y = axis_taps(y, h, table_rows, mode, align_corners)
+    taps_x = axis_taps(x, w, table_columns, mode, align_corners)
     for (cell_y, weight_y), (cell_x, weight_x) in product(taps_y, taps_x):
         weight = (weight_y * weight_x)[:, None]
-        cells = jnp.take(source, cell_y * side + cell_x, axis=0, mode="clip")
+        cells = jnp.take(source, cell_y * table_columns + cell_x, axis=0, mode="clip")
         total += jnp.where(weight == 0, 0.0, weight * cells)
     if base is not None:
         total += base.astype(jnp.float32)
@@ -88,7 +92,10 @@ def _interpolate(
 
 
 def _image_ends(grid: jax.Array, merge_size: int, side: int, rows: int) -> tuple[jax.Array, jax.Array]:
-    """The row after each image's last one, and whether the images are valid and fit into `rows`."""
+    """The row after each image's last one, and whether the images are valid and fit into `rows`.
+
+    `side` is the longer one of the table.
+    """
     t, h, w = grid.T
     longest = _INT32_MAX // (2 * side) - 1  # the spec's limit, under which coordinates fit in int32
     # Divisions instead of products, which could overflow.

@@ -10,7 +10,6 @@ use `jax.shard_map(..., check_vma=False)`.
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from math import isqrt
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from polyfuse.reference._jax.compilation import jit
 from polyfuse.reference._jax.interpolation import axis_taps, divide, patch
 from polyfuse.spec import Capability, Unsupported, dtype_name
+from polyfuse.spec.pos_embed_interpolate import table_sides
 
 # No TPU: Mosaic cannot gather table rows by a vector of row numbers.
 CAPABILITY = Capability(devices=("cpu", "cuda", "rocm"), min_arch={"cuda": (8, 0)}, interpreted=("cpu",))
@@ -41,6 +41,7 @@ def pos_embed_interpolate(
     base: jax.Array | None = None,
     out_dtype: str | None = None,
     out_rows: int | None = None,
+    table_height: int | None = None,
 ) -> jax.Array:
     """[rows, D], rounded once."""
     rows = sum(t * h * w for t, h, w in grid_thw) if out_rows is None else out_rows
@@ -52,7 +53,13 @@ def pos_embed_interpolate(
         return jnp.zeros((rows, width), dtype)
     operands = (jnp.asarray(grid_thw), table) if base is None else (jnp.asarray(grid_thw), table, base)
     return _interpolate(
-        *operands, merge_size=merge_size, mode=mode, align_corners=align_corners, out_dtype=dtype, out_rows=rows
+        *operands,
+        merge_size=merge_size,
+        mode=mode,
+        align_corners=align_corners,
+        out_dtype=dtype,
+        out_rows=rows,
+        table_height=table_height,
     )
 
 
@@ -78,13 +85,14 @@ def _launch(
     tile: tuple[int, int],
     dtype: str,
     rows: int,
+    table_height: int | None,
     interpret: bool = False,
     **attrs: Any,
 ) -> jax.Array:
     (cells, width), (tile_rows, tile_width) = table.shape, tile
     tiled = pl.BlockSpec(tile, lambda i, j: (i, j))
     return pl.pallas_call(
-        partial(_kernel, side=isqrt(cells), rows=rows, width=width, **attrs),
+        partial(_kernel, sides=table_sides(cells, table_height), rows=rows, width=width, **attrs),
         out_shape=jax.ShapeDtypeStruct((rows, width), dtype),
         grid=(pl.cdiv(rows, tile_rows), pl.cdiv(width, tile_width)),
         in_specs=[
@@ -103,7 +111,7 @@ def _kernel(
     grid_ref: Any,
     table_ref: Any,
     *refs: Any,
-    side: int,
+    sides: tuple[int, int],
     rows: int,
     width: int,
     merge_size: int,
@@ -115,14 +123,14 @@ def _kernel(
     row = pl.program_id(0) * tile_rows + lax.iota(jnp.int32, tile_rows)
     inner = lax.iota(jnp.int32, tile_width)[None, :]
     in_width = pl.program_id(1) * tile_width + inner < width
-    h, w, start, live, valid = _find_images(grid_ref, row, merge_size, side, rows)
+    h, w, start, live, valid = _find_images(grid_ref, row, merge_size, max(sides), rows)
     y, x = patch(lax.rem(row - start, h * w), w, merge_size)
     total = jnp.zeros((tile_rows, tile_width), jnp.float32)
-    taps_y, taps_x = axis_taps(y, h, side, mode, align_corners), axis_taps(x, w, side, mode, align_corners)
+    taps_y, taps_x = axis_taps(y, h, sides[0], mode, align_corners), axis_taps(x, w, sides[1], mode, align_corners)
     for (cell_y, weight_y), (cell_x, weight_x) in product(taps_y, taps_x):
         weight = weight_y * weight_x
         cells = plgpu.load(
-            table_ref.at[(cell_y * side + cell_x)[:, None], inner],
+            table_ref.at[(cell_y * sides[1] + cell_x)[:, None], inner],
             mask=(live & (weight != 0))[:, None] & in_width,
             other=0,
         )
@@ -137,7 +145,10 @@ def _kernel(
 def _find_images(
     grid_ref: Any, row: jax.Array, merge_size: int, side: int, rows: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(h, w, first row) of the image of each row, whether it has one, and whether all images are usable."""
+    """(h, w, first row) of the image of each row, whether it has one, and whether all images are usable.
+
+    `side` is the longer one of the table.
+    """
     t, h, w = grid_ref[0, :], grid_ref[1, :], grid_ref[2, :]
     longest = _INT32_MAX // (2 * side) - 1  # the spec's limit, under which coordinates fit in int32
     # Divisions instead of products, which could overflow.

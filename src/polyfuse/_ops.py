@@ -45,11 +45,14 @@ def pos_embed_interpolate(
     align_corners: bool = True,
     out_dtype: DType | None = None,
     out_rows: int | None = None,
+    table_height: int | None = None,
     backend: str | Sequence[str] | None = None,
 ) -> Array:
-    """Resample a learned square position-embedding table to every image's patch grid, in one launch."""
+    """Resample a learned position-embedding table to every image's patch grid, in one launch."""
     return run(
-        "pos_embed_interpolate", (table, grid_thw, base, merge_size, mode, align_corners, out_dtype, out_rows), backend
+        "pos_embed_interpolate",
+        (table, grid_thw, base, merge_size, mode, align_corners, out_dtype, out_rows, table_height),
+        backend,
     )
 
 

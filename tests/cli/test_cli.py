@@ -152,4 +152,4 @@ def test_ops_prints_the_page_of_an_op():
     assert "v1" in invoke("ops").output
     page = invoke("ops", OP).output
     assert page.startswith(f"# `{OP}`")
-    assert "(N-1)/(h-1)" in page or "source = i * (N - 1) / (n - 1)" in page
+    assert "source = i * (s - 1) / (n - 1)" in page

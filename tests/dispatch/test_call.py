@@ -169,6 +169,6 @@ def test_jit_traces_through_the_public_function():
 
 def test_the_documentation_is_the_spec():
     text = polyfuse.pos_embed_interpolate.__doc__
-    assert "table: [N*N, D] float32/bfloat16/float16. the learned table" in text
-    assert "source = i * (N - 1) / (n - 1)" in text
+    assert "table: [table_height*N if table_height else N*N, D] float32/bfloat16/float16. the learned table" in text
+    assert "source = i * (s - 1) / (n - 1)" in text
     assert "backend: a backend name" in text

@@ -26,7 +26,8 @@ def test_no_string_enters_the_schema():
         assert "str " not in text
     assert str(torch.ops.polyfuse.pos_embed_interpolate.default._schema) == (
         "polyfuse::pos_embed_interpolate(Tensor table, Tensor? grid_thw, SymInt[]? grid_thw_values, Tensor? base, "
-        "SymInt merge_size, int mode, bool align_corners, int out_dtype, SymInt? out_rows) -> Tensor"
+        "SymInt merge_size, int mode, bool align_corners, int out_dtype, SymInt? out_rows, SymInt? table_height) "
+        "-> Tensor"
     )
 
 
@@ -66,6 +67,21 @@ def test_compiles_into_one_full_graph(form):
     assert (
         torch.ops.polyfuse.pos_embed_interpolate in names or torch.ops.polyfuse.pos_embed_interpolate.default in names
     )
+
+
+def test_a_table_with_a_height_compiles_into_one_full_graph():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda table: polyfuse.pos_embed_interpolate(table, GRID, table_height=3),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for columns in (5, 12):  # 3 x 12 is no square of 6 x 6
+        table = torch.randn(3 * columns, 8)
+        want = polyfuse.pos_embed_interpolate(table, GRID, table_height=3)
+        assert torch.equal(compiled(table), want)
+    assert not torch.equal(polyfuse.pos_embed_interpolate(table, GRID), want)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from polyfuse.reference import oracle
+from polyfuse.spec import SpecError
 
 pos_embed_interpolate = oracle("pos_embed_interpolate")
 
@@ -15,9 +16,9 @@ ULP = 2.0**-24  # one float32 rounding, as the spec counts them
 FLUSH = 2.0**-126  # what a flushed number can change
 
 
-def ramp(side: int, dtype: Any = np.float32) -> np.ndarray:
+def ramp(side: int, dtype: Any = np.float32, height: int | None = None) -> np.ndarray:
     """A table of one column whose cell (y, x) is 10 * y + x: interpolated, it reads back the source coordinates."""
-    y, x = np.divmod(np.arange(side * side), side)
+    y, x = np.divmod(np.arange((height or side) * side), side)
     return (10 * y + x)[:, None].astype(dtype)
 
 
@@ -70,6 +71,43 @@ def test_bicubic_with_half_pixels() -> None:
     out = pos_embed_interpolate(impulse(4, 0), [[1, 2, 2]], mode="bicubic", align_corners=False)
     near, far = 0.5, 0  # as at the border above; cell 0 is no tap of 5/2
     assert column(out) == [near * near, near * far, far * near, far * far]
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("corners", [True, False])
+def test_a_table_with_a_height_of_its_own(corners: bool, mode: str) -> None:
+    # As many patches as cells: each patch reads its own cell.
+    options: Any = {"merge_size": 1, "align_corners": corners, "mode": mode}
+    table = ramp(4, height=2)
+    want = [0, 1, 2, 3, 10, 11, 12, 13]
+    assert column(pos_embed_interpolate(table, [[1, 2, 4]], table_height=2, **options)) == want
+    with pytest.raises(SpecError, match="a square number of rows"):
+        pos_embed_interpolate(table, [[1, 2, 4]], **options)
+
+
+def test_each_axis_of_a_table_has_a_length_of_its_own() -> None:
+    # Aligned: i * (2 - 1) / (3 - 1) down, and i * (4 - 1) / (3 - 1) = 0, 1.5, 3 across.
+    table = ramp(4, height=2)
+    out = pos_embed_interpolate(table, [[1, 3, 3]], merge_size=1, table_height=2)
+    assert column(out) == [0, 1.5, 3, 5, 6.5, 8, 10, 11.5, 13]
+    # Half a pixel: ((2 * i + 1) * 2 - 1) / 2 = 0.5 down, ((2 * i + 1) * 4 - 2) / 4 = 0.5 and 2.5 across.
+    out = pos_embed_interpolate(table, [[1, 1, 2]], merge_size=1, table_height=2, align_corners=False)
+    assert column(out) == [5.5, 7.5]
+
+
+def test_a_table_of_one_row_and_one_of_one_column() -> None:
+    line = np.array([[0], [2], [4]], np.float32)
+    assert column(pos_embed_interpolate(line, [[1, 2, 5]], merge_size=1, table_height=1)) == [0, 1, 2, 3, 4] * 2
+    assert column(pos_embed_interpolate(line, [[1, 5, 1]], merge_size=1, table_height=3)) == [0, 1, 2, 3, 4]
+
+
+def test_the_height_tells_16_by_36_from_24_by_24() -> None:
+    table = np.arange(16 * 36, dtype=np.float32)[:, None]
+    corners = [0, 35, 15 * 36, 16 * 36 - 1]
+    assert column(pos_embed_interpolate(table, [[1, 2, 2]], table_height=16)) == corners
+    assert column(pos_embed_interpolate(table, [[1, 2, 2]])) == [0, 23, 23 * 24, 24 * 24 - 1]
+    given = pos_embed_interpolate(table, [[1, 6, 4]], table_height=24)
+    assert column(given) == column(pos_embed_interpolate(table, [[1, 6, 4]]))
 
 
 @pytest.mark.parametrize(

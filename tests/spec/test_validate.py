@@ -20,6 +20,8 @@ def call(**changes):
 def test_binds_dims_attributes_and_outputs():
     bound = call(base=np.zeros((8, 8), np.float16))
     assert dict(bound.dims) == {"N": 6, "D": 8, "I": 1, "rows": 8}
+    assert call(table_height=4).dims["N"] == 9
+    assert SPEC.cost(call(table_height=4, grid_thw=[[1, 64, 64]])).bytes_read == 36 * 8 * 4
     assert bound.outputs == (Output("out", (8, 8), "float16"),)
     assert bound.host == {"grid_thw": ((1, 2, 4),)}
 
@@ -42,10 +44,22 @@ def test_a_dtype_attribute_takes_a_name_or_a_dtype():
         ({"grid_thw": 5}, "grid_thw: expected rows of 3 integers, got 5"),
         ({"grid_thw": np.zeros((1, 3), np.float32)}, "grid_thw: expected dtype int32 or int64, got float32"),
         ({"grid_thw": np.zeros((1, 4), np.int64)}, "grid_thw: expected shape [I, 3], got [1, 4]"),
-        ({"grid_thw": [[1, 2, 2**30]]}, "grid_thw[0]: expected 2*N*max(h, w) below 2**31 with N=6"),
+        ({"grid_thw": [[1, 2, 2**30]]}, "grid_thw[0]: expected 2*max(NH, N)*max(h, w) below 2**31 with max(NH, N)=6"),
+        (
+            {"grid_thw": [[1, 2, 2**26]], "table_height": 36},
+            "grid_thw[0]: expected 2*max(NH, N)*max(h, w) below 2**31 with max(NH, N)=36",
+        ),
         ({"table": None}, "table: expected an array, got None"),
         ({"table": 3}, "table: expected an array, got int"),
         ({"table": np.zeros((35, 8), np.float32)}, "table: expected a square number of rows in [N*N, D], got 35"),
+        (
+            {"table_height": 5},
+            "table: expected a size divisible by table_height=5 in [table_height*N, D], got 36",
+        ),
+        ({"table": np.zeros((0, 8), np.float32)}, "table: expected at least one row, got [0, D]"),
+        ({"table": np.zeros((0, 8), np.float32), "table_height": 2}, "table: expected at least one row, got [0, D]"),
+        ({"table_height": 0}, "table_height: expected an integer >= 1, got 0"),
+        ({"table_height": 6.0}, "table_height: expected an integer, got 6.0"),
         ({"table": np.zeros(36, np.float32)}, "table: expected shape [N*N, D], got [36]"),
         ({"table": np.zeros((36, 8))}, "table: expected dtype float32 or bfloat16 or float16, got float64"),
         ({"base": np.zeros((9, 8), np.float32)}, "base: expected rows=8 in [rows, D], got [9, 8]"),

@@ -98,16 +98,18 @@ def test_compiles_as_one_graph() -> None:
     assert torch.equal(compiled(table, grid, base=base, out_rows=150), want)
 
 
+@pytest.mark.parametrize("table_height", [None, 4])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_gradients(mode: str) -> None:
+def test_gradients(mode: str, table_height: int | None) -> None:
     """The op is linear in the table and in base, so a gradient is the op's transpose."""
     grid = ((1, 8, 6), (1, 4, 4))
     table, base = normal(36, 24).requires_grad_(), normal(64, 24, seed=1).requires_grad_()
     upstream, direction = normal(64, 24, seed=2), normal(36, 24, seed=3)
-    pos_embed_interpolate(table, grid, mode=mode, base=base).backward(upstream)
+    options: Any = {"mode": mode, "table_height": table_height}
+    pos_embed_interpolate(table, grid, base=base, **options).backward(upstream)
     assert table.grad is not None
     assert base.grad is not None
-    change = pos_embed_interpolate(direction, grid, mode=mode)
+    change = pos_embed_interpolate(direction, grid, **options)
     torch.testing.assert_close((table.grad * direction).sum(), (upstream * change).sum())
     assert torch.equal(base.grad, upstream)
 

@@ -107,6 +107,22 @@ def test_the_grid_may_be_strided_and_of_either_int_type() -> None:
         assert torch.equal(pos_embed_interpolate(table, wide.to(dtype)[:, 1:], out_rows=32), want)
 
 
+def test_a_table_on_its_side() -> None:
+    """Transposed tables on transposed images, also of a grid on the device: the same values, in another order."""
+    table, image = normal(3 * 5, 8), (1, 4, 6)
+    want = pos_embed_interpolate(table, (image,), merge_size=1, table_height=3, align_corners=False)
+    turned = table.view(3, 5, 8).transpose(0, 1).reshape(15, 8)
+    grid = torch.tensor([(1, 6, 4)], device=DEVICE)
+    for thw in (((1, 6, 4),), grid):
+        got = pos_embed_interpolate(turned, thw, merge_size=1, table_height=5, align_corners=False, out_rows=24)
+        torch.testing.assert_close(got.view(6, 4, 8).transpose(0, 1).reshape(24, 8), want)
+
+
+def test_a_height_of_a_square_table_changes_nothing() -> None:
+    table = normal(36, 8)
+    assert torch.equal(pos_embed_interpolate(table, MIXED, table_height=6), pos_embed_interpolate(table, MIXED))
+
+
 def test_no_images_are_all_padding() -> None:
     grid = torch.zeros((0, 3), dtype=torch.int64, device=DEVICE)
     assert torch.equal(pos_embed_interpolate(normal(36, 8), grid, out_rows=4).cpu(), torch.zeros(4, 8))
@@ -181,7 +197,7 @@ from polyfuse.triton_impl.pos_embed_interpolate import _kernel
 aligned = ["table_ptr", "base_ptr", "out_ptr", "table_stride", "base_stride"]
 for grid, bicubic in (("*i64", False), (None, True)):
     types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names} | {"grid_ptr": grid}
-    constants = dict(D=1152, SIDE=48, MERGE=2, BICUBIC=bicubic, ALIGN_CORNERS=True, WIDE=False)
+    constants = dict(D=1152, NH=48, N=48, MERGE=2, BICUBIC=bicubic, ALIGN_CORNERS=True, WIDE=False)
     constants |= dict(BLOCK_ROWS=32, BLOCK_D=64, BLOCKS=2, IMAGES=32) | ({} if grid else {"grid_ptr": None})
     code, spilled = compile_for_hopper(_kernel, types, constants, aligned, warps=8 if bicubic else 4)
     accesses = re.findall(r"(ld|st)\\.global\\S*?\\.(v4\\.b32|b16|b32|v2\\.b32)", code)

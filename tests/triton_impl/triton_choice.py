@@ -178,6 +178,7 @@ vary(
     mode=["bicubic"],
     merge_size=[1],
     align_corners=[False],
+    table_height=[6, 4],
 )
 
 

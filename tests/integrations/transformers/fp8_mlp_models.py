@@ -27,11 +27,18 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (groups / scale.clamp(min=1e-12)[..., None]).clamp(-448, 448).flatten(-2).to(FP8), scale
 
 
-def emulated_linear(input: Any, weight: Any, weight_scale_inv: Any, block_size: Any = None, **options: Any) -> Any:
+def emulated_linear(
+    input: Any,
+    weight: Any,
+    weight_scale_inv: Any,
+    block_size: Any = None,
+    bias: Any = None,
+    activation_scale: Any = None,
+    allow_deepgemm: bool = True,
+) -> Any:
     """`fp8_linear` of Transformers; raises `AssertionError` for arguments that it is not made for."""
-    unknown = [name for name, value in options.items() if value is not None and name != "allow_deepgemm"]
-    if tuple(block_size) != (128, 128) or unknown:
-        raise AssertionError(f"block_size {block_size}, options {unknown}")
+    if tuple(block_size) != (128, 128) or bias is not None or activation_scale is not None:
+        raise AssertionError(f"block_size {block_size}, bias {bias}, activation_scale {activation_scale}")
     q, scale = quantised(input.reshape(-1, input.shape[-1]))
     if input.is_cuda:
         q, scale = (nn.functional.pad(t.view(torch.uint8), (0, 0, 0, -len(t) % 4)).view(t.dtype) for t in (q, scale))

@@ -147,15 +147,21 @@ def test_a_layer_that_the_ops_do_not_cover_runs_as_before(alter: Any, op_calls: 
 def test_a_call_that_the_ops_do_not_cover_runs_as_before(case: str, op_calls: list[str]) -> None:
     layer, config = build_layer(), build(kinds=KINDS[:1]).config
     arguments: dict[str, Any] = {"seq_idx": torch.zeros(2, 9, dtype=torch.int32)} if case == "seq_idx" else {}
-    results = []
+    results: list[Any] = []
     for module in (layer, accelerate(copy.deepcopy(layer))):
         if case == "record_past":
             arguments["cache_params"] = transformers.DynamicCache(config=config)
             arguments["cache_params"].layers[0].activate_past_recording()
         with torch.set_grad_enabled(case == "grad"), torch.autocast("cpu", torch.bfloat16, case == "autocast"):
-            results.append(module(hidden(2, 9), **arguments))
-    assert torch.equal(*results)
-    assert results[1].requires_grad == (case == "grad")
+            try:
+                results.append(module(hidden(2, 9), **arguments))
+            except ValueError as error:  # what Transformers 5.24 says to seq_idx
+                results.append(error)
+    if case == "seq_idx" and transformers.__version__ >= "5.24":
+        assert str(results[0]) == str(results[1])
+    else:
+        assert torch.equal(*results)
+        assert results[1].requires_grad == (case == "grad")
     assert not op_calls
 
 

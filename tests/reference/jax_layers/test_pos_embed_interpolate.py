@@ -118,13 +118,14 @@ def test_nothing_to_compute(layer: Any, width: int, grid: Any, rows: int) -> Non
     np.testing.assert_array_equal(result, np.zeros((rows, width), "float16"), strict=True)
 
 
+@pytest.mark.parametrize("table_height", [None, 4])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_gradients_are_the_transposed_weights(jax_layer: Any, mode: str) -> None:
+def test_gradients_are_the_transposed_weights(jax_layer: Any, mode: str, table_height: int | None) -> None:
     table, base, seed = normal(36, 8), normal(150, 8, seed=1), normal(150, 8, seed=2)
-    interpolate = partial(jax_layer.function, mode=mode, out_rows=150)
+    interpolate = partial(jax_layer.function, mode=mode, out_rows=150, table_height=table_height)
     _, pull_back = jax.vjp(lambda table, base: interpolate(table, GRID, base=base), table, base)
     for_table, for_base = pull_back(seed)
-    matrix = weights(GRID, mode=mode, out_rows=150)
+    matrix = weights(GRID, mode=mode, out_rows=150, table_height=table_height)
     np.testing.assert_allclose(for_table, matrix.T @ np.asarray(seed), atol=2e-5)
     np.testing.assert_array_equal(for_base, seed.at[ROWS:].set(0))
 
@@ -224,7 +225,7 @@ def test_row_counts_do_not_wrap(jax_layer: Any, grid: list[tuple[int, int, int]]
 def test_gpu_tiles(pallas_layer: Any, mode: str, align_corners: bool, dtype: str, rows: int) -> None:
     """Tiles as on a GPU, ragged in rows and columns, in the interpreter, which pads them with NaN."""
     width, tile = 131, pallas_layer.module._GPU_TILE
-    attrs: dict[str, Any] = {"merge_size": 2, "mode": mode, "align_corners": align_corners}
+    attrs: dict[str, Any] = {"merge_size": 2, "mode": mode, "align_corners": align_corners, "table_height": 4}
     table, base = normal(36, width, dtype=dtype), normal(rows, width, dtype=dtype, seed=1)
     grid = jnp.array([*GRID, (0, 0, 0)]).T
     launch = partial(pallas_layer.module._launch, tile=tile, dtype=dtype, rows=rows, interpret=True, **attrs)

@@ -1,7 +1,6 @@
 """`pos_embed_interpolate`; the formula is the docstring of `polyfuse.spec.pos_embed_interpolate`."""
 
 from collections.abc import Sequence
-from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from numba import prange
 
 from polyfuse.spec import Capability
+from polyfuse.spec.pos_embed_interpolate import table_sides
 from polyfuse_numba._common import (
     BFLOAT16,
     FLOAT16,
@@ -39,21 +39,22 @@ def pos_embed_interpolate(
     base: torch.Tensor | None = None,
     out_dtype: str | None = None,
     out_rows: int | None = None,
+    table_height: int | None = None,
 ) -> torch.Tensor:
     """[rows, D], rounded once."""
     cells, width = table.shape
-    side = isqrt(cells)
+    sides = table_sides(cells, table_height)
     dtype = getattr(torch, out_dtype) if out_dtype else (table if base is None else base).dtype
     images = grid_thw.tolist() if isinstance(grid_thw, torch.Tensor) else grid_thw
     total = sum(t * h * w for t, h, w in images)
     rows = total if out_rows is None else out_rows
-    if total > rows or not all(_usable(image, merge_size, side) for image in images):
+    if total > rows or not all(_usable(image, merge_size, max(sides)) for image in images):
         return torch.full((rows, width), torch.nan, dtype=dtype)
     out = torch.empty((rows, width), dtype=dtype)
     if out.numel():
         _kernel(
             *rows_of(table),
-            side,
+            *sides,
             width,
             np.array(images, dtype=np.int64).reshape(-1, 3),
             merge_size,
@@ -70,7 +71,7 @@ def pos_embed_interpolate(
 
 
 def _usable(image: Sequence[int], merge_size: int, side: int) -> bool:
-    """True for an image that the spec allows, and for an unused one."""
+    """True for an image that the spec allows, and for an unused one; `side` is the longer one of the table."""
     t, h, w = image
     if min(t, h, w) < 1:
         return t == h == w == 0
@@ -119,7 +120,8 @@ def _kernel(
     table: Any,
     table_stride: int,
     table_kind: int,
-    side: int,
+    table_rows: int,
+    table_columns: int,
     width: int,
     grid: Any,
     merge: int,
@@ -156,14 +158,14 @@ def _kernel(
             band, band_patch = patch // (w * merge), patch % (w * merge)
             block, block_patch = band_patch // (merge * merge), band_patch % (merge * merge)
             y, x = band * merge + block_patch // merge, block * merge + block_patch % merge
-            taps = _axis(y, h, side, bicubic, align_corners, y_cells, y_weights)
-            _axis(x, w, side, bicubic, align_corners, x_cells, x_weights)
+            taps = _axis(y, h, table_rows, bicubic, align_corners, y_cells, y_weights)
+            _axis(x, w, table_columns, bicubic, align_corners, x_cells, x_weights)
             total[:] = 0
             for i in range(taps):
                 for j in range(taps):
                     weight = y_weights[i] * x_weights[j]
                     if weight != 0:  # else a NaN or Inf there must not reach the sum
-                        at = (y_cells[i] * side + x_cells[j]) * table_stride
+                        at = (y_cells[i] * table_columns + x_cells[j]) * table_stride
                         _add(table_kind, table[at : at + table_bits], np.float32(weight), total)
             if base.size:
                 at = row * base_stride

@@ -294,4 +294,7 @@ def _reads_boundaries(module: str, name: str) -> bool:
         if getattr(rule.forward, "__func__", own) is not own:
             return True
         rule = getclosurevars(own).nonlocals["func"]
-    return "cu_seqlens" in getclosurevars(rule).nonlocals.get("applicable_params", ())
+    names = getclosurevars(rule).nonlocals
+    if "is_new_implementation" in names:  # since Transformers 5.24, where the fallback refuses boundaries
+        return bool(names["is_new_implementation"])
+    return "cu_seqlens" in names.get("applicable_params", ())
