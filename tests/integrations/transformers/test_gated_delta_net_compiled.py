@@ -1,6 +1,5 @@
 """Gated DeltaNet layers on the ops under `torch.compile`."""
 
-import copy
 import warnings
 from typing import Any
 

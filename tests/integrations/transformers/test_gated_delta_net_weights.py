@@ -38,9 +38,7 @@ def test_the_ops_are_given_the_parameters_themselves(family: str, monkeypatch: p
     with torch.no_grad():
         layer(hidden(2, 3))
     names = ("qkvz", "ba") if family == "Qwen3Next" else ("qkv", "z", "b", "a")
-    assert all(
-        weight is getattr(layer, f"in_proj_{name}").weight for weight, name in zip(given, names, strict=True)
-    )
+    assert all(weight is getattr(layer, f"in_proj_{name}").weight for weight, name in zip(given, names, strict=True))
 
 
 def test_the_layer_keeps_its_parameters_and_restore_leaves_nothing() -> None:

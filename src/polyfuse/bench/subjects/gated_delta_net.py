@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import polyfuse
-from polyfuse.integrations.transformers import stacked_weights
+from polyfuse.integrations.transformers import projection_weights
 
 # What Transformers' layers call for the delta rule.
 RULES = {"prefill": "torch_chunk_gated_delta_rule", "decode": "torch_recurrent_gated_delta_rule"}
@@ -62,7 +62,7 @@ class LayerParts:
     def projected(self, x: torch.Tensor, variant: str) -> Sequence[torch.Tensor]:
         """What the layer's input projections give for hidden states [batch, tokens, hidden] in a variant."""
         if variant == "accelerated":
-            return polyfuse.gdn_in_proj(x.flatten(0, 1), *stacked_weights(self.layer))
+            return polyfuse.gdn_in_proj(x.flatten(0, 1), **projection_weights(self.layer))
         return [projection(x) for projection in self._projections()]
 
     @contextmanager
@@ -71,7 +71,7 @@ class LayerParts:
         outputs = self.projected(x, variant)
         with ExitStack() as stack:
             if variant == "accelerated":
-                stack.enter_context(patch.object(polyfuse, "gdn_in_proj", lambda *_: outputs))
+                stack.enter_context(patch.object(polyfuse, "gdn_in_proj", lambda *_, **__: outputs))
             else:
                 for projection, output in zip(self._projections(), outputs, strict=True):
                     stack.enter_context(patch.object(projection, "forward", lambda _, output=output: output))

@@ -54,13 +54,20 @@ def accelerate(
     missing = [kind for kind in wanted if kind not in {part[0] for part in found}]
     if not found or (parts is not None and missing):
         expected = ", ".join(KINDS[kind].doc for kind in missing)
-        fail("accelerate", "model", f"{expected} in it" if parts is not None else f"{_any(missing)} in it", _seen(model))
+        fail(
+            "accelerate", "model", f"{expected} in it" if parts is not None else f"{_any(missing)} in it", _seen(model)
+        )
     refused = {}
     for kind, name, module in found:
         if not _patch.is_installed(module) and (why := fuse(kind, module, name, graphs, parts is not None)):
             refused[name or type(model).__name__] = why
     if len(refused) == len(found):
-        fail("accelerate", "model", "a part that nobody else has patched", "; ".join(f"{n} {w}" for n, w in refused.items()))
+        fail(
+            "accelerate",
+            "model",
+            "a part that nobody else has patched",
+            "; ".join(f"{n} {w}" for n, w in refused.items()),
+        )
     return model
 
 
