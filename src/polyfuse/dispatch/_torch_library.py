@@ -88,8 +88,8 @@ def _owned(results: Any) -> Any:
     """Results as a graph needs them: none a view of another's memory."""
     if not isinstance(results, tuple):
         return results
-    storages = [r.untyped_storage().data_ptr() for r in results]
-    if len(set(storages)) == len(results):
+    storages = [r.untyped_storage().data_ptr() for r in results if r.numel()]  # empty ones have no memory to share
+    if len(set(storages)) == len(storages):
         return results
     return tuple(r.clone(memory_format=torch.contiguous_format) for r in results)
 
