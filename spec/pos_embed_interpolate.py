@@ -106,7 +106,7 @@ def _cost(call: Call) -> Cost:
 
 SPEC = OpSpec(
     name=NAME,
-    version=1,
+    version=2,
     summary="Resample a learned position-embedding table to every image's patch grid, in one launch.",
     formula=__doc__ or "",
     source=(

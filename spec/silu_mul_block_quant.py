@@ -107,7 +107,7 @@ def _cost(call: Call) -> Cost:
 
 SPEC = OpSpec(
     name=NAME,
-    version=1,
+    version=2,
     summary="SiLU-and-multiply followed by block-wise FP8 or INT8 quantisation, in one pass over the activation.",
     formula=__doc__ or "",
     source=(

@@ -312,7 +312,7 @@ def test_a_capture_of_a_tower_that_is_not_plain_is_refused() -> None:
     tower = accelerate(build_tower(), SETTINGS)
     manager = encoder_manager(tower)
     hook_on_a_block(tower)
-    with pytest.raises(polyfuse.Unsupported, match="Qwen3VLVisionModel: blocks.0 has hooks"):
+    with pytest.raises(polyfuse.Unsupported, match=r"Qwen3VLVisionModel: blocks\.0 has hooks"):
         manager.capture()
     assert copy.deepcopy(tower).blocks[0]._forward_hooks
     restore(tower)

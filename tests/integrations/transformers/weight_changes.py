@@ -1,9 +1,9 @@
 """Ways in which training, serving and loading code changes the weights of a model in place or under its feet."""
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -111,7 +111,7 @@ def state_assigned(model: Any) -> None:
 def safetensors_loaded(model: Any) -> None:
     state = {name: 1.25 * value for name, value in model.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.safetensors")
+        path = Path(folder) / "model.safetensors"
         save_file(state, path)
         load_model(model, path, strict=False)
 

@@ -8,10 +8,10 @@ BACKEND = Backend(
     "polyfuse_numba",
     requires=("torch", "numba"),
     implements={
-        "pos_embed_interpolate": 1,
+        "pos_embed_interpolate": 2,
         "gdn_post_conv": 2,
         "gdn_conv_prep": 2,
-        "silu_mul_block_quant": 1,
+        "silu_mul_block_quant": 2,
         "gdn_in_proj": 2,
     },
 )

@@ -53,21 +53,15 @@ def accelerate(
     found = [part for part in find(model) if part[0] in wanted]
     missing = [kind for kind in wanted if kind not in {part[0] for part in found}]
     if not found or (parts is not None and missing):
-        expected = ", ".join(KINDS[kind].doc for kind in missing)
-        fail(
-            "accelerate", "model", f"{expected} in it" if parts is not None else f"{_any(missing)} in it", _seen(model)
-        )
+        expected = _any(missing) if parts is None else ", ".join(KINDS[kind].doc for kind in missing)
+        fail("accelerate", "model", f"{expected} in it", _seen(model))
     refused = {}
     for kind, name, module in found:
         if not _patch.is_installed(module) and (why := fuse(kind, module, name, graphs, parts is not None)):
             refused[name or type(model).__name__] = why
     if len(refused) == len(found):
-        fail(
-            "accelerate",
-            "model",
-            "a part that nobody else has patched",
-            "; ".join(f"{n} {w}" for n, w in refused.items()),
-        )
+        got = "; ".join(f"{name} {why}" for name, why in refused.items())
+        fail("accelerate", "model", "a part that nobody else has patched", got)
     return model
 
 

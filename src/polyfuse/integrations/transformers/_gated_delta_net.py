@@ -142,7 +142,7 @@ def project(module: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return qkvz, z, *ba.unflatten(-1, heads).chunk(2, dim=-1)
 
 
-def projection_weights(module: Any) -> dict[str, torch.Tensor]:
+def projection_weights(module: Any) -> dict[str, Any]:
     """The weights of a layer's input projections as `polyfuse.gdn_in_proj` takes them, by argument."""
     names = ("w_qkvz", "w_ba") if _is_interleaved(module) else ("w_qkvz", "w_z", "w_ba", "w_a")
     return {name: projection.weight for name, projection in zip(names, _projections(module), strict=True)}

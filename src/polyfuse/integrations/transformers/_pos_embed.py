@@ -49,7 +49,7 @@ def request_embeddings(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     Unchanged where the embedding is no plain one, or the op takes no table or result of its dtypes.
     """
     embedding: Any = getattr(tower, "pos_embed", None)
-    if not hasattr(tower, "interpolation_mode") or not isinstance(embedding, nn.Module):
+    if not hasattr(tower, "interpolation_mode"):
         return kwargs
     given = dict(zip(("hidden_states", "grid_thw"), args, strict=False)) | kwargs
     if given.get("interp_indices") is not None or given.get("interp_weights") is not None:
@@ -57,8 +57,8 @@ def request_embeddings(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     pixels, grid = given.get("hidden_states"), given.get("grid_thw")
     if not (isinstance(pixels, torch.Tensor) and isinstance(grid, torch.Tensor)):
         return kwargs
-    projection = getattr(tower.patch_embed, "proj", None)
-    if oddity(embedding, nn.Embedding) or oddity(projection, nn.Conv3d) or embedding.max_norm is not None:
+    projection: Any = getattr(tower.patch_embed, "proj", None)
+    if oddity(embedding, nn.Embedding) or oddity(projection, nn.Conv3d) or getattr(embedding, "max_norm", None):
         return kwargs
     dtypes = {dtype_name(module.weight.dtype) for module in (embedding, projection)}
     if not dtypes <= set(FLOATS) or grid.device != embedding.weight.device:
