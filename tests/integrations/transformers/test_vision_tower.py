@@ -46,8 +46,9 @@ def make_pixels(grid: torch.Tensor) -> torch.Tensor:
 
 def encode(tower: Any, grid: torch.Tensor = GRIDS, **kwargs: Any) -> list[torch.Tensor]:
     """Every tensor that the tower returns."""
+    device = next(tower.parameters()).device
     with torch.no_grad():
-        output = tower(make_pixels(grid), grid, **kwargs)
+        output = tower(make_pixels(grid).to(device), grid.to(device), **kwargs)
     return [output.last_hidden_state, output.pooler_output, *output.get("deepstack_features", ())]
 
 

@@ -12,25 +12,29 @@ from polyfuse.integrations.transformers import accelerate, report
 from polyfuse.runtime import register_graph_runtime
 from polyfuse.runtime.encoder import capture
 from tests.integrations.transformers import gated_delta_net_models as text
-from tests.integrations.transformers.test_vision_tower import BOUND, build_tower, change, encode
-from tests.integrations.transformers.weight_changes import WEIGHT_CHANGES, Change
+from tests.integrations.transformers.test_tower_changes import DEVICES, LIMIT
+from tests.integrations.transformers.test_vision_tower import build_tower, change, encode
+from tests.integrations.transformers.weight_changes import ON_A_CPU, WEIGHT_CHANGES, Change
 from tests.runtime.encoder.baked_graphs import BakedGraphs
 
 SETTINGS = {"budgets": [64], "policy": "greedy", "compile_blocks": False}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("alter", WEIGHT_CHANGES, ids=lambda alter: alter.__name__)
-def test_a_tower_in_graphs(alter: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tower_in_graphs(alter: Change, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda" and alter in ON_A_CPU:
+        pytest.skip("needs weights on a CPU")
     monkeypatch.setattr(capture, "_RUNTIMES", dict(capture._RUNTIMES))
     register_graph_runtime("cpu", BakedGraphs)
-    tower, twin = accelerate(build_tower(), SETTINGS), build_tower()
+    tower, twin = accelerate(build_tower().to(device), SETTINGS), build_tower().to(device)
     before = encode(tower)
     alter(tower)
     alter(twin)
     wanted = encode(twin)
     assert change(before, wanted) > 0.02
     for _ in range(3):  # uncaptured, captured anew, replayed
-        assert change(wanted, encode(tower)) <= 3 * BOUND[torch.float32]
+        assert change(wanted, encode(tower)) <= 3 * LIMIT[device]
     assert report(tower).parts[0].fused
 
 
