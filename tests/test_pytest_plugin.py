@@ -10,18 +10,19 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from polyfuse.conformance import all_cases
+from polyfuse.spec import OPS
 
 OP = "gdn_post_conv"
 BACKEND = f"""
     from polyfuse.dispatch import Backend
-    BACKEND = Backend("mychip", "numpy", "mychip", implements={{"{OP}": 1}})
+    BACKEND = Backend("mychip", "numpy", "mychip", implements={{"{OP}": {OPS[OP].version}}})
 """
 KERNEL = """
     from polyfuse.reference.gdn_post_conv import gdn_post_conv as oracle
     from polyfuse.spec import Capability
     CAPABILITY = Capability(attrs={"l2norm": (True,)})
     def gdn_post_conv(conv_out, a, b, A_log, dt_bias, *, l2norm_eps, output_g_exp, **sizes):
-        if l2norm_eps == 0.5:
+        if len(conv_out) == 67:
             raise ZeroDivisionError("deliberate")
         return oracle(conv_out, a, b, A_log, dt_bias, l2norm_eps=l2norm_eps, **sizes)
 """
@@ -94,10 +95,10 @@ def test_two_workers_find_what_a_conformance_run_finds(repository):
 
 
 def test_what_a_person_reads(repository):
-    some = f"{OP}-float32 or {OP}-bfloat16 or {OP}-eps or gdn_in_proj-float32-auto"
+    some = f"{OP}-float32 or {OP}-bfloat16 or {OP}-rows_67 or gdn_in_proj-float32-auto"
     out = pytest_run(repository, "-rs", "--polyfuse-backend", "mychip", "-k", some, status=1)
     wrong, raised = (
-        out.split(f"test_conformance[{OP}-{case}] ")[1] for case in ("float32-l2norm_True-g_exp_True", "eps_large")
+        out.split(f"test_conformance[{OP}-{case}] ")[1] for case in ("float32-l2norm_True-g_exp_True", "rows_67")
     )
     assert wrong.splitlines()[1].startswith("g: 20 of 20 elements wrong; at [")
     assert 'raise ZeroDivisionError("deliberate")' in raised

@@ -13,6 +13,8 @@ def project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
     weight, following, bias = projection
     if following is None:
         return linear(x, weight, bias)
+    if projection.is_small:
+        return linear(x, torch.cat([weight, following]), bias)
     sizes = [len(weight), len(following)]
     biases = (None, None) if bias is None else bias.split(sizes)
     if is_recorded(x, *projection):

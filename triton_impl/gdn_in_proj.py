@@ -20,7 +20,7 @@ NAME = "gdn_in_proj"
 
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
 
-BLOCK_N, BLOCK_K, STAGES, WARPS = 32, 256, 3, 4
+BLOCK_N, BLOCK_K, STAGES, WARPS = 32, 128, 4, 2
 LEAST_ROWS, MOST_ROWS = 16, 64  # rows a program computes: what the matrix unit takes, and what registers hold
 
 
@@ -139,6 +139,8 @@ def _product(x: torch.Tensor, projection: Projection) -> torch.Tensor:
     first, second, bias = projection
     if second is None:
         return linear(x, first, bias)
+    if projection.is_small:
+        return linear(x, torch.cat([first, second]), bias)
     n, flat = len(first), x.flatten(0, -2)
     out = torch.empty((len(flat), projection.width), dtype=x.dtype, device=x.device)
     if bias is None:

@@ -28,7 +28,7 @@ def broken(monkeypatch):
             raise Unsupported("merge_size=3")
         return right(table, grid_thw, **attrs)
 
-    backend = Backend("broken", "torch", "polyfuse.torch_impl", implements={OP: 1})
+    backend = Backend("broken", "torch", "polyfuse.torch_impl", implements={OP: OPS[OP].version})
     capability = Capability(dtypes={"table": ("float32", "bfloat16")})
     load = Backend.load
     mine = Implementation(function, capability)

@@ -56,7 +56,7 @@ def arguments(op, name, changes):
     dims = {key: value for key, value in changes.items() if key in case.dims}
     attrs = {key: value for key, value in changes.items() if key not in dims}
     case = replace(case, dims={**case.dims, **dims}, attrs={**case.attrs, **attrs})
-    return place(make_inputs(OPS[op], case), "torch", "cpu")
+    return place(make_inputs(OPS[op], case), "torch", "cpu", case.stacked)
 
 
 def results(op, values):

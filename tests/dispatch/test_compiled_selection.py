@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import polyfuse
 from polyfuse import SpecError, Unsupported
 from polyfuse.dispatch import Backend, Implementation, registry
-from polyfuse.spec import Capability
+from polyfuse.spec import OPS, Capability
 
 TABLE = torch.full((36, 8), -1.0)  # of which the backends that compute give 0 after the addition in `embed`
 GRID = [[1, 2, 4]]
@@ -30,7 +30,7 @@ def backends(monkeypatch):
     for i, name in enumerate(("one", "two", "picky"), 1):
         modes = {"mode": ("bilinear",)} if name == "picky" else {}
         added[name] = Implementation(lambda *_, i=i, **__: torch.full((8, 8), float(i)), Capability(attrs=modes))
-        registry().add(Backend(name, "torch", "polyfuse.torch_impl", implements={OP: 1}))
+        registry().add(Backend(name, "torch", "polyfuse.torch_impl", implements={OP: OPS[OP].version}))
     yield
     polyfuse.refresh()
 

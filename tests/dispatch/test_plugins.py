@@ -14,13 +14,13 @@ from polyfuse.spec import OPS
 GOOD = """
     from polyfuse.dispatch import Backend
     print("loaded", __name__)
-    BACKEND = Backend("mychip", "torch", "mychip", implements={"pos_embed_interpolate": 1, "gdn_post_conv": 99})
+    BACKEND = Backend("mychip", "torch", "mychip", implements={"pos_embed_interpolate": 2, "gdn_post_conv": 99})
 """
 KERNEL = """
     import torch
     from polyfuse.spec import Capability
     CAPABILITY = Capability(attrs={"mode": ("bilinear",)})
-    def pos_embed_interpolate(table, grid_thw, *, merge_size, mode, align_corners, base, out_dtype, out_rows):
+    def pos_embed_interpolate(table, grid_thw, **options):
         return torch.full((4, table.shape[1]), 7.0)
 """
 
@@ -72,7 +72,7 @@ def test_a_plugin_is_metadata_until_it_is_asked_for(install):
     lines = out.splitlines()
     assert lines[:3] == ["before", "loaded mychip", "7.0"]
     assert lines[3].startswith("Unsupported pos_embed_interpolate: no backend of [mychip] (backend= on the call)")
-    assert lines[4].endswith("mychip: implements version 99 of gdn_post_conv, this is version 1")
+    assert lines[4].endswith("mychip: implements version 99 of gdn_post_conv, this is version 2")
 
 
 def test_a_broken_plugin_breaks_only_itself(install):

@@ -15,7 +15,7 @@ import polyfuse
 from polyfuse import BackendError, SpecError, Unsupported
 from polyfuse.dispatch import Backend, Device, Implementation, registry
 from polyfuse.dispatch._select import clear_settings, preference
-from polyfuse.spec import Capability, Deferral
+from polyfuse.spec import OPS, Capability, Deferral
 
 TABLE = torch.randn(36, 8)
 GRID = [[1, 2, 4]]
@@ -129,7 +129,7 @@ def test_a_variable_without_a_meaning_is_an_error_that_names_it(monkeypatch, var
 def test_a_backend_registered_late_is_considered():
     with polyfuse.use_backend("torch"):
         before = polyfuse.pos_embed_interpolate(TABLE, GRID)
-        late = Backend("torch", "torch", "polyfuse.late", implements={OP: 1}, override=True)
+        late = Backend("torch", "torch", "polyfuse.late", implements={OP: OPS[OP].version}, override=True)
         sys.modules["polyfuse.late"] = ModuleType("polyfuse.late")
         module = ModuleType(f"polyfuse.late.{OP}")
         module.__dict__.update(CAPABILITY=Capability(), **{OP: lambda table, grid, **_: before + 1})
@@ -165,7 +165,7 @@ def picky(monkeypatch):
             raise Unsupported("merge_size=1")
         return torch.full((8, 8), 7.0)
 
-    backend = Backend("picky", "torch", "polyfuse.torch_impl", implements={OP: 1})
+    backend = Backend("picky", "torch", "polyfuse.torch_impl", implements={OP: OPS[OP].version})
     implementation = Implementation(function, Capability(attrs={"mode": ("bilinear",)}, differentiable=True))
     monkeypatch.setattr(
         Backend, "load", lambda self, op, load=Backend.load: implementation if self is backend else load(self, op)
@@ -228,7 +228,7 @@ def test_a_strict_setting_is_checked(monkeypatch):
 
 def test_what_ran_is_counted(picky):
     polyfuse.refresh()
-    registry().add(Backend("picky", "torch", "polyfuse.torch_impl", implements={OP: 1}))
+    registry().add(Backend("picky", "torch", "polyfuse.torch_impl", implements={OP: OPS[OP].version}))
     for _ in range(3):
         polyfuse.pos_embed_interpolate(TABLE, GRID)
     polyfuse.pos_embed_interpolate(TABLE, GRID, backend="triton")
@@ -240,7 +240,7 @@ def test_what_ran_is_counted(picky):
 
 
 def test_a_device_of_its_own_brings_its_backend_first(monkeypatch):
-    registry().add(Backend("ours", "torch", "polyfuse.torch_impl", implements={OP: 1}, devices=("npu",)))
+    registry().add(Backend("ours", "torch", "polyfuse.torch_impl", implements={OP: OPS[OP].version}, devices=("npu",)))
     wanted = preference(OP, "torch", Device("npu"), None)
     assert wanted.names == ("ours", "torch")
     assert wanted.source == "backends of other packages for npu, then configs/platforms/default.yaml"

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyfuse
 from polyfuse import SpecError, Unsupported
+from polyfuse._torch import projections
 from polyfuse.conformance import Trial, cases
 from polyfuse.dispatch import registry
 from polyfuse.runtime import stack_weights
@@ -77,11 +78,24 @@ class Operators(TorchDispatchMode):
         return result
 
 
-def test_four_weights_are_four_products_into_two_buffers(x, weights):
+def test_four_weights_are_four_products_into_two_buffers(x, weights, monkeypatch):
+    monkeypatch.setattr(projections, "SMALL", 0)
     with torch.no_grad(), Operators() as seen:
         call(x, weights, strategy="sequential")
     assert [name for name in seen.names if "mm" in name] == ["aten.mm.out"] * 4
     assert seen.fresh == 7 * sum(SIZES.values())  # the results, and no copy of a weight or of x
+
+
+def test_small_weights_are_one_product_of_a_copy_made_in_the_call(x, weights):
+    qkvz, ba = call(x, weights, strategy="sequential")
+    with torch.no_grad(), Operators() as seen:
+        again = call(x, weights, strategy="sequential")
+    assert [name for name in seen.names if "mm" in name] == ["aten.mm.default"] * 2
+    assert torch.equal(qkvz, again[0])
+    weights["w_a"].data.mul_(2)
+    changed = call(x, weights, strategy="sequential")[1]
+    assert not torch.equal(ba, changed)
+    torch.testing.assert_close(changed[..., -SIZES["w_a"] :], 2 * ba[..., -SIZES["w_a"] :])
 
 
 def test_merged_is_one_product_whose_results_are_views_of_one_buffer(x, weights):

@@ -14,6 +14,8 @@ from polyfuse.spec import Unsupported
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
+SMALL = 2**20  # bytes: an H200 copies half as many in 2 us, and takes 7 us and more for a product
+
 
 class Projection(NamedTuple):
     """What one of the two results is made of: x @ [weight | following].T + bias."""
@@ -26,6 +28,11 @@ class Projection(NamedTuple):
     def weights(self) -> list[torch.Tensor]:
         """The weights that there are."""
         return [self.weight] if self.following is None else [self.weight, self.following]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a copy of its weights as one, made in a call, costs less than a second product of the activation."""
+        return self.width * self.weight.shape[1] * self.weight.element_size() <= SMALL
 
     @property
     def width(self) -> int:
@@ -104,7 +111,8 @@ def choose(
 
     The table knows the widths of the two results, and not of how many weights each is. `merged` counts as available
     only for weights that are one, `parallel` only with streams and inside a graph capture: launched one by one, its
-    events take the host longer than the device saves.
+    events take the host longer than the device saves. For the same reason `fused` counts only inside of a capture
+    where the other way is two products.
     """
     table = _table(x.device)
     if not table:
@@ -120,6 +128,8 @@ def choose(
                 if strategy == "merged" and as_one_weight(*large.weights, *small.weights) is None:
                     continue
                 if strategy == "parallel" and not (streams_enabled() and _capturing(x.device)):
+                    continue
+                if strategy == "fused" and w_z is None and w_a is None and not _capturing(x.device):
                     continue
                 if strategy in available:
                     return strategy

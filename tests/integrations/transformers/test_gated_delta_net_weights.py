@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 pytest.importorskip("transformers")
 
 import polyfuse
-from polyfuse.integrations.transformers import accelerate, report, restore
+from polyfuse._torch.projections import as_one_weight
+from polyfuse.integrations.transformers import accelerate, projection_weights, report, restore, stack_projections
 from polyfuse.integrations.transformers._gated_delta_net import gated_delta_nets, is_fused
 from tests.integrations.transformers.gated_delta_net_models import (
     BOUND,
@@ -84,3 +86,35 @@ def test_a_layer_that_is_loaded_after_accelerate_is_fused_then(op_calls: list[st
     assert change(logits(wanted, tokens(2, 9)), logits(model, tokens(2, 9))) <= BOUND
     assert len(op_calls) == 4
     assert all(part.fused for part in report(model).parts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stacked_projections_are_one_matrix_that_follows_the_weights(family: str, tmp_path: Path) -> None:
+    model, plain = build(family), build(family)
+    parameters = dict(model.named_parameters())
+    assert stack_projections(accelerate(model)) is model
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    layers = gated_delta_nets(model).values()
+    assert all(as_one_weight(*projection_weights(layer).values()) is not None for layer in layers)
+    for changed in (model, plain):
+        for parameter in changed.parameters():
+            parameter.data.mul_(1.25)
+    assert change(logits(plain, tokens(2, 9)), logits(model, tokens(2, 9))) <= BOUND
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert change(logits(plain, tokens(2, 9)), logits(loaded, tokens(2, 9))) <= BOUND
+    model.load_state_dict({name: value.clone() for name, value in plain.state_dict().items()}, assign=True)
+    assert all(as_one_weight(*projection_weights(layer).values()) is None for layer in layers)
+    assert change(logits(plain, tokens(2, 9)), logits(model, tokens(2, 9))) <= BOUND
+
+
+def test_projections_that_are_not_plain_are_not_stacked() -> None:
+    model = build()
+    first, second = gated_delta_nets(model).values()
+    second.in_proj_z.register_forward_hook(lambda *_: None)
+    message = r"model\.layers\.2\.linear_attn: expected a layer with plain weights, got a Linear of it has hooks"
+    with pytest.raises(polyfuse.SpecError, match=message):
+        stack_projections(model)
+    assert as_one_weight(*projection_weights(first).values()) is None
+    with pytest.raises(polyfuse.SpecError, match="expected a Gated DeltaNet layer in it, got Linear"):
+        stack_projections(torch.nn.Linear(2, 2))

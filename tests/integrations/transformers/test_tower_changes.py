@@ -29,8 +29,8 @@ from tests.runtime.encoder.baked_graphs import BakedGraphs
 SETTINGS = {"budgets": [64], "policy": "greedy", "compile_blocks": False}
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-# Sums of other kernels than Transformers' on a GPU, in float32 too.
-LIMIT = {"cpu": BOUND[torch.float32], "cuda": 10 * BOUND[torch.float32]}
+# A GPU has other kernels for the patch embedding and for attention than Transformers calls there.
+LIMIT = {"cpu": BOUND[torch.float32], "cuda": 5 * BOUND[torch.float32]}
 
 Change = Callable[[Any], Any]
 
@@ -38,6 +38,7 @@ Change = Callable[[Any], Any]
 @pytest.fixture(autouse=True)
 def baked_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "_RUNTIMES", dict(capture._RUNTIMES))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the untouched patch embedding
     register_graph_runtime("cpu", BakedGraphs)
 
 
@@ -208,7 +209,7 @@ def test_a_tower_computes_what_it_would_without(alter: Change, when: str, device
     alter(twin)
     wanted = encode(twin)
     if alter is not wrapped_in_train:
-        assert change(untouched, wanted) > 50 * LIMIT[device]
+        assert change(untouched, wanted) > 20 * LIMIT[device]
     if when == "before accelerate":
         alter(tower)
         accelerate(tower, SETTINGS)

@@ -27,6 +27,7 @@ def test_a_tower_in_graphs(alter: Change, device: str, monkeypatch: pytest.Monke
         pytest.skip("needs weights on a CPU")
     monkeypatch.setattr(capture, "_RUNTIMES", dict(capture._RUNTIMES))
     register_graph_runtime("cpu", BakedGraphs)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the untouched patch embedding
     tower, twin = accelerate(build_tower().to(device), SETTINGS), build_tower().to(device)
     before = encode(tower)
     alter(tower)
@@ -38,7 +39,7 @@ def test_a_tower_in_graphs(alter: Change, device: str, monkeypatch: pytest.Monke
     assert report(tower).parts[0].fused
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # of PEFT
+@pytest.mark.filterwarnings("ignore:The following .*pattern keys:RuntimeWarning")  # of PEFT
 @pytest.mark.parametrize("family", ["Qwen3Next", "Qwen3_5"])
 @pytest.mark.parametrize("alter", WEIGHT_CHANGES, ids=lambda alter: alter.__name__)
 def test_a_text_model(alter: Change, family: str, op_calls: list[str]) -> None:
