@@ -114,32 +114,36 @@ def choose(
     events take the host longer than the device saves. For the same reason `fused` counts only inside of a capture
     where the other way is two products.
     """
-    table = _table(x.device)
-    if not table:
-        return "sequential"
-    large, small = Projection(w_qkvz, w_z), Projection(w_ba, w_a)
-    ranges = table.get((x.shape[-1], large.width, small.width, str(x.dtype).removeprefix("torch.")))
-    if not ranges:
-        return "sequential"
-    rows = x.numel() // max(x.shape[-1], 1)
-    for limit, ranking in ranges:
-        if limit is None or rows <= limit:
-            for strategy in ranking:
-                if strategy == "merged" and as_one_weight(*large.weights, *small.weights) is None:
-                    continue
-                if strategy == "parallel" and not (streams_enabled() and _capturing(x.device)):
-                    continue
-                if strategy == "fused" and w_z is None and w_a is None and not _capturing(x.device):
-                    continue
-                if strategy in available:
-                    return strategy
+    n1 = len(w_qkvz) if w_z is None else len(w_qkvz) + len(w_z)
+    n2 = len(w_ba) if w_a is None else len(w_ba) + len(w_a)
+    hidden = x.shape[-1]
+    for strategy in _ranking(x.device, hidden, n1, n2, x.dtype, x.numel() // max(hidden, 1)):
+        if strategy not in available:
+            continue
+        if strategy == "merged":
+            weights = [w for w in (w_qkvz, w_z, w_ba, w_a) if w is not None]
+            if as_one_weight(*weights) is None:
+                continue
+        elif strategy == "parallel":
+            if not (streams_enabled() and _capturing(x.device)):
+                continue
+        elif strategy == "fused" and w_z is None and w_a is None and not _capturing(x.device):
+            continue
+        return strategy
     return "sequential"
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _ranking(device: torch.device, hidden: int, n1: int, n2: int, dtype: torch.dtype, rows: int) -> tuple[str, ...]:
+    """The strategies by the device's table, the fastest first; none for sizes that it lacks."""
+    table = _table(device)
+    ranges = table.get((hidden, n1, n2, str(dtype).removeprefix("torch."))) if table else None
+    return next((ranking for limit, ranking in ranges or () if limit is None or rows <= limit), ())
 
 
 @lru_cache(maxsize=16)
 def _table(device: torch.device) -> dict[tuple[int, int, int, str], tuple[tuple[int | None, tuple[str, ...]], ...]]:
     return projection_strategies(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -24,7 +24,7 @@ SETTINGS = {"budgets": [64], "policy": "greedy", "compile_blocks": False}
 @pytest.mark.parametrize("alter", WEIGHT_CHANGES, ids=lambda alter: alter.__name__)
 def test_a_tower_in_graphs(alter: Change, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cuda" and alter in ON_A_CPU:
-        pytest.skip("needs weights on a CPU")
+        pytest.skip("only for weights on a CPU")
     monkeypatch.setattr(capture, "_RUNTIMES", dict(capture._RUNTIMES))
     register_graph_runtime("cpu", BakedGraphs)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the untouched patch embedding

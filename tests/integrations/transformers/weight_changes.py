@@ -193,4 +193,4 @@ WEIGHT_CHANGES: tuple[Change, ...] = (
     *(safetensors_loaded, parameters_set, tensors_swapped, vector_written, storage_freed_and_refilled, tensors_set),
     *(moved_to_shared_memory, broadcast, reduced, lora_merged, cast_and_back),
 )
-ON_A_CPU = (numpy_view, moved_to_shared_memory, broadcast, reduced)
+ON_A_CPU = (fused_adagrad, numpy_view, moved_to_shared_memory, broadcast, reduced)

@@ -1,6 +1,9 @@
-"""What a graph took for granted when a model was captured, and whether it still holds: `Watch`."""
+"""What a graph took for granted when a model was captured, and whether it still holds: `Watch`.
 
-from collections.abc import Callable, Iterable, Mapping
+All of it is compared at every request, and so read by loops in C, over views of the modules' dicts that are made once.
+"""
+
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -9,7 +12,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 _PLAIN = (nn.Parameter, torch.Tensor)
-_INTERNAL = vars(nn.Module()).keys()  # PyTorch's own dicts, which are compared by what is in them or not at all
+_INTERNAL = vars(nn.Module()).keys() - {"training"}  # PyTorch's own, which are compared by themselves or mean nothing
+_SIZES = (nn.Linear, nn.ModuleList, nn.Sequential)  # whose attributes only repeat what their weights or children say
 
 
 class Watch:
@@ -29,61 +33,68 @@ class Watch:
     def renew(self) -> None:
         """Take the model as it is now."""
         self.oddity: str = self._ask()
-        self._modules = list(self._model.modules())
-        self._classes = list(map(type, self._modules))
-        hooks = [every for m in self._modules for every in (m._forward_hooks, m._forward_pre_hooks)]
+        modules = list(self._model.modules())
+        hooks = [every for m in modules for every in (m._forward_hooks, m._forward_pre_hooks)]
         hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
-        children = [module._modules for module in self._modules]
-        tensors = [held for m in self._modules for held in (m._parameters, m._buffers)]
-        self._empty = [held for held in (*hooks, *children, *tensors) if not held]
-        self._hooks = [(held, list(held.values())) for held in hooks if held]
-        self._parents = [held for held in children if held]
-        self._holders = [held for held in tensors if held]
-        self._children = list(_values(self._parents))
-        self._tensors = list(_values(self._holders))
-        self._places = list(map(_place, self._tensors))
-        self._storages = [t.untyped_storage() for t in self._tensors if type(t) in _PLAIN]
-        configs = {id(config): config for m in self._modules if hasattr(config := vars(m).get("config"), "__dict__")}
-        self._attributes = [(vars(x), _copied(vars(x))) for x in (*self._modules, *configs.values())]
+        self._no_hooks = [held for held in hooks if not held]
+        self._hooks = [held.values() for held in hooks if held]
+        self._hooks_before = list(chain.from_iterable(self._hooks))
+        self._children = [m._modules.values() for m in modules if m._modules]
+        self._children_before = list(chain.from_iterable(self._children))
+
+        self._modules, self._classes = modules, list(map(type, modules))
+        self._leaves = [held for m in modules for held in (m._modules, m._parameters, m._buffers) if not held]
+        self._weights = [held.values() for m in modules for held in (m._parameters, m._buffers) if held]
+        weights = list(chain.from_iterable(self._weights))
+        self._weights_before = weights
+        self._tensors = [t for t in weights if type(t) in _PLAIN]
+        self._matrices = [t for t in self._tensors if t.dim() > 1]
+        self._places = self._present_places()
+        self._layouts = self._present_layouts()
+        self._storages = [t.untyped_storage() for t in self._tensors]
+
+        configs = {id(config): config for m in modules if hasattr(config := vars(m).get("config"), "__dict__")}
+        self._owners = [vars(owner) for owner in (*modules, *configs.values())]
+        self._sizes = list(map(len, self._owners))
+        read = [(vars(m), name) for m in modules if type(m) not in _SIZES for name in vars(m) if name not in _INTERNAL]
+        read += [(vars(config), name) for config in configs.values() for name in vars(config)]
+        self._read = [owner for owner, _ in read], [name for _, name in read]
+        # Lists, dicts and sets change in place: what they held is kept.
+        self._values = [v.copy() if isinstance(v, (list, dict, set)) else v for v in self._present_values()]
 
     def structure(self) -> str:
-        """What has changed of modules, their classes and hooks; "" for nothing. Takes microseconds."""
-        if any(self._empty) or any(list(held.values()) != before for held, before in self._hooks):
-            return "hooks, modules or weights were added, or hooks removed"
-        if list(_values(self._parents)) != self._children or list(map(type, self._modules)) != self._classes:
+        """What has changed of modules and hooks; "" for nothing. Takes microseconds for hundreds of modules."""
+        if any(self._no_hooks) or list(chain.from_iterable(self._hooks)) != self._hooks_before:
+            return "hooks were added or removed"
+        if list(chain.from_iterable(self._children)) != self._children_before:
             return "modules were replaced"
         return ""
 
     def contents(self) -> str:
-        """What has changed of weights and attributes; "" for nothing. Takes 0.1 to 0.3 ms for hundreds of modules."""
-        if list(map(_place, _values(self._holders))) != self._places:
+        """What has changed of classes, weights and attributes; "" for nothing. Takes some times as long."""
+        if any(self._leaves) or list(map(type, self._modules)) != self._classes:
+            return "modules or weights were added, or classes changed"
+        if not _same(list(chain.from_iterable(self._weights)), self._weights_before):
             return "weights were moved or replaced"
-        if not all(_same(now, before) for now, before in self._attributes):
+        if self._present_places() != self._places or self._present_layouts() != self._layouts:
+            return "weights were moved or replaced"
+        if list(map(len, self._owners)) != self._sizes or not _same(self._present_values(), self._values):
             return "settings were changed"
         return ""
 
+    def _present_places(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, self._tensors))
 
-def _values(held: list[dict[str, Any]]) -> Iterable[Any]:
-    return chain.from_iterable(map(dict.values, held))
+    def _present_layouts(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        return list(map(torch.Tensor.numel, self._tensors)), list(map(torch.Tensor.stride, self._matrices))
 
-
-def _place(tensor: torch.Tensor | None) -> Any:
-    """Where a tensor's values are and how they are read. Of other classes of tensors only the object is known."""
-    if type(tensor) not in _PLAIN or tensor is None:
-        return id(tensor)
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    def _present_values(self) -> list[Any]:
+        return list(map(dict.get, *self._read))
 
 
-def _copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes as they are, but lists, dicts and sets as copies, as they change in place."""
-    return {
-        name: value.copy() if isinstance(value, (list, dict, set)) and name not in _INTERNAL else value
-        for name, value in attributes.items()
-    }
-
-
-def _same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+def _same(now: Any, before: Any) -> bool:
+    """Whether two lists are equal; values that cannot be compared, such as tensors, are where they are the same."""
     try:
-        return now == before
-    except Exception:  # values that cannot be compared: tensors and arrays, and not the same objects
+        return bool(now == before)
+    except Exception:
         return False
