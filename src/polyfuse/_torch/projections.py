@@ -37,7 +37,7 @@ class Projection(NamedTuple):
     @property
     def width(self) -> int:
         """Columns of the result."""
-        return sum(map(len, self.weights))
+        return self.weight.shape[0] + (0 if self.following is None else self.following.shape[0])
 
 
 def stack_weights(*weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -114,8 +114,7 @@ def choose(
     events take the host longer than the device saves. For the same reason `fused` counts only inside of a capture
     where the other way is two products.
     """
-    n1 = len(w_qkvz) if w_z is None else len(w_qkvz) + len(w_z)
-    n2 = len(w_ba) if w_a is None else len(w_ba) + len(w_a)
+    n1, n2 = Projection(w_qkvz, w_z).width, Projection(w_ba, w_a).width
     hidden = x.shape[-1]
     for strategy in _ranking(x.device, hidden, n1, n2, x.dtype, x.numel() // max(hidden, 1)):
         if strategy not in available:

@@ -116,7 +116,7 @@ class AcceleratedForward:
         watch = self._watch
         if watch is None:
             watch = self._watch = Watch(self.model, make_encoder(self.model).oddity)
-        elif watch.structure() or watch.contents():
+        elif watch.change():
             watch.renew()
         return watch.oddity
 

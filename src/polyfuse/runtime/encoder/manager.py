@@ -25,7 +25,7 @@ from polyfuse.runtime.encoder.protocol import Capacity, EncoderRequest, Graphabl
 from polyfuse.runtime.encoder.stats import EncoderStats
 from polyfuse.runtime.encoder.watch import Watch
 from polyfuse.runtime.packing.planner import Batch, Budget, Curve, plan_packing, predicted_time, suggest_budgets
-from polyfuse.spec import Unsupported, fail
+from polyfuse.spec import SpecError, Unsupported, fail
 
 EAGER_POINTS = 6  # sizes at which eager calls are measured
 FRAMES = 64  # attention segments of a replay, if not configured
@@ -40,9 +40,9 @@ class EncoderGraphManager:
     (see `polyfuse.configs.encoder_config`). `runtime` defaults to the one registered for the encoder's device. Memory
     is taken at the first request, or by `capture()`. Raises `SpecError` for bad settings.
 
-    With a `watch` of the encoder's model, every request finds out whether graphs still compute what the model would:
-    modules and hooks are looked at before a replay, weights and settings while the device replays. After a change the
-    graphs are dropped and the request is computed anew, uncaptured; the next one without a change captures again.
+    With a `watch` of the encoder's model, every request finds out whether graphs still compute what the model would,
+    while the device replays them. After a change of modules, hooks, weights or settings the graphs are dropped and the
+    request is computed anew, uncaptured; the next one without a change captures again.
     Without it a graph reads the weights where they were when it was captured.
     """
 
@@ -116,7 +116,7 @@ class EncoderGraphManager:
         Raises `Unsupported` if the model has something that the encoder would pass over, such as hooks.
         """
         with self._lock:
-            self._follow(contents=True)
+            self._follow()
             self._eager_curve()
 
     def execute(self, *args: Any, **kwargs: Any) -> Any:
@@ -125,8 +125,12 @@ class EncoderGraphManager:
         Raises `SpecError` for bad input, before anything is copied or changed.
         """
         with self._lock:
-            changed = self._follow()
-            request = self.encoder.request(*args, **kwargs)
+            changed = self._follow_unless_captured()
+            try:
+                request = self.encoder.request(*args, **kwargs)
+            except SpecError:
+                self._follow()  # it may be right for the model as it is now
+                raise
             return self.encoder.result(self._encode(request, None, changed), request)
 
     def run(self, request: EncoderRequest, indices: Sequence[int] | None = None) -> Tensors:
@@ -135,7 +139,7 @@ class EncoderGraphManager:
         Raises `Unsupported` if the model has something that the encoder would pass over, such as hooks.
         """
         with self._lock:
-            return self._encode(request, indices, self._follow())
+            return self._encode(request, indices, self._follow_unless_captured())
 
     def _encode(self, request: EncoderRequest, indices: Sequence[int] | None, changed: bool) -> Tensors:
         """Check and encode the named items: uncaptured if the model has `changed`, or turns out to have."""
@@ -151,7 +155,7 @@ class EncoderGraphManager:
             return self._eager(request, items)
         results = self._run(request, items, sizes)
         # The device is still at work, on weights that the watch keeps alive.
-        return self._eager(request, items) if self._follow(contents=True) else results
+        return self._eager(request, items) if self._follow() else results
 
     def _run(self, request: EncoderRequest, items: Sequence[int], sizes: Sequence[ItemSize]) -> Tensors:
         """The items' outputs, in as many replays and eager calls as the plan has."""
@@ -170,23 +174,24 @@ class EncoderGraphManager:
         self._log()
         return results
 
-    def _follow(self, contents: bool = False) -> bool:
+    def _follow(self) -> bool:
         """Whether the model has changed since the last look at it: then no graph is left, and its present state known.
 
         Raises `Unsupported` if the encoder does not compute what the model would as it is now.
         """
         if self.watch is None:
             return False
-        change = self.watch.structure()
-        if not change and (contents or self.watch.oddity or self._eager_seconds is None):
-            change = self.watch.contents()
-        if change:
+        if change := self.watch.change():
             self._stats.changes[change] += 1
             self._drop_graphs()
             self.watch.renew()
         if self.watch.oddity:
             raise Unsupported(f"{self.encoder.name}: {self.watch.oddity}")
         return bool(change)
+
+    def _follow_unless_captured(self) -> bool:
+        """`_follow`, but False where there are graphs: replaying them is safe, and what they give is checked then."""
+        return self._eager_seconds is None and self._follow()
 
     def _drop_graphs(self) -> None:
         self._start()

@@ -62,16 +62,12 @@ class Watch:
         # Lists, dicts and sets change in place: what they held is kept.
         self._values = [v.copy() if isinstance(v, (list, dict, set)) else v for v in self._present_values()]
 
-    def structure(self) -> str:
-        """What has changed of modules and hooks; "" for nothing. Takes microseconds for hundreds of modules."""
+    def change(self) -> str:
+        """What has changed since; "" for nothing. Takes 0.1 to 0.3 ms for hundreds of modules."""
         if any(self._no_hooks) or list(chain.from_iterable(self._hooks)) != self._hooks_before:
             return "hooks were added or removed"
         if list(chain.from_iterable(self._children)) != self._children_before:
             return "modules were replaced"
-        return ""
-
-    def contents(self) -> str:
-        """What has changed of classes, weights and attributes; "" for nothing. Takes some times as long."""
         if any(self._leaves) or list(map(type, self._modules)) != self._classes:
             return "modules or weights were added, or classes changed"
         if not _same(list(chain.from_iterable(self._weights)), self._weights_before):
