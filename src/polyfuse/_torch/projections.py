@@ -111,25 +111,28 @@ def choose(
 
     The table knows the widths of the two results, and not of how many weights each is. `merged` counts as available
     only for weights that are one, `parallel` only with streams and inside a graph capture: launched one by one, its
-    events take the host longer than the device saves. For the same reason `fused` counts only inside of a capture
-    where the other way is two products.
+    events take the host longer than the device saves. For the same reason `fused` counts only inside of a capture,
+    but where it is in the place of three or four products.
     """
     n1, n2 = Projection(w_qkvz, w_z).width, Projection(w_ba, w_a).width
     hidden = x.shape[-1]
+    weights = [w for w in (w_qkvz, w_z, w_ba, w_a) if w is not None]
     for strategy in _ranking(x.device, hidden, n1, n2, x.dtype, x.numel() // max(hidden, 1)):
         if strategy not in available:
             continue
-        if strategy == "merged":
-            weights = [w for w in (w_qkvz, w_z, w_ba, w_a) if w is not None]
-            if as_one_weight(*weights) is None:
-                continue
-        elif strategy == "parallel":
-            if not (streams_enabled() and _capturing(x.device)):
-                continue
-        elif strategy == "fused" and w_z is None and w_a is None and not _capturing(x.device):
+        if strategy == "merged" and as_one_weight(*weights) is None:
+            continue
+        if strategy == "parallel" and not (streams_enabled() and _capturing(x.device)):
+            continue
+        if strategy == "fused" and not _capturing(x.device) and _is_cheap(weights):
             continue
         return strategy
     return "sequential"
+
+
+def _is_cheap(weights: list[torch.Tensor]) -> bool:
+    """Whether the products of weights take the host no longer than one launch of `fused`: one GEMM or two."""
+    return len(weights) == 2 or as_one_weight(*weights) is not None
 
 
 def _ranking(device: torch.device, hidden: int, n1: int, n2: int, dtype: torch.dtype, rows: int) -> tuple[str, ...]:

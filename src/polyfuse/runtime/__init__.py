@@ -8,6 +8,7 @@ from polyfuse.runtime.encoder.data_parallel import DataParallelEncoder
 from polyfuse.runtime.encoder.manager import EncoderGraphManager
 from polyfuse.runtime.encoder.protocol import BufferSpec, Capacity, EncoderRequest, GraphableEncoder, ItemSize, Rows
 from polyfuse.runtime.encoder.stats import EncoderStats
+from polyfuse.runtime.encoder.watch import Watch
 from polyfuse.runtime.packing.planner import plan_packing, suggest_budgets
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ItemSize",
     "Rows",
     "StreamModule",
+    "Watch",
     "choose_projection_strategy",
     "execute_in_parallel",
     "plan_packing",
