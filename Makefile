@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# With what tests and checks need.
+DEV := $(VENV)/.developed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-transformers check check-mypy check-rest generate docs clean
@@ -21,35 +23,35 @@ help:
 demo: $(STAMP)
 	@$(BIN)/polyfuse demo
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-all: $(STAMP)
+test-all: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # A virtual environment of its own with another version of Transformers, over all else that $(VENV) has.
 VERSION ?= 5.24.0
 OTHER := .venv-transformers-$(VERSION)
-test-transformers: $(STAMP)
+test-transformers: $(DEV)
 	@test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	@base=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  echo "import site; site.addsitedir('$$base')" > $$($(OTHER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
 	@$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check 'transformers==$(VERSION)'
 	$(OTHER)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" -W default tests/integrations
 
-check: $(STAMP)
+check: $(DEV)
 	@$(MAKE) --no-print-directory -j2 check-mypy check-rest
 
-check-mypy: $(STAMP)
+check-mypy: $(DEV)
 	$(BIN)/mypy
 
-check-rest: $(STAMP)
+check-rest: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-generate: $(STAMP)
+generate: $(DEV)
 	@$(BIN)/python scripts/generate.py
 
 docs: generate
@@ -60,6 +62,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: PYTHON=python3.12 make")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time takes a few minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]' --constraint constraints.txt
+	@touch $@
+
+$(DEV): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	@touch $@
 
