@@ -64,6 +64,13 @@ def test_generation_is_identical(family: str, padding: int, op_calls: list[str])
     assert len(op_calls) == 24 * 4
 
 
+def test_beam_search_is_identical(op_calls: list[str]) -> None:
+    model, options = build(), {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(tokens(2, 9), **options)
+    assert torch.equal(before, accelerate(model).generate(tokens(2, 9), **options))
+    assert len(op_calls) == 8 * 4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cache_is_what_transformers_leaves(family: str) -> None:
     """Prefill, chunks of several tokens and single ones, from hidden states and weights with exact products."""

@@ -14,7 +14,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import polyfuse
-from polyfuse.integrations.transformers import accelerate, encoder_manager, make_encoder, restore
+from polyfuse.integrations.transformers import accelerate, encoder_manager, make_encoder, report, restore
 from tests.integrations.transformers.test_vision_tower import (
     BOUND,
     FAMILIES,
@@ -217,3 +217,47 @@ def test_errors_of_settings_and_models() -> None:
         polyfuse.SpecError, match=r"make_encoder: model: expected one of Qwen3VLVisionModel, .* got Linear"
     ):
         make_encoder(torch.nn.Linear(2, 2))
+
+
+def test_a_language_model_that_asks_for_hidden_states_is_told_that_it_gets_no_graphs(caplog: Any) -> None:
+    """LLaVA reads a layer before the last, which no adapter computes."""
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**small, image_size=32, patch_size=16),
+        text_config=transformers.LlamaConfig(**small, vocab_size=64),
+        image_token_index=63,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model.get_image_features(pixels).pooler_output
+        accelerate(model, {"budgets": [10]}, parts=["vision"])
+        with caplog.at_level("INFO", logger="polyfuse"):
+            after = model.get_image_features(pixels).pooler_output
+            model.get_image_features(pixels)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    (part,) = report(model).parts
+    assert (part.fused_calls, part.unfused_calls) == (0, {"the call has output_hidden_states": 2})
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message == f"{part.name}: not fused: the call has output_hidden_states"
+
+
+@pytest.mark.parametrize("graphs", [None, SETTINGS])
+def test_float64_runs_as_before(graphs: Any) -> None:
+    tower = build_tower(dtype=torch.float64)
+    pixels = make_pixels(GRIDS).double()
+    with torch.no_grad():
+        before = tower(pixels, GRIDS).pooler_output
+        assert torch.equal(before, accelerate(tower, graphs)(pixels, GRIDS).pooler_output)
+    reason = "no graphs on cpu" if graphs is None else "the ops take no float64"
+    assert report(tower).parts[0].unfused_calls == {reason: 1}
+
+
+def test_a_part_that_is_named_must_be_there() -> None:
+    with pytest.raises(polyfuse.SpecError, match=r"expected a Gated DeltaNet layer in it, got Qwen3VLVisionModel of "):
+        accelerate(build_tower(), parts=["vision", "gated_delta_net"])
+    with pytest.raises(polyfuse.SpecError, match=r"parts: expected a list of vision, gated_delta_net, fp8_mlp, got"):
+        accelerate(build_tower(), parts=["visoin"])
+    with pytest.raises(polyfuse.SpecError, match=r"graphs: expected a mapping of settings"):
+        accelerate(build_tower(), 3)
