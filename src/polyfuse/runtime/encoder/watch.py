@@ -5,6 +5,7 @@ All of it is compared at every request, and so read by loops in C, over views of
 
 from collections.abc import Callable
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Watch:
         self._weights = [held.values() for m in modules for held in (m._parameters, m._buffers) if held]
         weights = list(chain.from_iterable(self._weights))
         self._weights_before = weights
-        self._tensors = [t for t in weights if type(t) in _PLAIN]
+        self._tensors = [t for t in weights if isinstance(t, torch.Tensor) and type(t) in _PLAIN]
         self._matrices = [t for t in self._tensors if t.dim() > 1]
         self._places = self._present_places()
         self._layouts = self._present_layouts()
@@ -70,11 +71,12 @@ class Watch:
             return "modules were replaced"
         if any(self._leaves) or list(map(type, self._modules)) != self._classes:
             return "modules or weights were added, or classes changed"
-        if not _same(list(chain.from_iterable(self._weights)), self._weights_before):
+        weights = list(chain.from_iterable(self._weights))
+        if len(weights) != len(self._weights_before) or not all(map(is_, weights, self._weights_before)):
             return "weights were moved or replaced"
         if self._present_places() != self._places or self._present_layouts() != self._layouts:
             return "weights were moved or replaced"
-        if list(map(len, self._owners)) != self._sizes or not _same(self._present_values(), self._values):
+        if list(map(len, self._owners)) != self._sizes or not _equal(self._present_values(), self._values):
             return "settings were changed"
         return ""
 
@@ -88,7 +90,7 @@ class Watch:
         return list(map(dict.get, *self._read))
 
 
-def _same(now: Any, before: Any) -> bool:
+def _equal(now: list[Any], before: list[Any]) -> bool:
     """Whether two lists are equal; values that cannot be compared, such as tensors, are where they are the same."""
     try:
         return bool(now == before)
