@@ -268,3 +268,12 @@ def test_five_orders_of_lora() -> None:
                 twin = steps[step](twin)
             for _ in range(2):
                 assert difference(logits(twin), logits(model)) <= BOUND, (order, step)
+
+
+def test_a_report_changes_nothing() -> None:
+    model = build()
+    assert {part.reason for part in report(model).parts} == {"not accelerated"}
+    with_own_forwards(model)
+    assert {part.reason for part in report(model).parts} == {"has another forward"}
+    with pytest.raises(ValueError, match="expected a model patched by accelerate"):
+        restore(model)

@@ -100,18 +100,17 @@ def remove(module: nn.Module) -> None:
 
 
 def calls(module: nn.Module) -> Calls:
-    """The counts of a module; those of a copy, and of one that was patched without `install`, begin at 0."""
-    found = _calls.get(module)
-    if found is None:
-        found = _calls[module] = Calls(type(module).__name__)
-    return found
+    """The counts of a module so far; those of a copy, and of one that was patched without `install`, begin at 0."""
+    return _calls.get(module) or Calls(type(module).__name__)
 
 
 def count(module: nn.Module, reason: str) -> None:
     """Count a call: a fused one if there is no reason against it. Nothing is counted under torch.compile."""
     if torch.compiler.is_compiling():
         return
-    found = calls(module)
+    found = _calls.get(module)
+    if found is None:
+        found = _calls[module] = Calls(type(module).__name__)
     if not reason:
         found.fused += 1
         return
@@ -127,6 +126,8 @@ def _has_idle_hook(module: nn.Module) -> bool:
     if f"{type(hook).__module__}.{type(hook).__name__}" != "accelerate.hooks.AlignDevicesHook" or hook.offload:
         return False
     place = hook.execution_device
+    if place is None:
+        return True
     device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
     return all(weight.device == device for weight in module.parameters())
 
