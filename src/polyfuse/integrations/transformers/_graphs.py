@@ -10,6 +10,7 @@ from torch import nn
 from polyfuse.configs import encoder_config
 from polyfuse.integrations.transformers import _patch
 from polyfuse.integrations.transformers._fixed_vit import FixedResolutionEncoder
+from polyfuse.integrations.transformers._packed import PackedTower
 from polyfuse.integrations.transformers._pos_embed import request_embeddings
 from polyfuse.integrations.transformers._qwen2_5_vl import WindowedQwenEncoder
 from polyfuse.integrations.transformers._qwen_vl import QwenVisionEncoder
@@ -146,9 +147,8 @@ class AcceleratedForward:
             return "graphs are switched off"
         if self.settings is None and not graph_runtime(device).captures:
             return f"no graphs on {device.type}"
-        if dtype_name(dtype) not in FLOATS:
-            return f"the ops take no {dtype_name(dtype)}"
-        return ""
+        packed = issubclass(_adapter(self.model) or PackedTower, PackedTower)  # whose forward calls the ops
+        return f"the ops take no {dtype_name(dtype)}" if packed and dtype_name(dtype) not in FLOATS else ""
 
     def manager(self) -> EncoderGraphManager | None:
         """Give the manager for the model's device and dtype, made at the first use; None if it is not to use graphs."""
