@@ -103,7 +103,7 @@ def test_layouts_change_no_bit(name: str, dtype: torch.dtype) -> None:
     assert all(same(gdn_conv_prep(**args | {name: turned}), gdn_conv_prep(**args)))
 
 
-@pytest.mark.parametrize("case", interleaved.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", interleaved.CASES[::3], ids=lambda case: case.name)
 def test_interleaved_is_the_op_on_columns_in_order(case: Case, poisoned_memory: None) -> None:
     results = []
     for values in (given := make_inputs(OPS[OP], case), interleaved.in_order(given)):

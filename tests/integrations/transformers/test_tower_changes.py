@@ -28,6 +28,8 @@ from tests.runtime.encoder.baked_graphs import BakedGraphs
 # Budgets that the requests fill to the last token or nearly, so that no path is chosen by measured times.
 SETTINGS = {"budgets": [64], "policy": "greedy", "compile_blocks": False}
 
+BETWEEN = pytest.param("before the first request", marks=pytest.mark.slow)
+WHEN = ["before accelerate", BETWEEN, "after the first request"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # A GPU has other kernels for the patch embedding and for attention than Transformers calls there.
 LIMIT = {"cpu": BOUND[torch.float32], "cuda": 5 * BOUND[torch.float32]}
@@ -201,7 +203,7 @@ GRAPHABLE = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("when", ["before accelerate", "before the first request", "after the first request"])
+@pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("alter", CHANGES, ids=lambda alter: alter.__name__)
 def test_a_tower_computes_what_it_would_without(alter: Change, when: str, device: str) -> None:
     tower, twin = build_tower().to(device), build_tower().to(device)

@@ -89,7 +89,7 @@ def rollouts(policy: Any, actor: Any, synchronise: Synchronise) -> list[torch.Te
 
 
 @pytest.mark.parametrize("synchronise", [copy_data, load, share_data], ids=lambda function: function.__name__)
-@pytest.mark.parametrize("family", ["Qwen3Next", "Qwen3_5"])
+@pytest.mark.parametrize("family", [pytest.param("Qwen3Next", marks=pytest.mark.slow), "Qwen3_5"])
 def test_answers_between_weight_updates_are_the_untouched_models(family: str, synchronise: Synchronise) -> None:
     model = build(family)
     wanted = rollouts(copy.deepcopy(model), copy.deepcopy(model), synchronise)

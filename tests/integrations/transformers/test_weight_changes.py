@@ -40,7 +40,7 @@ def test_a_tower_in_graphs(alter: Change, device: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.filterwarnings("ignore:The following .*pattern keys:RuntimeWarning")  # of PEFT
-@pytest.mark.parametrize("family", ["Qwen3Next", "Qwen3_5"])
+@pytest.mark.parametrize("family", [pytest.param("Qwen3Next", marks=pytest.mark.slow), "Qwen3_5"])
 @pytest.mark.parametrize("alter", WEIGHT_CHANGES, ids=lambda alter: alter.__name__)
 def test_a_text_model(alter: Change, family: str, op_calls: list[str]) -> None:
     model = text.build(family)

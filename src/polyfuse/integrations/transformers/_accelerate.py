@@ -113,8 +113,9 @@ def _wanted(parts: Iterable[str] | None) -> list[str]:
     if isinstance(parts, str) or not isinstance(parts, Iterable):
         fail("accelerate", "parts", f"a list of {', '.join(KINDS)}", parts)
     wanted = list(parts)
-    if not wanted or (unknown := [kind for kind in wanted if kind not in KINDS]):
-        fail("accelerate", "parts", f"a list of {', '.join(KINDS)}", unknown if wanted else wanted)
+    unknown = [kind for kind in wanted if kind not in KINDS]
+    if unknown or not wanted:
+        fail("accelerate", "parts", f"a list of {', '.join(KINDS)}", unknown)
     return wanted
 
 
