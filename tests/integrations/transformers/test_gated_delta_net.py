@@ -229,3 +229,21 @@ def test_the_cache_may_have_either_name(op_calls: list[str]) -> None:
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     assert len(op_calls) == 3 * 4
+
+
+def test_a_forward_that_is_replaced_on_the_class_is_what_runs(op_calls: list[str], monkeypatch: Any) -> None:
+    layer = accelerate(build_layer())
+    cls = type(layer)
+    own = cls.forward
+
+    def forward(
+        self: Any, hidden_states: Any, cache_params: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        return 2 * own(self, hidden_states, cache_params, attention_mask, **kwargs)
+
+    with torch.no_grad():
+        before = own(layer, hidden(2, 9))
+        monkeypatch.setattr(cls, "forward", forward)
+        assert torch.equal(2 * before, layer(hidden(2, 9)))
+    assert report(layer).parts[0].reason == "its class has another forward"
+    assert not op_calls

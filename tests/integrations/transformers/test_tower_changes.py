@@ -325,3 +325,22 @@ def test_a_capture_of_a_tower_that_is_not_plain_is_refused() -> None:
         manager.capture()
     assert copy.deepcopy(tower).blocks[0]._forward_hooks
     restore(tower)
+
+
+@pytest.mark.parametrize("part", ["", "blocks.0", "blocks.0.mlp", "patch_embed"])
+def test_a_forward_that_is_replaced_on_a_class(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower, twin = accelerate(build_tower(), SETTINGS), build_tower()
+    encode(tower)
+    cls = type(tower.get_submodule(part))
+    own = cls.forward
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return own(self, 1.5 * hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "forward", forward)
+    for _ in range(2):
+        assert same(encode(twin), encode(tower))
+    assert report(tower).parts[0].reason.endswith("has another forward")
+    monkeypatch.undo()
+    for _ in range(2):
+        assert change(encode(twin), encode(tower)) <= BOUND[torch.float32]

@@ -101,6 +101,8 @@ def block_scaled_mm(
 
 def why_not(module: nn.Module) -> str:
     """What of an MLP itself, as it is now, keeps it from the fused path; "" for nothing."""
+    if not _patch.own_class_forward(type(module)):
+        return "its class has another forward"
     for name, child in module.named_children():
         if found := oddity(child):
             return f"{name} {found}"

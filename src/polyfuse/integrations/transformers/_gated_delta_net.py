@@ -179,6 +179,8 @@ def why_not(module: Any) -> str:
     cls = _class(module)
     if cls is None or not _has_known_forward(cls.__module__, cls.__name__):
         return "its forward has another signature"
+    if not _patch.own_class_forward(type(module)):
+        return "its class has another forward"
     if module.activation not in ("silu", "swish") or not 2 <= module.conv_kernel_size <= 4:
         return "its conv is one that the op has not"
     if any(type(weight) is not nn.Parameter or weight.is_meta for weight in (module.A_log, module.dt_bias)):

@@ -60,7 +60,12 @@ def own_forward(module: nn.Module, within_hooks: bool = False) -> bool:
     # Removing Accelerate's hooks leaves the class's forward behind, bound, on the instance.
     if placed is not None and not is_ours(placed) and getattr(placed, "__func__", None) is not type(module).forward:
         return False
-    definer = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return own_class_forward(type(module))
+
+
+def own_class_forward(cls: type[nn.Module]) -> bool:
+    """Whether nobody has replaced the forward of a class, or of the base that it has it from."""
+    definer = next(base for base in cls.__mro__ if "forward" in vars(base))
     return bool(vars(definer)["forward"].__module__ == definer.__module__)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from polyfuse.integrations.transformers._patch import own_forward
+from polyfuse.integrations.transformers._patch import own_class_forward, own_forward
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 # Where the classes and functions come from whose results follow from their arguments and weights alone.
@@ -75,6 +75,8 @@ def _unknown(module: nn.Module, wanted: str) -> str:
     cls = type(module)
     if not cls.__module__.startswith(_CLASSES) or not cls.__name__.endswith(wanted):
         return f"is a {_class_name(cls)}"
+    if not own_class_forward(cls):
+        return "has another forward"
     if module.training and cls not in _MODELESS:
         return "is in training mode"
     if any(type(buffer) is not torch.Tensor for buffer in module._buffers.values() if buffer is not None):

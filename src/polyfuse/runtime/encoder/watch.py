@@ -44,6 +44,7 @@ class Watch:
         self._children_before = list(chain.from_iterable(self._children))
 
         self._modules, self._classes = modules, list(map(type, modules))
+        self._forwards = [(cls, cls.forward) for cls in set(self._classes)]
         self._leaves = [held for m in modules for held in (m._modules, m._parameters, m._buffers) if not held]
         self._weights = [held.values() for m in modules for held in (m._parameters, m._buffers) if held]
         weights = list(chain.from_iterable(self._weights))
@@ -71,6 +72,8 @@ class Watch:
             return "modules were replaced"
         if any(self._leaves) or list(map(type, self._modules)) != self._classes:
             return "modules or weights were added, or classes changed"
+        if any(cls.forward is not forward for cls, forward in self._forwards):
+            return "the forward of a class was replaced"
         weights = list(chain.from_iterable(self._weights))
         if len(weights) != len(self._weights_before) or not all(map(is_, weights, self._weights_before)):
             return "weights were moved or replaced"
