@@ -172,3 +172,11 @@ def test_the_documentation_is_the_spec():
     assert "table: [table_height*N if table_height else N*N, D] float32/bfloat16/float16. the learned table" in text
     assert "source = i * (s - 1) / (n - 1)" in text
     assert "backend: a backend name" in text
+
+
+def test_an_array_without_data_cannot_go_to_another_framework():
+    table = torch.empty(36, 24, device="meta")
+    for backend in ("jax", "numpy"):
+        with pytest.raises(SpecError, match=rf"cannot become a {backend} array: ") as error:
+            polyfuse.pos_embed_interpolate(table, [[1, 2, 2]], backend=backend)
+        assert "\n" not in str(error.value)

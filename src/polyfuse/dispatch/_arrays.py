@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from polyfuse.spec import SpecError, dtype_name
+from polyfuse.spec._validate import one_line, shown
 
 FAMILIES = ("torch", "jax", "numpy")
 
@@ -151,12 +152,16 @@ def convert(value: Any, family: str) -> Any:
         return value
     if is_traced(value):
         raise SpecError(f"backend: a traced JAX array cannot become a {family} array; try the call outside jit")
-    if "numpy" in (source, family):
-        return from_numpy(to_numpy(value), family)
-    if family == "jax":
-        import jax
+    try:
+        if "numpy" in (source, family):
+            return from_numpy(to_numpy(value), family)
+        if family == "jax":
+            import jax
 
-        return jax.dlpack.from_dlpack(value.detach().contiguous())
-    import torch
+            return jax.dlpack.from_dlpack(value.detach().contiguous())
+        import torch
 
-    return torch.from_dlpack(value)
+        return torch.from_dlpack(value)
+    # An array without data, or on a device or of a kind that the other framework has not.
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, BufferError) as error:
+        raise SpecError(f"backend: {shown(value)} cannot become a {family} array: {one_line(error)}") from error

@@ -43,7 +43,8 @@ class Watch:
         self._children = [m._modules.values() for m in modules if m._modules]
         self._children_before = list(chain.from_iterable(self._children))
 
-        self._modules, self._classes = modules, list(map(type, modules))
+        self._modules = modules
+        self._classes: list[type[nn.Module]] = list(map(type, modules))
         self._forwards = [(cls, cls.forward) for cls in set(self._classes)]
         self._leaves = [held for m in modules for held in (m._modules, m._parameters, m._buffers) if not held]
         self._weights = [held.values() for m in modules for held in (m._parameters, m._buffers) if held]
