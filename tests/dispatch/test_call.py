@@ -176,7 +176,6 @@ def test_the_documentation_is_the_spec():
 
 def test_an_array_without_data_cannot_go_to_another_framework():
     table = torch.empty(36, 24, device="meta")
-    for backend in ("jax", "numpy"):
-        with pytest.raises(SpecError, match=rf"cannot become a {backend} array: ") as error:
-            polyfuse.pos_embed_interpolate(table, [[1, 2, 2]], backend=backend)
-        assert "\n" not in str(error.value)
+    with pytest.raises(SpecError, match="cannot become a jax array: ") as error:
+        polyfuse.pos_embed_interpolate(table, [[1, 2, 2]], backend="jax")
+    assert "\n" not in str(error.value)
