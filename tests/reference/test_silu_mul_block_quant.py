@@ -3,7 +3,6 @@
 Of a gate of 40 and more sigmoid is 1 in float64, so that y is gate * up. Groups whose largest |y| is qmax have scale 1.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -14,13 +13,6 @@ import polyfuse
 from polyfuse.conformance.checks.values import compare
 from polyfuse.dispatch import from_numpy, registry, to_numpy
 from polyfuse.reference import oracle
-from polyfuse.reference.silu_mul_block_quant import (
-    Interval,
-    _scale_interval,
-    bounded_scale,
-    power_of_two_above,
-    raw_scale,
-)
 from polyfuse.spec.silu_mul_block_quant import QMAX, SCALE_FORMATS, SCALE_LAYOUTS
 
 silu_mul_block_quant = oracle("silu_mul_block_quant")
@@ -356,52 +348,3 @@ def test_every_backend_takes_one_of_the_two(name: str, materialize: bool, scale_
     dtypes = ("float8_e4m3fn", "float32" if scale_format == "float32" else "int32")
     for result, (output, want), dtype in zip(got, exact(x, **options).items(), dtypes, strict=True):
         assert compare(output, to_numpy(result), want, dtype) is None
-
-
-def scale_interval(amax: Any, **options: Any) -> Any:
-    """The interval of the scale of groups of one, whose |y| is known to be these."""
-    given = {"group_size": 1, "scale_ub": None, "scale_min": 1e-30} | options
-    bound = silu_mul_block_quant.spec.bound("scale").error(given)
-    return _scale_interval(Interval(*(amax[:, None],) * 3), SimpleNamespace(**given), *bound)
-
-
-@pytest.mark.parametrize("quant_dtype", QMAX)
-@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
-def test_with_reciprocal_the_scale_of_an_amax_is_one_number(scale_format: str, quant_dtype: str) -> None:
-    qmax = np.float32(QMAX[quant_dtype])
-    amax = np.geomspace(1e-3, 1e30, 1000).astype(np.float32)
-    edges = qmax * 2.0 ** np.arange(-9, 70, dtype=np.float32)
-    sides = [np.nextafter(edges, np.float32(end), dtype=np.float32) for end in (0, np.inf)]
-    amax = np.concatenate([amax, edges, *sides])
-    product = amax * (np.float32(1) / qmax)
-    power_of_two = scale_format == "ue8m0"
-    want = np.exp2(np.ceil(np.log2(product.astype(np.float64)))) if power_of_two else product
-    wide = amax.astype(np.float64)
-    scale = bounded_scale(raw_scale(wide, quant_dtype, True), wide, quant_dtype, None, 1e-30)
-    np.testing.assert_array_equal(power_of_two_above(scale) if power_of_two else scale, want)
-    for end in scale_interval(wide, quant_dtype=quant_dtype, scale_format=scale_format, reciprocal=True):
-        np.testing.assert_array_equal(end[:, 0], want)
-
-
-def test_with_reciprocal_a_product_that_rounds_to_a_power_of_two_stays_there() -> None:
-    """The one mantissa whose quotient, 1 + 2**-24 of a power, is above it."""
-    amax = np.nextafter(np.float32(127), np.float32(128)).astype(np.float64)[None]
-    for reciprocal, want in ((False, 2.0), (True, 1.0)):
-        assert power_of_two_above(raw_scale(amax, "int8", reciprocal)) == want
-        found = scale_interval(amax, quant_dtype="int8", scale_format="ue8m0", reciprocal=reciprocal)
-        assert (found.value, found.high) == (want, want)
-
-
-def test_powers_of_two() -> None:
-    scale = np.array([2.0**-126, 1, np.nextafter(1, 2), 1.5, 2, np.inf, np.nan])
-    np.testing.assert_array_equal(power_of_two_above(scale), [2.0**-126, 1, 2, 2, 2, np.inf, np.nan])
-
-
-def test_the_last_bit_tells_a_reciprocal_from_a_quotient() -> None:
-    x = np.random.default_rng(0).standard_normal((32, 256)).astype(ml_dtypes.bfloat16)
-    options: Any = {"group_size": 32, "materialize": True}
-    _, quotient = polyfuse.silu_mul_block_quant(x, **options)
-    _, product = polyfuse.silu_mul_block_quant(x, reciprocal=True, **options)
-    want = exact(x, reciprocal=True, **options)["scale"]
-    assert compare("scale", product, want, "float32") is None
-    assert compare("scale", quotient, want, "float32") is not None

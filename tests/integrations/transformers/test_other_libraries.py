@@ -21,7 +21,6 @@ import accelerate as hf_accelerate
 import bitsandbytes
 import peft
 import torchao
-import transformers
 from accelerate.hooks import remove_hook_from_submodules
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,10 +29,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from polyfuse.integrations.transformers import accelerate, report, restore
 from polyfuse.runtime import register_graph_runtime
 from polyfuse.runtime.encoder import capture
-from tests.integrations.transformers.test_accelerate import KINDS, TEXT, VISION
+from tests.integrations.transformers.test_accelerate import build, logits
 from tests.runtime.encoder.baked_graphs import BakedGraphs
 
-GRID = torch.tensor([[1, 4, 6]])
 SETTINGS = {"budgets": [8], "compile_blocks": False}
 BOUND = 1e-5  # of the largest logit, as for the layers and the tower by themselves
 
@@ -52,26 +50,6 @@ def group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def build() -> Any:
-    config = transformers.Qwen3_5Config(
-        vision_config=VISION | {"num_position_embeddings": 81},
-        text_config=TEXT | {"layer_types": KINDS},
-        image_token_id=96,
-        vision_start_token_id=95,
-        vision_end_token_id=94,
-    )
-    torch.manual_seed(0)
-    return transformers.Qwen3_5ForConditionalGeneration(config).eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    ids = torch.tensor([[1, 2, *[96] * 6, 3, 4]])
-    pixels = torch.randn(24, 1536, generator=torch.Generator().manual_seed(1))
-    kinds = (ids == 96).int()
-    return model(input_ids=ids, pixel_values=pixels, image_grid_thw=GRID, mm_token_type_ids=kinds).logits
 
 
 def difference(wanted: torch.Tensor, got: torch.Tensor) -> float:
@@ -277,3 +255,17 @@ def test_a_report_changes_nothing() -> None:
     assert {part.reason for part in report(model).parts} == {"has another forward"}
     with pytest.raises(ValueError, match="expected a model patched by accelerate"):
         restore(model)
+
+
+def test_a_wrapper_that_is_taken_off_after_restore_leaves_a_model_to_accelerate_again() -> None:
+    model, wanted = accelerate(build(), SETTINGS), logits(build())
+    layer = model.model.language_model.layers[0].linear_attn
+    found = layer.forward
+    layer.forward = lambda *args, **kwargs: found(*args, **kwargs)
+    restore(model)
+    assert torch.equal(wanted, logits(model))
+    layer.forward = found
+    assert torch.equal(wanted, logits(model))
+    accelerate(model, SETTINGS)
+    assert difference(wanted, logits(model)) <= BOUND
+    assert [(part.fused, part.fused_calls) for part in report(model).parts] == [(True, 1), (True, 1)]

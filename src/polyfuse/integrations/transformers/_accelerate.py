@@ -32,10 +32,10 @@ def accelerate(
       call that records gradients, trains, is under autocast, is being compiled, or asks for hidden states or attentions
       runs as before, and so does a tower with hooks, adapters, quantised or offloaded weights, replaced modules or an
       attention function of its own. Where something has changed since the capture, the request is computed anew.
-    - Qwen3-VL and Qwen3.5 towers take their position embeddings from `polyfuse.pos_embed_interpolate` in every call: at
-      that op's accuracy, so not to the bit what Transformers computes from rounded coordinates. Outside of graphs the
-      grid is not read back to the host, and an invalid one gives NaN. A call that passes `interp_indices` or
-      `interp_weights` keeps them.
+    - Qwen3-VL and Qwen3.5 towers take their position embeddings from `polyfuse.pos_embed_interpolate`, in calls outside
+      of graphs too if no module of the tower is patched or changed: at that op's accuracy, so not to the bit what
+      Transformers computes from rounded coordinates. Outside of graphs the grid is not read back to the host, and an
+      invalid one gives NaN. A call that passes `interp_indices` or `interp_weights` keeps them.
     - "gated_delta_net": the layers of Qwen3-Next and Qwen3.5 (dense and MoE). Inference then runs on
       `polyfuse.gdn_in_proj` and `polyfuse.gdn_conv_prep`, which read the weights where they are, with the model's own
       delta rule and cache, and no state passes from one packed sequence to another.

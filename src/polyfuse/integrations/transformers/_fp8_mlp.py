@@ -115,14 +115,8 @@ def _why_not(module: nn.Module, x: torch.Tensor) -> str:
     """Why a call runs the MLP's own forward; "" if the fused path covers it."""
     if torch.compiler.is_compiling():
         return "it is compiled"
-    if _patch.is_off(module):
-        return "restored"
-    if torch.is_grad_enabled():
-        return "gradients are recorded"
-    if module.training:
-        return "the MLP is in training mode"
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast is on"
+    if found := _patch.not_inference(module, x.device):
+        return found
     if not x.numel():
         return "x is empty"
     if not _has_gemm(x.device, x.dtype):

@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # By class name, so that no model's code is imported that is not used.
 LAYERS = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
 
-# What Transformers 5.17 to 5.24 call a layer with, beside hidden states, cache and attention mask. Another version may
+# What Transformers 5.17 and 5.24 call a layer with, beside hidden states, cache and attention mask. Another version may
 # mean something else by another name.
 KEYWORDS = {
     *("num_items_in_batch", "output_hidden_states", "output_attentions", "output_router_logits", "use_cache"),
@@ -196,14 +196,8 @@ def why_not(module: Any) -> str:
 
 def _why_not(module: Any, hidden_states: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str:
     """Why a call runs the layer's own forward; "" if the ops cover it."""
-    if _patch.is_off(module):
-        return "restored"
-    if torch.is_grad_enabled():
-        return "gradients are recorded"
-    if module.training:
-        return "the layer is in training mode"
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        return "autocast is on"
+    if found := _patch.not_inference(module, hidden_states.device):
+        return found
     if not kwargs.keys() <= KEYWORDS:
         return f"unknown keywords: {', '.join(sorted(kwargs.keys() - KEYWORDS))}"
     if kwargs.get("seq_idx") is not None and kwargs.get("cu_seq_lens_q") is None:

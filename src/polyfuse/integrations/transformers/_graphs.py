@@ -124,13 +124,8 @@ class AcceleratedForward:
     def _not_plain(self, kwargs: Mapping[str, Any]) -> str:
         """Why a call wants more than inference and the outputs that the adapters compute; "" if it does not."""
         config: Any = self.model.config
-        if torch.is_grad_enabled():
-            return "gradients are recorded"
-        if self.model.training:
-            return "the model is in training mode"
-        kind = _device(self.model).type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            return "autocast is on"
+        if found := _patch.not_inference(self.model, _device(self.model)):
+            return found
         if config.output_hidden_states or config.output_attentions:
             return "the config asks for hidden states or attentions"
         if kwargs.get("return_dict", config.return_dict) is False:

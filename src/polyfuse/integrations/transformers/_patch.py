@@ -71,9 +71,11 @@ def own_class_forward(cls: type[nn.Module]) -> bool:
 
 def is_installed(module: nn.Module) -> bool:
     """Whether a forward of ours takes the module's calls, itself or inside of somebody's wrapper."""
+    if is_off(module):
+        return False
     if is_ours(vars(module).get("forward")) or is_ours(vars(module).get("_old_forward")):
         return True
-    return module in _calls and not own_forward(module, within_hooks=True) and not is_off(module)
+    return module in _calls and not own_forward(module, within_hooks=True)
 
 
 def is_off(module: nn.Module) -> bool:
@@ -81,14 +83,25 @@ def is_off(module: nn.Module) -> bool:
     return getattr(module, _OFF, False) is True
 
 
+def not_inference(module: nn.Module, device: torch.device) -> str:
+    """Why a call of a patched module is no plain inference on the device; "" if it is."""
+    if is_off(module):
+        return "restored"
+    if torch.is_grad_enabled():
+        return "gradients are recorded"
+    if module.training:
+        return "the module is in training mode"
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    return ""
+
+
 def install(module: nn.Module, forward: Callable[..., Any], name: str, by_request: bool) -> None:
     """Put a forward of ours in the place of the module's own."""
-    if is_off(module):
-        delattr(module, _OFF)
-    else:
-        setattr(module, _slot(module), forward)
-        # A replica shares the instance's attributes, and ours would run it on the original's weights.
-        setattr(module, _REPLICATE, MethodType(_replicate_for_data_parallel, module))
+    vars(module).pop(_OFF, None)
+    setattr(module, _slot(module), forward)
+    # A replica shares the instance's attributes, and ours would run it on the original's weights.
+    setattr(module, _REPLICATE, MethodType(_replicate_for_data_parallel, module))
     _calls[module] = Calls(name, by_request)
 
 

@@ -1,7 +1,7 @@
 """What an accelerated model does: each part, fused or not and why, what became of its calls, and its graphs."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from typing import Any
 
@@ -78,4 +78,4 @@ def _part(kind: str, name: str, module: Any) -> Part:
     stats = manager.stats
     graphs = {tokens: stats.replays[tokens] for tokens in stats.costs}
     sizes = stats.pool_bytes + stats.buffer_bytes
-    return Part(**{**vars(part), "graphs": graphs, "graph_bytes": sizes, "changes": dict(stats.changes)})
+    return replace(part, graphs=graphs, graph_bytes=sizes, changes=dict(stats.changes))
