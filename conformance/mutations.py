@@ -71,7 +71,7 @@ def _one_precision_lower(op: str, values: dict[str, Any]) -> tuple[Array, ...]:
     narrower = {"float32": "float16", "float16": "bfloat16", "bfloat16": "float8_e5m2"}
     exact = oracle(op).intervals(**values)
     results = list(right(op, values))
-    for i, output in enumerate(bind(OPS[op], values).outputs):
+    for i, output in enumerate(bind(OPS[op], values).results):
         if output.dtype in narrower and not exact[output.name].as_bytes:
             low = numpy_dtype(narrower[output.dtype])
             with np.errstate(over="ignore", invalid="ignore"):

@@ -79,15 +79,17 @@ class Trial:
             return "skipped", f"{verdict.status}: {verdict.reason}"
         with np.errstate(all="ignore"):  # Triton's interpreter computes with NumPy
             result = run(arrays)
-        problem = self.check(result, call) or memory.check_strides(result, call)
+        in_place = [output.name for output in call.updated] if backend.family == "torch" else []
+        returned = (*values.as_tuple(result), *(arrays[name] for name in in_place))
+        problem = self.check(returned, call) or memory.check_strides(result, call)
         if problem is None and self.case.repeat > 1:
             problem = calls.check_repeated_rows(run, call, arrays, result, self.case.repeat)
-        problem = problem or memory.check_inputs(made, arrays)
+        problem = problem or memory.check_inputs(made, arrays, in_place)
         return ("failed", problem) if problem else ("passed", "")
 
     def _too_large(self, device: str, interpreted: bool, limits: Profile) -> str | None:
         _, call = self.inputs()
-        elements = sum(int(np.prod(output.shape)) for output in call.outputs)
+        elements = sum(int(np.prod(output.shape)) for output in call.results)
         most = limits.max_elements_interpreted if interpreted else limits.max_elements
         if self.case.repeat > 1:
             elements *= self.case.repeat

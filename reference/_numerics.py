@@ -19,7 +19,7 @@ class Exact:
 
     Where `low` is -inf and `high` is +inf anything is right, NaN too: an element the op leaves unwritten.
     `bits` asks for the sign of zero too: the output is a copy. `as_bytes`: the output's bytes are compared, as
-    numbers.
+    numbers. `kept` marks the elements of an updated argument that a call must leave as they are.
     """
 
     value: F64
@@ -27,6 +27,7 @@ class Exact:
     high: F64
     bits: bool = False
     as_bytes: bool = False
+    kept: NDArray[np.bool_] | None = None
 
     @classmethod
     def around(cls, value: F64, error: F64) -> "Exact":
@@ -64,6 +65,8 @@ def round_to(value: F64, dtype: str) -> Array:
     NumPy and ml_dtypes cast float64 to bfloat16 through float32, which rounds twice.
     """
     target = numpy_dtype(dtype)
+    if target.kind == "b":
+        return value != 0
     if target.kind in "iu":
         limits = ml_dtypes.iinfo(target)
         return np.clip(np.rint(value), limits.min, limits.max).astype(target)

@@ -24,7 +24,8 @@ def _rounded(value: F64, output: Output) -> Array:
 class Oracle:
     """An op on NumPy arrays: every result exact in float64, then rounded once.
 
-    `formula` takes the op's parameters and returns its exact results, in the order of the spec's outputs.
+    `formula` takes the op's parameters and returns its exact results, in the order of the spec's outputs, and behind
+    them what the updated arguments hold afterwards, of those that are given.
     `bounds(exact, given, error)` returns the interval of each: `exact` holds the formula's results by name, `given` the
     arguments as attributes, and `error(value)` is `ErrorBound.error` of that bound for this call. `store` turns one
     exact result into the array that the op returns, where that is more than one rounding.
@@ -46,10 +47,13 @@ class Oracle:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The op's results: an array, or a tuple of them. Raises `SpecError` for a call that breaks the spec."""
+        """The op's results: an array, or a tuple of them, updated arguments last. No argument is written.
+
+        Raises `SpecError` for a call that breaks the spec.
+        """
         call, arguments = self._bind(args, kwargs)
         exact = self.exact(arguments)
-        results = [laid_out(self.store(exact[output.name], output), output.strides) for output in call.outputs]
+        results = [laid_out(self.store(exact[output.name], output), output.strides) for output in call.results]
         return tuple(results) if len(results) > 1 else results[0]
 
     def intervals(self, *args: Any, **kwargs: Any) -> dict[str, Exact]:
@@ -69,6 +73,7 @@ class Oracle:
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             results = self.formula(**arguments)
         names = [output.name for output in self.spec.outputs]
+        names += [name for name in self.spec.updated if arguments[name] is not None]
         return dict(zip(names, results if isinstance(results, tuple) else (results,), strict=True))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, dict[str, Any]]:

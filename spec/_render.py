@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable
 
-from polyfuse.spec._types import REQUIRED, OpSpec
+from polyfuse.spec._types import REQUIRED, OpSpec, TensorSpec
+
+_UPDATED = "Written in place where they are torch tensors, returned behind the results as JAX or NumPy arrays"
 
 
 def docstring(spec: OpSpec) -> str:
@@ -11,7 +13,8 @@ def docstring(spec: OpSpec) -> str:
     for t in spec.tensors:
         optional = ", optional" if t.optional else ""
         shapes = " or ".join(f"[{', '.join(shape)}]" for shape in t.shapes)
-        lines.append(f"    {t.name}: {shapes} {'/'.join(t.dtypes)}{optional}. {t.doc}.")
+        updated = ", updated in place" if t.updated else ""
+        lines.append(f"    {t.name}: {shapes} {'/'.join(t.dtypes)}{optional}{updated}. {t.doc}.")
     for a in spec.attrs:
         kind = " | ".join(a.values) if a.kind == "enum" else a.kind
         default = "required" if a.default is REQUIRED else f"default {a.default!r}"
@@ -19,6 +22,8 @@ def docstring(spec: OpSpec) -> str:
     lines.append("    backend: a backend name, or a list in order of preference; None selects one for the machine.")
     lines += ["", "Returns:"]
     lines += [f"    {o.name}: [{', '.join(o.shape)}] {o.dtype}. {o.doc}." for o in spec.outputs]
+    if spec.updated:
+        lines += [f"    {_UPDATED}: {', '.join(spec.updated)}."]
     lines += ["", "Notes:"] + [f"    {e}" for e in spec.edge_cases]
     lines += ["", "Raises:", "    SpecError: an argument breaks a rule above; nothing was launched."]
     lines += ["    Unsupported, BackendError: no preferred backend can run the call.", "", f"Source: {spec.source}."]
@@ -30,7 +35,7 @@ def op_page(spec: OpSpec) -> str:
     definition = spec.formula.strip().partition("\n")[2].strip("\n")
     inputs = [
         (
-            f"`{t.name}`{' (optional)' if t.optional else ''}",
+            f"`{t.name}`{_remark(t)}",
             " or ".join(map(_shape, t.shapes)),
             ", ".join(t.dtypes),
             t.doc,
@@ -57,6 +62,7 @@ def op_page(spec: OpSpec) -> str:
         _table(("keyword", "default", "values", "meaning"), attrs),
         "## Results",
         _table(("result", "shape", "dtype", "meaning"), outputs),
+        *([f"{_UPDATED}: {', '.join(f'`{name}`' for name in spec.updated)}."] if spec.updated else []),
         "## Edge cases",
         "\n".join(f"- {e}" for e in spec.edge_cases),
         "## Error bound",
@@ -65,6 +71,11 @@ def op_page(spec: OpSpec) -> str:
         "\n".join(f"- `{e.value}`: {e.reason}." for e in spec.errors),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _remark(tensor: TensorSpec) -> str:
+    remarks = [word for word, holds in (("optional", tensor.optional), ("updated", tensor.updated)) if holds]
+    return f" ({', '.join(remarks)})" if remarks else ""
 
 
 def _shape(shape: tuple[str, ...]) -> str:

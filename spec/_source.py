@@ -15,7 +15,7 @@ Each function's documentation is its spec. This module is imported at the first 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
-from polyfuse.dispatch import public, run
+from polyfuse.dispatch import named, public, run
 
 if TYPE_CHECKING:
     import jax
@@ -90,7 +90,7 @@ def _function(spec: OpSpec) -> str:
     several = len(spec.outputs) > 1
     result = f"{result_name(spec)}[Array]" if several else "Array"
     call = f'run("{spec.name}", {_tuple(list(spec.parameters))}, backend)'
-    body = f"{result_name(spec)}._make({call})" if several else call
+    body = f"named({result_name(spec)}, {call})" if several else call
     head = f"\n@public\ndef {spec.name}(\n{signature}\n) -> {result}:\n"
     return f'{head}    """{spec.summary}"""\n    return {body}\n'
 

@@ -35,6 +35,9 @@ class TensorSpec:
     to the host and checked, except when the attribute named here is given: then it stays on the device.
     `split` names an integer attribute: the last dimension may also come as two, of which the first is that attribute.
     `shape` and the names bound to it are the same in both forms.
+    `updated` marks an argument that the op writes in place: the formula says where, and what it then holds.
+    Each of its elements has memory of its own. Where arrays cannot be written (JAX, and the oracle, which leaves its
+    arguments alone), the updated arguments that are given come back behind the results.
     """
 
     name: str
@@ -45,6 +48,7 @@ class TensorSpec:
     optional: bool = False
     host_unless: str = ""
     split: str = ""
+    updated: bool = False
 
     @property
     def shapes(self) -> tuple[tuple[str, ...], ...]:
@@ -152,7 +156,7 @@ class Output:
 class Call:
     """A validated call: every name bound, every default filled in.
 
-    `dims` may hold `None` for a size that only the device knows.
+    `dims` may hold `None` for a size that only the device knows. `updated` are the arguments that the call writes.
     """
 
     op: "OpSpec"
@@ -161,6 +165,12 @@ class Call:
     dtypes: Mapping[str, str]
     host: Mapping[str, Any]
     outputs: tuple["Output", ...] = ()
+    updated: tuple["Output", ...] = ()
+
+    @property
+    def results(self) -> tuple["Output", ...]:
+        """The outputs, and behind them the updated arguments: what a call returns where it cannot write."""
+        return (*self.outputs, *self.updated)
 
 
 @dataclass(frozen=True)
@@ -204,8 +214,13 @@ class OpSpec:
         defaults = dict.fromkeys(self.positional, REQUIRED) | dict.fromkeys(optional)
         return defaults | {a.name: a.default for a in self.attrs}
 
+    @property
+    def updated(self) -> tuple[str, ...]:
+        """The arguments that the op writes in place."""
+        return tuple(t.name for t in self.tensors if t.updated)
+
     def bound(self, value: str) -> ErrorBound:
-        """The error bound of an output or of an intermediate value."""
+        """The error bound of an output, of an updated argument or of an intermediate value."""
         return next(e for e in self.errors if e.value == value)
 
 

@@ -100,7 +100,10 @@ def bind(spec: OpSpec, arguments: Mapping[str, Any], *, read_host: bool = True) 
         Output(o.name, _evaluate_shape(o.shape, names), call.dtypes.get(o.dtype, o.dtype), names.get(o.strides))
         for o in spec.outputs
     )
-    return replace(call, outputs=outputs)
+    updated = tuple(
+        Output(t.name, shapes[t.name], dtypes[t.name]) for t in spec.tensors if t.updated and t.name in shapes
+    )
+    return replace(call, outputs=outputs, updated=updated)
 
 
 def _attr(spec: OpSpec, attr: AttrSpec, value: Any) -> Any:

@@ -12,11 +12,14 @@ from polyfuse.spec import Call, dtype_name
 
 
 def check(result: Any, call: Call, exact: Mapping[str, Exact]) -> str | None:
-    """What is wrong with the number, the dtypes, the shapes or the values of a call's results, or None."""
+    """What is wrong with the number, the dtypes, the shapes or the values of a call's results, or None.
+
+    The updated arguments that are given come behind the outputs.
+    """
     results = as_tuple(result)
-    if len(results) != len(call.outputs):
-        return f"expected {len(call.outputs)} outputs, got {len(results)}"
-    for want, got in zip(call.outputs, results, strict=True):
+    if len(results) != len(call.results):
+        return f"expected {len(call.results)} outputs, got {len(results)}"
+    for want, got in zip(call.results, results, strict=True):
         problem = compare(want.name, to_numpy(got), exact[want.name], want.dtype)
         if problem:
             return problem
@@ -47,6 +50,8 @@ def compare(name: str, got: NDArray[Any], exact: Exact, dtype: str) -> str | Non
         right = (np.isnan(value) & np.isnan(result)) | ((result >= low) & (result <= high))
     if exact.bits:
         right &= np.signbit(result) == np.signbit(value)
+    if exact.kept is not None:
+        right &= ~exact.kept | (np.signbit(result) == np.signbit(value))
     wrong = ~(right | (np.isneginf(exact.low) & np.isposinf(exact.high)))
     count = int(wrong.sum())
     if not count:

@@ -6,7 +6,7 @@ Each function's documentation is its spec. This module is imported at the first 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
-from polyfuse.dispatch import public, run
+from polyfuse.dispatch import named, public, run
 
 if TYPE_CHECKING:
     import jax
@@ -83,12 +83,13 @@ def gdn_post_conv(
     backend: str | Sequence[str] | None = None,
 ) -> GdnPostConvResult[Array]:
     """Split, L2-normalise and gate a Gated DeltaNet layer's conv output into q, k, v, g, beta, in one pass."""
-    return GdnPostConvResult._make(
+    return named(
+        GdnPostConvResult,
         run(
             "gdn_post_conv",
             (conv_out, a, b, A_log, dt_bias, num_k_heads, head_k_dim, head_v_dim, l2norm, l2norm_eps, output_g_exp),
             backend,
-        )
+        ),
     )
 
 
@@ -126,7 +127,8 @@ def gdn_conv_prep(
     backend: str | Sequence[str] | None = None,
 ) -> GdnConvPrepResult[Array]:
     """Causal conv, SiLU, split, L2-normalisation and gates of a Gated DeltaNet layer, in one pass."""
-    return GdnConvPrepResult._make(
+    return named(
+        GdnConvPrepResult,
         run(
             "gdn_conv_prep",
             (
@@ -149,7 +151,7 @@ def gdn_conv_prep(
                 interleaved,
             ),
             backend,
-        )
+        ),
     )
 
 
@@ -178,7 +180,8 @@ def silu_mul_block_quant(
     backend: str | Sequence[str] | None = None,
 ) -> SiluMulBlockQuantResult[Array]:
     """SiLU-and-multiply followed by block-wise FP8 or INT8 quantisation, in one pass over the activation."""
-    return SiluMulBlockQuantResult._make(
+    return named(
+        SiluMulBlockQuantResult,
         run(
             "silu_mul_block_quant",
             (
@@ -196,7 +199,7 @@ def silu_mul_block_quant(
                 reciprocal,
             ),
             backend,
-        )
+        ),
     )
 
 
@@ -221,7 +224,9 @@ def gdn_in_proj(
     backend: str | Sequence[str] | None = None,
 ) -> GdnInProjResult[Array]:
     """Two input projections of one activation, run one after the other, side by side, or as one."""
-    return GdnInProjResult._make(run("gdn_in_proj", (x, w_qkvz, w_ba, w_z, w_a, bias_qkvz, bias_ba, strategy), backend))
+    return named(
+        GdnInProjResult, run("gdn_in_proj", (x, w_qkvz, w_ba, w_z, w_a, bias_qkvz, bias_ba, strategy), backend)
+    )
 
 
 @public

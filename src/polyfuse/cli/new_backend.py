@@ -101,11 +101,18 @@ def _describe(spec: OpSpec, array: str) -> dict[str, Any]:
         "version": spec.version,
         "doc": "\n".join(_wrapped(line) for line in lines),
         "parameters": parameters_source(spec, array),
-        "result": array if len(spec.outputs) == 1 else f"tuple[{', '.join([array] * len(spec.outputs))}]",
+        "result": _result(spec, array),
         "takes_host": any(t.host_unless for t in spec.tensors),
         "dtypes": dtypes,
         "choices": choices,
     }
+
+
+def _result(spec: OpSpec, array: str) -> str:
+    """The type of what a backend's function returns."""
+    if spec.updated and not array.startswith("torch"):
+        return f"tuple[{array}, ...]"
+    return array if len(spec.outputs) == 1 else f"tuple[{', '.join([array] * len(spec.outputs))}]"
 
 
 def _wrapped(line: str) -> str:

@@ -1,7 +1,7 @@
 """Backend registry, selection and the call path. Backends are named by string and imported lazily."""
 
 from polyfuse.dispatch._arrays import Device, check_device, convert, device_of, family_of, from_numpy, to_numpy
-from polyfuse.dispatch._call import call_counts, explain, public, refresh, run
+from polyfuse.dispatch._call import call_counts, explain, named, public, refresh, run
 from polyfuse.dispatch._registry import GROUP, Backend, Implementation, registry
 from polyfuse.dispatch._select import Candidate, Explanation, Preference, examine, use_backend
 
@@ -21,6 +21,7 @@ __all__ = [
     "explain",
     "family_of",
     "from_numpy",
+    "named",
     "public",
     "refresh",
     "registry",

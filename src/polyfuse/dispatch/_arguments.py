@@ -26,6 +26,8 @@ def examine_arguments(spec: OpSpec, names: Sequence[str], args: tuple[Any, ...])
                 raise SpecError(f"{spec.name}: {tensor.name}: expected an array of {kinds}, got {type(value).__name__}")
             continue
         _check_kind(spec, tensor.name, value, kind)
+        if tensor.updated and kind == "torch":
+            _check_memory(spec, tensor.name, value)
         here = device_of(value, kind)
         place = value.device if kind == "torch" else here
         if first is None:
@@ -55,6 +57,15 @@ def _check_kind(spec: OpSpec, name: str, value: Any, family: str) -> None:
             fail(spec.name, name, "a dense tensor", f"a tensor that is {kind}", "its dense form")
     elif family == "numpy" and isinstance(value, (np.ma.MaskedArray, np.matrix)):
         fail(spec.name, name, "a plain array", f"a {type(value).__name__}", "numpy.asarray or .filled()")
+
+
+def _check_memory(spec: OpSpec, name: str, value: Any) -> None:
+    """Raise `SpecError` for a tensor that would be written where two of its elements share memory."""
+    extent = 1
+    for stride, size in sorted((step, n) for step, n in zip(value.stride(), value.shape, strict=True) if n > 1):
+        if stride < extent:
+            fail(spec.name, name, "a tensor whose elements have memory of their own", f"strides {list(value.stride())}")
+        extent = stride * size
 
 
 def _place_text(place: Any) -> str:

@@ -1,7 +1,7 @@
 """From a public function's arguments to a running backend: plan, call, and what is known of the calls so far."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -13,12 +13,19 @@ from polyfuse.dispatch._select import Explanation, as_names, clear_settings, exp
 from polyfuse.spec import OPS, REQUIRED, BackendError, SpecError, Unsupported, canonical, docstring
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Result = TypeVar("_Result", bound=tuple[Any, ...])
 
 
 def public(function: _Function) -> _Function:
     """Give the public function of an op its documentation, from the op's spec."""
     function.__doc__ = docstring(OPS[function.__name__])
     return function
+
+
+def named(kind: type[_Result], results: tuple[Any, ...]) -> _Result:
+    """The results of an op as its named tuple; as they are where updated arguments come behind them."""
+    fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
+    return kind(*results) if len(results) == len(fields) else results  # type: ignore[return-value]
 
 
 def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -> Any:
@@ -39,8 +46,9 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
 
 
 def _execute(op: Calls, plan: Plan, args: tuple[Any, ...]) -> Any:
+    given = args
     if plan.convert_to:
-        args = tuple(convert(value, plan.convert_to) for value in args)
+        args = _converted(plan, args)
     keywords = plan.attrs
     if op.keyword_arrays:
         keywords = keywords.copy()
@@ -51,13 +59,43 @@ def _execute(op: Calls, plan: Plan, args: tuple[Any, ...]) -> Any:
         plan.calls[0] += 1
     except Unsupported as error:
         result = _next_willing(op, plan, args[: op.positional], keywords, error)
-    if op.results > 1 and len(result) != op.results:
-        raise BackendError(f"{op.spec.name}: {plan.usable[0][0]}: expected {op.results} results, got {len(result)}")
+    if plan.results > 1 and len(result) != plan.results:
+        raise BackendError(f"{op.spec.name}: {plan.usable[0][0]}: expected {plan.results} results, got {len(result)}")
     if plan.convert_to:
-        if isinstance(result, tuple):
-            return tuple(convert(r, plan.convert_back) for r in result)
-        return convert(result, plan.convert_back)
+        result = _converted_back(op, plan, given, args, result)
+    if plan.updated and plan.convert_back == "torch":
+        _count_versions(given[i] for i in plan.updated)
     return result
+
+
+def _converted(plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments in the family of the backend. Those that it writes are copies: other families' cannot be written."""
+    converted = [convert(value, plan.convert_to or "") for value in args]
+    if plan.convert_to == "torch":
+        for i in plan.updated:
+            converted[i] = converted[i].clone()
+    return tuple(converted)
+
+
+def _converted_back(op: Calls, plan: Plan, given: tuple[Any, ...], args: tuple[Any, ...], result: Any) -> Any:
+    """What the caller's family returns, of a call in another one; torch's updated arguments are written here."""
+    results = result if isinstance(result, tuple) else (result,)
+    if plan.convert_to == "torch":
+        results = (*results, *(args[i] for i in plan.updated))
+    converted = tuple(convert(r, plan.convert_back) for r in results)
+    if plan.convert_back == "torch":
+        outputs = len(op.spec.outputs)
+        for i, new in zip(plan.updated, converted[outputs:], strict=True):
+            given[i].copy_(new)
+        converted = converted[:outputs]
+    return converted if len(converted) > 1 else converted[0]
+
+
+def _count_versions(tensors: Iterable[Any]) -> None:
+    """Let autograd know that a kernel wrote to these tensors."""
+    from torch.autograd.graph import increment_version
+
+    increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def _next_willing(

@@ -23,7 +23,9 @@ class Plan:
     """Everything about a call that depends only on its signature.
 
     `usable` are the backends that may run it, in order; `function` is the first one's, and `calls` its counter.
-    Arrays are converted to `convert_to` before the call, unless it is None, and results to `convert_back`.
+    Arrays are converted to `convert_to` before the call, unless it is None, and results to `convert_back`. `function`
+    returns `results` arrays. `updated` are the places of the updated arguments that are given, which it writes in place
+    if it takes torch's, and else returns last.
     """
 
     usable: tuple[tuple[str, Implementation], ...]
@@ -32,6 +34,8 @@ class Plan:
     convert_to: str | None
     convert_back: str
     calls: list[int]
+    results: int
+    updated: tuple[int, ...]
 
 
 class Calls:
@@ -42,7 +46,6 @@ class Calls:
         self.spec = spec
         self.names = tuple(spec.parameters)
         self.positional = len(spec.positional)
-        self.results = len(spec.outputs)
         self.attrs = [i for i, name in enumerate(self.names) if name not in arrays]
         self.keyword_arrays = [
             (i, name) for i, name in enumerate(self.names) if name in arrays and i >= self.positional
@@ -53,6 +56,7 @@ class Calls:
         # A key is the backend asked for, the context, every argument's type, then the arguments themselves.
         first = 2 + len(self.names)
         self.array_slots = [(i, first + i) for i, name in enumerate(self.names) if name in arrays]
+        self.updated_slots = [(i, first + i) for i, name in enumerate(self.names) if name in spec.updated]
         self.forget()
 
     def forget(self) -> None:
@@ -80,6 +84,10 @@ class Calls:
             value = args[index]
             if value is not None:
                 key[slot] = (describers.get(type(value)) or _describer(describers, value))(value)
+        for index, slot in self.updated_slots:
+            value = args[index]
+            if value is not None and callable(getattr(value, "stride", None)):
+                key[slot] = key[slot], value.stride()
         last_key, last_plan = self.last
         if key == last_key:
             return last_plan
@@ -115,6 +123,8 @@ class Calls:
             convert_to=None if target == family else target,
             convert_back=family,
             calls=counter(self.spec.name, name),
+            results=len(self.spec.outputs) if target == "torch" else len(call.results),
+            updated=tuple(self.names.index(output.name) for output in call.updated),
         )
 
     def _guarded(self, backend: str, implementation: Implementation) -> Implementation:

@@ -1,7 +1,7 @@
 """`torch.ops.polyfuse.*`: each op as one opaque node of a compiled graph, registered from its spec.
 
 Choices among named values (enums, dtypes) travel as their index, -1 for None: no string enters a graph.
-A host argument travels as a flat list of integers.
+A host argument travels as a flat list of integers. The schema says which arguments an op updates in place.
 """
 
 from typing import Any
@@ -29,7 +29,8 @@ def schema(op: Calls) -> str:
         field = fields[name]
         if isinstance(field, TensorSpec):
             optional = "?" if field.optional or field.host_unless else ""
-            parameters.append(f"Tensor{optional} {name}")
+            written = f"({name}!)" if field.updated else ""
+            parameters.append(f"Tensor{written}{optional} {name}")
             if field.host_unless:
                 parameters.append(f"SymInt[]? {name}_values")
         else:
@@ -129,9 +130,21 @@ def register(op: Calls) -> None:
             "outside torch.compile, where a backend that has one is chosen"
         )
 
+    def refusing(*flat: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in flat):
+            raise Unsupported(
+                f"{spec.name}: an input requires grad: an op that updates its arguments has no backward; try "
+                "torch.no_grad(), or detach"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.polyfuse, spec.name)(*flat)
+
     _LIBRARY.impl(spec.name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"polyfuse::{spec.name}", fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"polyfuse::{spec.name}", backward, lib=_LIBRARY)
+    if spec.updated:  # for which autograd formulas cannot be registered
+        _LIBRARY.impl(spec.name, refusing, "Autograd")
+    else:
+        torch.library.register_autograd(f"polyfuse::{spec.name}", backward, lib=_LIBRARY)
 
 
 for _op in CALLS.values():
