@@ -35,6 +35,7 @@ class TensorSpec:
     to the host and checked, except when the attribute named here is given: then it stays on the device.
     `split` names an integer attribute: the last dimension may also come as two, of which the first is that attribute.
     `shape` and the names bound to it are the same in both forms.
+    An `optional` argument is given by keyword, unless it is `by_position`: then it is given always, and may be None.
     `updated` marks an argument that the op writes in place: the formula says where, and what it then holds.
     Each of its elements has memory of its own. Where arrays cannot be written (JAX, and the oracle, which leaves its
     arguments alone), the updated arguments that are given come back behind the results.
@@ -49,6 +50,7 @@ class TensorSpec:
     host_unless: str = ""
     split: str = ""
     updated: bool = False
+    by_position: bool = False
 
     @property
     def shapes(self) -> tuple[tuple[str, ...], ...]:
@@ -200,8 +202,8 @@ class OpSpec:
 
     @property
     def positional(self) -> tuple[str, ...]:
-        """The parameters that a call may give by position: the arrays that it must give."""
-        return tuple(t.name for t in self.tensors if not t.optional)
+        """The parameters that a call may give by position: those without a default."""
+        return tuple(t.name for t in self.tensors if not t.optional or t.by_position)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -210,7 +212,7 @@ class OpSpec:
         The arrays that a call must give come first, by position; then, by keyword, the optional arrays and the
         attributes.
         """
-        optional = [t.name for t in self.tensors if t.optional]
+        optional = [t.name for t in self.tensors if t.name not in self.positional]
         defaults = dict.fromkeys(self.positional, REQUIRED) | dict.fromkeys(optional)
         return defaults | {a.name: a.default for a in self.attrs}
 

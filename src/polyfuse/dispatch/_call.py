@@ -69,7 +69,7 @@ def _execute(op: Calls, plan: Plan, args: tuple[Any, ...]) -> Any:
 
 
 def _converted(plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments in the family of the backend. Those that it writes are copies: other families' cannot be written."""
+    """The arguments in the family of the backend. Those that it writes are copies, as others cannot be written."""
     converted = [convert(value, plan.convert_to or "") for value in args]
     if plan.convert_to == "torch":
         for i in plan.updated:
