@@ -25,7 +25,9 @@ WARPS = 4  # with 8 the sums over K cross twice as many
 @triton.jit
 def _conv(conv, column, channel, mask, token, W: tl.constexpr):
     """SiLU of the conv of some channels, which are these columns of x, at one token."""
-    x_ptr, x_token, state_ptr, state_channel, state_column, begin, weight_ptr, weight_channel, weight_tap, bias_ptr = conv
+    x_ptr, x_token = conv[0]
+    state_ptr, state_channel, state_column, begin = conv[1]
+    weight_ptr, weight_channel, weight_tap, bias_ptr = conv[2]
     y = tl.zeros(channel.shape, tl.float32)
     if bias_ptr is not None:
         y = widen(tl.load(bias_ptr + channel, mask=mask, other=0.0))
@@ -59,7 +61,9 @@ def _gates(gates, value_head, g, token):
 
 
 @triton.jit
-def _tile(state_ptr, conv, keys, values, gates, strides, token, g: tl.constexpr, block: tl.constexpr, sizes: tl.constexpr):
+def _tile(
+    state_ptr, conv, keys, values, gates, strides, token, g: tl.constexpr, block: tl.constexpr, sizes: tl.constexpr
+):
     """A tile of the state of value head g, with v, decay and beta of its columns at the one token."""
     V: tl.constexpr = sizes[0]
     W: tl.constexpr = sizes[1]
@@ -92,12 +96,16 @@ def _finish(out_ptr, o, norm, lane, column, token, live, eps, V: tl.constexpr):
 
 
 @triton.jit
-def _shift(conv, column, channel, mask, shift, T: tl.constexpr, N: tl.constexpr):
-    """Writes the conv states of some channels: the columns behind number `shift` move to the front, the tokens follow."""
-    x_ptr, x_token, state_ptr, state_channel, state_column, _, _, _, _, _ = conv
+def _shift(conv, column, channel, mask, shift, tokens, T: tl.constexpr, N: tl.constexpr):
+    """Writes the conv states of some channels: the columns behind number `shift` move to the front.
+
+    Behind them is room for T tokens, of which so many `tokens` follow.
+    """
+    x_ptr, x_token = conv[0]
+    state_ptr, state_channel, state_column, _ = conv[1]
     place = tl.arange(0, triton.next_power_of_2(N))[None, :]
     token = place - (N - T)
-    mask = mask[:, None] & (place < N)
+    mask = mask[:, None] & (token < tokens)
     state_ptr += channel.to(tl.int64)[:, None] * state_channel
     old = tl.load(state_ptr + (place + 1 + shift) * state_column, mask=mask & (token < 0), other=0.0)
     new = tl.load(x_ptr + column[:, None] + token * x_token, mask=mask & (token >= 0), other=0.0)
@@ -156,6 +164,7 @@ def _several_tokens(
     out_ptr,  # [T, HV, V], at the first value head
     state_ptr,  # [slots, 1, K, 1], at the first value head
     slots,  # where recurrent states are read, where those of the tokens are written, and the stride of a slot
+    tokens,  # that are no padding
     conv,
     keys,
     values,
@@ -179,17 +188,17 @@ def _several_tokens(
         at = state_ptr + g * strides[0] + lane.to(tl.int64)[None, :] * strides[1]
         state = widen(tl.load(at + source * state_slot, mask=mask, other=0.0))
         for token in range(T):
-            target = tl.load(index_ptr + token * index_token).to(tl.int64)
             q, k = _keys(conv, keys[0], keys[1], keys[2], token, l2norm_eps, W)
             v = _conv(conv, values[0] + g * V + lane, values[1] + g * V + lane, lane < V, token, W)
             decay, beta = _gates(gates, values[3] + g, g, token)
             delta = beta * (v - decay * tl.sum(state * k[:, None], 0))
             o = scale * (decay * tl.sum(state * q[:, None], 0) + delta * tl.sum(q * k, 0))
-            if target >= 0:
+            if token < tokens:
+                target = tl.load(index_ptr + token * index_token).to(tl.int64)
                 state = decay * state + k[:, None] * delta[None, :]
                 _write(at + target * state_slot, state, mask)
             out = out_ptr + (token * HV + g) * V
-            _finish(out, o[None, :], norm, lane[None, :], values[2] + g * V, token, target >= 0, norm_eps, V)
+            _finish(out, o[None, :], norm, lane[None, :], values[2] + g * V, token, token < tokens, norm_eps, V)
 
 
 @triton.jit
@@ -211,29 +220,29 @@ def _kernel(
     scale,
     l2norm_eps,
     norm_eps,
-    x_row,
-    x_token,
-    z_row,
-    z_token,
-    a_row,
-    a_token,
-    a_group,
-    a_column,
-    b_row,
-    b_token,
-    b_group,
-    b_column,
-    weight_channel,
-    weight_tap,
-    index_row,
-    index_token,
-    conv_slot,
-    conv_channel,
-    conv_column,
-    state_slot,
-    state_head,
-    state_key,
-    state_column,
+    x_row: tl.constexpr,
+    x_token: tl.constexpr,
+    z_row: tl.constexpr,
+    z_token: tl.constexpr,
+    a_row: tl.constexpr,
+    a_token: tl.constexpr,
+    a_group: tl.constexpr,
+    a_column: tl.constexpr,
+    b_row: tl.constexpr,
+    b_token: tl.constexpr,
+    b_group: tl.constexpr,
+    b_column: tl.constexpr,
+    weight_channel: tl.constexpr,
+    weight_tap: tl.constexpr,
+    index_row: tl.constexpr,
+    index_token: tl.constexpr,
+    conv_slot: tl.constexpr,
+    conv_channel: tl.constexpr,
+    conv_column: tl.constexpr,
+    state_slot: tl.constexpr,
+    state_head: tl.constexpr,
+    state_key: tl.constexpr,
+    state_column: tl.constexpr,
     GROUP: tl.constexpr,
     T: tl.constexpr,
     H: tl.constexpr,
@@ -268,8 +277,8 @@ def _kernel(
             source = tl.load(index_ptr + shift * index_token).to(tl.int64)
         x_ptr += row * x_row
         conv_ptr += slot * conv_slot
-        states = (conv_ptr, conv_channel, conv_column, begin)
-        conv = (x_ptr, x_token, *states, weight_ptr, weight_channel, weight_tap, bias_ptr)
+        state = (conv_ptr, conv_channel, conv_column, begin)
+        conv = ((x_ptr, x_token), state, (weight_ptr, weight_channel, weight_tap, bias_ptr))
         lane = tl.arange(0, triton.next_power_of_2(K))
         q_channel = head * K + lane
         k_channel = H * K + q_channel
@@ -298,20 +307,43 @@ def _kernel(
             b_ptr += head * b_group
         gates = (a_ptr, a_token, a_column, b_ptr, b_token, b_column, A_log_ptr, dt_bias_ptr)
         strides = (state_head, state_column)
-        state_ptr += value_head.to(tl.int64) * state_head + lane.to(tl.int64)[:, None] * state_key
+        heads_ptr = state_ptr + value_head.to(tl.int64) * state_head + lane.to(tl.int64)[:, None] * state_key
         eps = (l2norm_eps, norm_eps)
+        tokens = T
         if T == 1:
-            at = state_ptr + slot * state_slot
-            _one_token(out_ptr, at, begin * 0, conv, keys, values, gates, norm, strides, scale, eps[0], eps[1], G, V, W, BV)
+            at = heads_ptr + slot * state_slot
+            _one_token(
+                out_ptr, at, begin * 0, conv, keys, values, gates, norm, strides, scale, eps[0], eps[1], G, V, W, BV
+            )
         else:
+            place = tl.arange(0, triton.next_power_of_2(T))
+            index = tl.load(index_ptr + place * index_token, mask=place < T, other=-1)
+            tokens = tl.min(tl.where(index < 0, place, T), 0)
             slots = (source, index_ptr, index_token, state_slot)
             _several_tokens(
-                out_ptr, state_ptr, slots, conv, keys, values, gates, norm, strides, scale, eps[0], eps[1], T, HV, G, V, W
+                out_ptr,
+                heads_ptr,
+                slots,
+                tokens,
+                conv,
+                keys,
+                values,
+                gates,
+                norm,
+                strides,
+                scale,
+                eps[0],
+                eps[1],
+                T,
+                HV,
+                G,
+                V,
+                W,
             )
-        _shift(conv, q_column, q_channel, lane < K, shift, T, N)
-        _shift(conv, k_column, k_channel, lane < K, shift, T, N)
+        _shift(conv, q_column, q_channel, lane < K, shift, tokens, T, N)
+        _shift(conv, k_column, k_channel, lane < K, shift, tokens, T, N)
         lane = tl.arange(0, triton.next_power_of_2(G * V))
-        _shift(conv, v_column + lane, v_channel + lane, lane < G * V, shift, T, N)
+        _shift(conv, v_column + lane, v_channel + lane, lane < G * V, shift, tokens, T, N)
 
 
 _launch = Launcher(NAME, _kernel)
