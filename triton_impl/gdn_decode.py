@@ -373,7 +373,7 @@ def gdn_decode(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Returns out, rounded once; both states are updated."""
-    lead, value_heads, (channels, width) = x.shape[:-1], A_log.shape[0], conv_weight.shape
+    lead, value_heads, width = x.shape[:-1], A_log.shape[0], conv_weight.shape[1]
     out = torch.empty((*lead, value_heads * head_v_dim), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -412,7 +412,7 @@ def _steps(tensor: torch.Tensor, lead: torch.Size) -> tuple[int, int]:
 
 
 def _gate_layout(a: torch.Tensor, b: torch.Tensor, lead: torch.Size, H: int, HV: int) -> tuple[int, ...]:
-    """The strides of a, then of b, each [B, T, HV / GROUP, GROUP]; and that GROUP, which is HV where neither is split."""
+    """The strides of a, then of b, each [B, T, HV / GROUP, GROUP]; and that GROUP: HV where neither is split."""
     dims, group = len(lead) + 1, HV
     if a.ndim > dims or b.ndim > dims:
         a, b = (gate.unflatten(-1, (H, HV // H)) if gate.ndim == dims else gate for gate in (a, b))
