@@ -39,6 +39,19 @@ def _half(number: int) -> Callable[[Array], Array]:
     return layout
 
 
+def _sliced(values: Array) -> Array:
+    """Every dimension between the first and the last is part of a longer one, of which the rest is NaN.
+
+    No two dimensions then have strides that one longer dimension could have: such a part of the columns of a projection
+    are the heads of one of the arrays in it.
+    """
+    first, *middle, last = values.shape
+    wide = np.full((first, *(size + 3 for size in middle), last), np.nan, values.dtype)
+    part = wide[(slice(None), *(slice(2, 2 + size) for size in middle))]
+    part[...] = values
+    return part
+
+
 LAYOUTS: dict[str, Callable[[Array], Array]] = {
     "contiguous": np.ascontiguousarray,
     "row_strided": _row_strided,
@@ -47,4 +60,5 @@ LAYOUTS: dict[str, Callable[[Array], Array]] = {
     "one_of_three": _one_of_three,
     "first_half": _half(0),
     "second_half": _half(1),
+    "sliced": _sliced,
 }

@@ -1,4 +1,4 @@
-"""The arithmetic of a Gated DeltaNet layer between its convolution and its delta rule, which two ops share."""
+"""The arithmetic of a Gated DeltaNet layer around its delta rule, which several ops share."""
 
 import torch
 from torch.nn.functional import logsigmoid

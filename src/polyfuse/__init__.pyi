@@ -4,6 +4,7 @@ from polyfuse._ops import GdnConvPrepResult as GdnConvPrepResult
 from polyfuse._ops import GdnInProjResult as GdnInProjResult
 from polyfuse._ops import GdnPostConvResult as GdnPostConvResult
 from polyfuse._ops import SiluMulBlockQuantResult as SiluMulBlockQuantResult
+from polyfuse._ops import gated_rms_norm as gated_rms_norm
 from polyfuse._ops import gdn_conv_prep as gdn_conv_prep
 from polyfuse._ops import gdn_in_proj as gdn_in_proj
 from polyfuse._ops import gdn_post_conv as gdn_post_conv

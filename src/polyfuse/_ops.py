@@ -25,6 +25,7 @@ __all__ = [
     "GdnInProjResult",
     "GdnPostConvResult",
     "SiluMulBlockQuantResult",
+    "gated_rms_norm",
     "gdn_conv_prep",
     "gdn_in_proj",
     "gdn_post_conv",
@@ -242,3 +243,18 @@ def segment_attention(
 ) -> Array:
     """Softmax attention of every row of a packed batch over its own segment."""
     return run("segment_attention", (q, k, v, cu_seqlens, scale, max_seqlen), backend)
+
+
+@public
+def gated_rms_norm(
+    x: Array,
+    gate: Array,
+    weight: Array,
+    *,
+    eps: float = 1e-06,
+    activation: Literal["silu", "sigmoid"] = "silu",
+    weight_offset: float = 0.0,
+    backend: str | Sequence[str] | None = None,
+) -> Array:
+    """Root-mean-square normalisation of each row, times a weight and an activated gate, in one pass."""
+    return run("gated_rms_norm", (x, gate, weight, eps, activation, weight_offset), backend)

@@ -42,17 +42,25 @@ def heads_of_128() -> Iterator[tuple[str, Case, tuple[str, ...]]]:
         yield "gdn_conv_prep", prep, ("torch", "jax", "triton")
 
 
+def rows_of_128() -> Iterator[tuple[str, Case, tuple[str, ...]]]:
+    for activation in ("silu", "sigmoid"):
+        dims, attrs = {"...": (8,), "V": 128}, {"activation": activation}
+        yield "gated_rms_norm", Case(f"v128-{activation}", dims, attrs), ("torch", "jax", "triton")
+
+
 def own_cases() -> Iterator[tuple[str, Case, tuple[str, ...]]]:
     for op in ("gdn_post_conv", "gdn_conv_prep"):
         for case in own(op, "gates_wide_line"):
             yield op, case, ("torch", "jax")
+    for case in own("gated_rms_norm", "gate_wide_line", "width_1000"):
+        yield "gated_rms_norm", case, ("torch", "jax", "triton")
     for case in own("silu_mul_block_quant", "ties"):
         yield "silu_mul_block_quant", case, ("torch", "jax", "triton")
     for case in own("pos_embed_interpolate", "grid_points"):
         yield "pos_embed_interpolate", case, ("torch", "jax", "triton")
 
 
-ALL = (*projections(), *heads_of_128(), *own_cases())
+ALL = (*projections(), *heads_of_128(), *rows_of_128(), *own_cases())
 HONEST = [(backend, op, case) for op, case, names in ALL for backend in names]
 
 

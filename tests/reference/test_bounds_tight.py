@@ -57,6 +57,12 @@ def norm(op: str, values: Values) -> Intervals:
         return oracle(op).intervals(**values)
 
 
+def rows(op: str, values: Values) -> Intervals:
+    """V / 2 + 10 roundings of y."""
+    with steps(op, y=lambda names: names["V"] / 2 + 10):
+        return oracle(op).intervals(**values)
+
+
 def decay(op: str, values: Values) -> Intervals:
     """g's magnitude is |g| * (1 + |x| + |A_log|), above 0 too, and a flush counts once."""
     found = oracle(op).intervals(**values)
@@ -95,6 +101,7 @@ LOOSE: list[tuple[str, str, Callable[[str, Values], Intervals], str]] = [
     ("gdn_in_proj", "ties_away", projection, "qkvz"),
     ("gdn_post_conv", "approximate_root", norm, "q"),
     ("gdn_conv_prep", "truncated_sum_of_squares", norm, "q"),
+    ("gated_rms_norm", "truncated_sum_of_squares", rows, "y"),
     ("gdn_post_conv", "early_threshold", decay, "g"),
     ("gdn_conv_prep", "early_threshold", decay, "g"),
     ("silu_mul_block_quant", "ties_away", division, "q"),

@@ -43,6 +43,7 @@ import torch  # noqa: E402
 
 from polyfuse._torch.projections import Projection  # noqa: E402
 from polyfuse.triton_impl import _launch  # noqa: E402
+from polyfuse.triton_impl.gated_rms_norm import gated_rms_norm  # noqa: E402
 from polyfuse.triton_impl.gdn_conv_prep import gdn_conv_prep  # noqa: E402
 from polyfuse.triton_impl.gdn_in_proj import fused  # noqa: E402
 from polyfuse.triton_impl.gdn_post_conv import gdn_post_conv  # noqa: E402
@@ -162,6 +163,15 @@ vary(
     initial_state=[None],
     output_final_state=[True],
     **flags,
+)
+heads_apart: tuple[Way, ...] = (turned, lambda x: zeros(7, 4, 3, 16)[:, 1:, 1:])
+vary(
+    gated_rms_norm,
+    {"x": zeros(7, 3, 2, 16), "gate": zeros(7, 3, 2, 16), "weight": zeros(16)},
+    {"x": (*vector, *heads_apart), "gate": (*vector, *heads_apart), "weight": vector},
+    eps=[0.5],
+    activation=["sigmoid"],
+    weight_offset=[1.0],
 )
 vary(
     pos_embed_interpolate,

@@ -1,0 +1,165 @@
+"""The Triton backend of `gated_rms_norm`: one launch, each element read once.
+
+Rows are numbered through; a program takes ROWS consecutive ones, whole. Their leading dimensions become as few as the
+strides of x and of the gate allow.
+"""
+
+from functools import lru_cache
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+
+from polyfuse.spec import FP32_TINY, Capability
+from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._gdn import fast_sigmoid, silu, sum_of_squares
+from polyfuse.triton_impl._launch import Launcher
+
+NAME = "gated_rms_norm"
+
+CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), ranges={"V": (0, 2**15)}, interpreted=("cpu",))
+
+# (up to this many elements of x, elements per program, warps): few rows need many programs; of many, each program has
+# several loads in flight. A load is 16 bytes of 16-bit numbers.
+TILES = ((2**18, 512, 2), (2**63, 2048, 4))
+WARP_ELEMENTS = 512  # at most, in a long row
+WIDE_ROWS = 2**31  # from here on rows are numbered in 64 bits
+MOST_DIMS = 3  # that rows are numbered in
+
+Leading = list[tuple[int, int, int]]  # a size, and the stride of x and of the gate
+
+
+@triton.jit(do_not_specialize=["rows", "middle", "inner"])
+def _kernel(
+    x_ptr,  # [outer, middle, inner, V]
+    gate_ptr,  # the same
+    weight_ptr,  # [V]
+    y_ptr,  # [rows, V]
+    eps,
+    offset,
+    rows,
+    middle,
+    inner,
+    x_outer_stride,
+    x_middle_stride,
+    x_inner_stride,
+    gate_outer_stride,
+    gate_middle_stride,
+    gate_inner_stride,
+    DIMS: tl.constexpr,  # with 2 there is no middle, with 1 inner is all rows
+    V: tl.constexpr,
+    SILU: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    COLUMNS: tl.constexpr = triton.next_power_of_2(V)
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.uint32
+    row = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS).to(INDEX)  # [ROWS]
+    live = row < rows.to(INDEX)
+    source = tl.minimum(row, rows.to(INDEX) - 1)  # past the last row it is read again: cheaper than a mask
+    x_row = source.to(tl.int64) * x_inner_stride
+    gate_row = source.to(tl.int64) * gate_inner_stride
+    if DIMS > 1:
+        outer = source // inner.to(INDEX)
+        last = (source - outer * inner.to(INDEX)).to(tl.int64)
+        x_row = last * x_inner_stride
+        gate_row = last * gate_inner_stride
+        if DIMS > 2:
+            between = outer
+            outer = between // middle.to(INDEX)
+            between = (between - outer * middle.to(INDEX)).to(tl.int64)
+            x_row += between * x_middle_stride
+            gate_row += between * gate_middle_stride
+        x_row += outer.to(tl.int64) * x_outer_stride
+        gate_row += outer.to(tl.int64) * gate_outer_stride
+
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = column < V
+    x = tl.load(x_ptr + x_row[:, None] + column, mask=inside, other=0.0, eviction_policy="evict_first")
+    gate = tl.load(gate_ptr + gate_row[:, None] + column, mask=inside, other=0.0, eviction_policy="evict_first")
+    # For each row anew, as a thread's part of a single row of weights would come to it through shared memory.
+    weight = tl.load(weight_ptr + tl.zeros([ROWS, 1], tl.int32) + column, mask=inside, other=0.0)
+    dtype: tl.constexpr = x.dtype
+    x = widen(x)
+    gate = widen(gate)
+    total = sum_of_squares(tl.reshape(x, [ROWS, 1, COLUMNS]))  # [ROWS, 1]
+    n = x * tl.rsqrt(tl.fma(total, 1.0 / V, eps))
+    act = silu(gate) if SILU else fast_sigmoid(gate)
+    y = round_to(n * (widen(weight) + offset) * act, dtype)
+    tl.store(y_ptr + (row.to(tl.int64) * V)[:, None] + column, y, mask=live[:, None] & inside)
+
+
+_launch = Launcher(NAME, _kernel)
+
+
+def _merged(shape: tuple[int, ...], x_strides: tuple[int, ...], gate_strides: tuple[int, ...]) -> Leading:
+    """Leading dimensions, outermost first; neighbours that both arrays run through in even steps are one."""
+    dims: Leading = []
+    for size, x_stride, gate_stride in zip(shape, x_strides, gate_strides, strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1:] == (size * x_stride, size * gate_stride):
+            dims[-1] = (dims[-1][0] * size, x_stride, gate_stride)
+        else:
+            dims.append((size, x_stride, gate_stride))
+    return dims
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, ...], x_strides: tuple[int, ...], gate_strides: tuple[int, ...], silu: bool
+) -> tuple[int, tuple[int, ...], tuple[int | bool, ...], int] | None:
+    """The number of programs, what they take behind offset, that is numbers and fixed, and their warps.
+
+    None where `_copied` must come first.
+    """
+    *lead, width = shape
+    dims = _merged(tuple(lead), x_strides[:-1], gate_strides[:-1])
+    if len(dims) > MOST_DIMS or (width > 1 and (x_strides[-1] != 1 or gate_strides[-1] != 1)):
+        return None
+    rows, columns = prod(lead), triton.next_power_of_2(width)
+    elements, warps = next(tile[1:] for tile in TILES if rows * columns <= tile[0])
+    tile_rows = max(1, elements // columns)
+    outer, *between, inner = [(1, 0, 0)] * (2 - len(dims)) + dims
+    middle = between[0] if between else (1, 0, 0)
+    strides = outer[1], middle[1], inner[1], outer[2], middle[2], inner[2]
+    numbers = rows, middle[0], inner[0]
+    fixed = *strides, max(1, len(dims)), width, silu, rows >= WIDE_ROWS, tile_rows
+    return -(-rows // tile_rows), numbers, fixed, max(warps, columns // WARP_ELEMENTS)
+
+
+def _copied(x: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and the gate, of which those whose rows are not of adjacent elements are contiguous; if none is so, both.
+
+    That is where their rows have more strides together than a program counts in.
+    """
+    apart = [rows.stride(-1) != 1 for rows in (x, gate)]
+    x, gate = (
+        rows.contiguous() if alone or not any(apart) else rows for rows, alone in zip((x, gate), apart, strict=True)
+    )
+    return x, gate
+
+
+def gated_rms_norm(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    activation: str = "silu",
+    weight_offset: float = 0.0,
+) -> torch.Tensor:
+    """Returns y [..., V], rounded once."""
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    silu = activation == "silu"
+    plan = _plan(x.shape, x.stride(), gate.stride(), silu)
+    while plan is None:
+        x, gate = _copied(x, gate)
+        plan = _plan(x.shape, x.stride(), gate.stride(), silu)
+    programs, numbers, fixed, warps = plan
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    floats = max(eps, FP32_TINY), weight_offset  # a zero row must give zeros
+    _launch((programs, 1, 1), (x, gate, weight.contiguous()), (y,), (*floats, *numbers), fixed, warps)
+    return y
