@@ -46,14 +46,23 @@ def formula(
 
 def recurrence(parts: Rows, state: F64) -> tuple[F64, F64]:
     """o [rows, HV, V] of one sequence without its scale, and the state [HV, K, V] after its last row."""
-    q, k, v, g, beta = parts
-    o = np.empty(v.shape)
-    for t in range(len(q)):
-        state = np.exp(g[t])[:, None, None] * state
-        d = beta[t][:, None] * (v[t] - answer(state, k[t]))
-        state = state + k[t][:, :, None] * d[:, None, :]
-        o[t] = answer(state, q[t])
+    o = np.empty(parts[2].shape)
+    for t in range(len(o)):
+        o[t], state = step(*(part[t] for part in parts), state=state)
     return o, state
+
+
+def step(q: F64, k: F64, v: F64, g: F64, beta: F64, *, state: F64) -> tuple[F64, F64]:
+    """o [HV, V] of one row, and the state after it."""
+    state = np.exp(g)[:, None, None] * state
+    d = beta[:, None] * (v - answer(state, k))
+    state = state + outer(k, d)
+    return answer(state, q), state
+
+
+def outer(k: F64, d: F64) -> F64:
+    """k d^T of each head: [HV, K, V]."""
+    return k[:, :, None] * d[:, None, :]
 
 
 def answer(state: F64, vector: F64) -> F64:

@@ -185,7 +185,7 @@ SPEC = OpSpec(
         "Subnormal float32 numbers, inputs and results, may count as zero.",
         "Not differentiable: gradients are refused.",
     ),
-    core=("bfloat16-h2-hv2", "packed-int32-initial_state"),
+    core=("bfloat16-h2-hv4", "bfloat16-packed-int32-initial_state"),
     check=_check,
     derive=_derive,
     cost=_cost,
