@@ -243,7 +243,7 @@ class Chunk:
             + (seen**2 + queries**2) @ self._rounded(self.state)
             + self._rounded(queries) @ squares
             + (self.fp32 + self.units.o**2) * own
-            + np.einsum("tac,ta->tc", (covariance @ seen.T).transpose(2, 1, 0), seen)
+            + np.einsum("cat,ta->tc", np.tensordot(covariance, seen, (1, 1)), seen)
         )
 
     def next_state(self) -> F64:
@@ -256,12 +256,12 @@ class Chunk:
         replaced = -keys.T @ self.w  # of the state before, by what the chunk reads of it
         kept = self.before[-1] * np.eye(len(replaced)) + replaced
         decayed = self.before[-1] * self.state.T
-        of_d, of_state = self.d_variance.T[:, :, None], self._rounded(self.state).T[:, :, None]
+        errors = np.concatenate([self.d_variance, self._rounded(self.state)])  # of d and of the state as an operand
+        reach = np.concatenate([keys, replaced.T])  # what of the state each of them changes
         own = self.units.state**2 * (decayed**2 + self.d.T**2 @ keys**2) + self.d.T**2 @ self._rounded(keys)
         return (
-            kept @ covariance @ kept.T
-            + keys.T @ (of_d * keys)
-            + replaced @ (of_state * replaced.T)
+            np.tensordot(np.tensordot(covariance, kept, (1, 1)), kept, (1, 1))
+            + np.tensordot(errors, reach[:, :, None] * reach[:, None, :], (0, 0))
             + self.fp32 * decayed[:, :, None] * decayed[:, None, :]
             + own[:, :, None] * np.eye(len(kept))
         )

@@ -1,9 +1,8 @@
 """`gated_delta_rule` in PyTorch, in the chunked form that the docstring of `polyfuse.spec.gated_delta_rule` gives.
 
-Each sequence's rows lie in slots of 64 of their own, zeros behind them: within slots all is computed at once, and the
-state goes from slot to slot. Rows of zeros, with g and beta zero, leave the state as it is. Nothing is read back to
-the host: sequence s begins at slot cu_seqlens[s] // 64 + s, so that no two share one and rows // 64 + sequences slots
-are enough.
+Each sequence's rows lie in slots of 64 of their own, zeros behind them: within slots all is computed at once, and
+then the state goes from slot to slot. Nothing is read back to the host: sequence s begins at slot
+cu_seqlens[s] // 64 + s, so that no two share one, and rows // 64 + sequences slots are enough.
 """
 
 import torch
@@ -35,6 +34,8 @@ def gated_delta_rule(
     slots = rows // CHUNK + count
     places = _places(ends, rows, slots)
     numbers = _sequence_of_slot(ends, slots)
+    # A slot without rows would take a NaN of the state through its whole column.
+    used = torch.zeros(slots + 1, dtype=torch.bool, device=v.device).index_fill_(0, places // CHUNK, True)
     begins = numbers != torch.cat([numbers.new_full((1,), -1), numbers[:-1]])
 
     def in_slots(x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +60,7 @@ def gated_delta_rule(
         d = u[slot] - w[slot] @ state
         own = seen[slot] @ state + mix[slot] @ d  # [HV, 64, V]
         o[slot * CHUNK : (slot + 1) * CHUNK] = factor * own.transpose(0, 1)
-        state = decay[slot] * state + kept[slot].mT @ d
+        state = torch.where(used[slot], decay[slot] * state + kept[slot].mT @ d, state)
         # What follows in the same sequence writes over it.
         last.index_copy_(0, number, state[None])
     return o.index_select(0, places).to(v.dtype), last if output_final_state else last[:0]
