@@ -40,6 +40,7 @@ _NAMES = (
     "gdn_in_proj",
     "segment_attention",
     "gated_rms_norm",
+    "gated_delta_rule",
 )
 
 FORMER_NAMES = {"gdn_conv_post": "gdn_conv_prep"}  # accepted for one more release, with a warning

@@ -21,10 +21,12 @@ else:
     HostArray = DType = Any
 
 __all__ = [
+    "GatedDeltaRuleResult",
     "GdnConvPrepResult",
     "GdnInProjResult",
     "GdnPostConvResult",
     "SiluMulBlockQuantResult",
+    "gated_delta_rule",
     "gated_rms_norm",
     "gdn_conv_prep",
     "gdn_in_proj",
@@ -258,3 +260,31 @@ def gated_rms_norm(
 ) -> Array:
     """Root-mean-square normalisation of each row, times a weight and an activated gate, in one pass."""
     return run("gated_rms_norm", (x, gate, weight, eps, activation, weight_offset), backend)
+
+
+class GatedDeltaRuleResult(NamedTuple, Generic[Array]):
+    """The results of `gated_delta_rule`."""
+
+    o: Array
+    final_state: Array
+
+
+@public
+def gated_delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    *,
+    initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    scale: float | None = None,
+    output_final_state: bool = False,
+    backend: str | Sequence[str] | None = None,
+) -> GatedDeltaRuleResult[Array]:
+    """The gated delta rule over the rows of packed sequences, with their states."""
+    return named(
+        GatedDeltaRuleResult,
+        run("gated_delta_rule", (q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state), backend),
+    )
