@@ -1,14 +1,15 @@
 """The Triton backend of `gated_delta_rule`: two launches, which work on chunks of 64 rows of a sequence.
 
-With G the sum of g from the beginning of the chunk, S the state before it, and d = beta * (v - S^T k) as in the spec:
+With G the sum of g from the beginning of the chunk, S the state before the chunk, and d as in the spec:
 
     M[i, j] = beta[i] * (k[i] . k[j]) * exp(G[i] - G[j]) for j < i, else 0
-    d       = (I + M)^-1 (beta * v) - (I + M)^-1 (beta * exp(G) * k) S
+    d       = (I + M)^-1 (beta * (v - exp(G) * (k S)))
     o       = scale * (exp(G) * (q S) + P d)        P[i, j] = (q[i] . k[j]) * exp(G[i] - G[j]) for j <= i, else 0
     S       = exp(G[last]) * S + k^T (exp(G[last] - G) * d)
 
-`_prepare` computes all that needs no state, each chunk on its own: the two factors of d, `u` and `-w`; P; and the
-exponentials. `_scan` walks from chunk to chunk of a sequence, a block of the value's columns at a time.
+`_prepare` computes all that needs no state, each chunk on its own: T = (I + M)^-1 beta, P and the exponentials. `_scan`
+walks from chunk to chunk of a sequence, with a block of the value's columns. Had `_prepare` multiplied T with v and k
+too, the scan would have one product of five less, but more would be written and read than in all of it now.
 """
 
 import torch
@@ -23,20 +24,21 @@ NAME = "gated_delta_rule"
 
 CAPABILITY = Capability(
     devices=("cuda", "rocm", "xpu", "cpu"),
-    ranges={"K": (1, 256), "V": (1, 65536)},
+    ranges={"K": (1, 256)},
     interpreted=("cpu",),
 )
 
 ROWS = tl.constexpr(64)  # of a chunk
+CORNER = tl.constexpr(16)  # rows of the blocks that M is inverted from: the least that `tl.dot` takes
 LEAST_G = tl.constexpr(-120.0)  # exp(-104) is zero in fp32. Sums of it are finite, so that no difference is NaN
 SEARCH = tl.constexpr(256)  # entries of cu_seqlens looked at together
 NEVER = tl.constexpr(2**31 - 1)  # a slot that does not come
 
 
 @triton.jit
-def _load(ptr, mask, ZERO: tl.constexpr = 0.0):
+def _load(ptr, mask):
     """A tile for `tl.dot`, zero outside of the mask."""
-    value = tl.load(ptr, mask=mask, other=ZERO)
+    value = tl.load(ptr, mask=mask, other=0.0)
     return widen(value) if INTERPRETED else value  # bf16 arithmetic is wrong in the interpreter
 
 
@@ -55,7 +57,7 @@ def _dot(a, b, acc=None):
 
 @triton.jit
 def _place(cu_ptr, sequences, length, slot):
-    """The sequence of a slot, and the row that its chunk begins with and the one that its sequence ends before.
+    """The sequence of a slot, the row that its chunk begins with, and the one that its sequence ends before.
 
     The slots of sequence s start at cu[s] // ROWS + s + 1: room for its chunks, however it lies. Rows before the first
     sequence are sequence -1, and those after the last one sequence `sequences`. Slots without rows begin past the end.
@@ -72,33 +74,68 @@ def _place(cu_ptr, sequences, length, slot):
 
 
 @triton.jit
-def _inverse(M, PRECISION: tl.constexpr):
-    """(I + M)^-1 of a strictly lower triangular M [ROWS, ROWS].
+def _gram(ptr, stride, rows, first, second, STEP: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """Products [B, N, N] of the N rows from `first` on and those from `second` on, and so on every STEP rows."""
+    B: tl.constexpr = ROWS // STEP
+    row = tl.arange(0, B)[:, None, None] * STEP + tl.arange(0, N)[None, :, None]
+    key = tl.arange(0, triton.next_power_of_2(max(16, K)))[None, None, :]
+    a = _load(ptr + (row + first).to(tl.int64) * stride + key, (row + first < rows) & (key < K))
+    b = _load(ptr + (row + second).to(tl.int64) * stride + key, (row + second < rows) & (key < K))
+    return _dot(a, tl.permute(b, [0, 2, 1]))
 
-    Inverts diagonal blocks of 2, 4, 8 rows and so on, each from the inverses of its two halves. No powers of M are
-    summed: they can overflow where the inverse is small.
+
+@triton.jit
+def _corners(kk, G, beta, PRECISION: tl.constexpr):
+    """The blocks of (I + M)^-1 on the diagonal: from kk, G and beta [B, N, N], [ROWS] and [ROWS].
+
+    Inverts blocks of 2, 4, 8 rows and so on, each from the inverses of its two halves. No powers of M are summed: they
+    can overflow where the inverse is small.
     """
-    i = tl.arange(0, ROWS)[:, None]
-    j = tl.arange(0, ROWS)[None, :]
-    inverse = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, M, 0.0)
-    for level in tl.static_range(1, 6):
-        HALF: tl.constexpr = 2**level
-        below = tl.where((i // (2 * HALF) == j // (2 * HALF)) & (i // HALF > j // HALF), M, 0.0)
+    B: tl.constexpr = kk.shape[0]
+    N: tl.constexpr = kk.shape[1]
+    i = tl.arange(0, N)[None, :, None]
+    j = tl.arange(0, N)[None, None, :]
+    G = tl.reshape(G, [B, N])
+    decay = tl.exp(tl.where(i > j, G[:, :, None] - G[:, None, :], 0.0))
+    M = tl.where(i > j, tl.reshape(beta, [B, N])[:, :, None] * kk * decay, 0.0)
+    inverse = tl.where(i == j, 1.0, tl.where(i >> 1 == j >> 1, -M, 0.0))
+    for level in tl.static_range(1, 4):
+        below = tl.where((i >> level + 1 == j >> level + 1) & (i >> level > j >> level), M, 0.0)
         product = tl.dot(inverse, below, input_precision=PRECISION)
         inverse -= tl.dot(product, inverse, input_precision=PRECISION)
     return inverse
+
+
+@triton.jit
+def _halves(x, B: tl.constexpr, N: tl.constexpr):
+    """The first and the second N of each 2 * N elements, as [B, N]."""
+    return tl.split(tl.permute(tl.reshape(x, [B, 2, N]), [0, 2, 1]))
+
+
+@triton.jit
+def _merged(inverse, kk, G, beta, PRECISION: tl.constexpr):
+    """Blocks [B, 2*N, 2*N] of (I + M)^-1 on the diagonal, from those of half their size and kk [B, N, N] below them."""
+    B: tl.constexpr = kk.shape[0]
+    N: tl.constexpr = kk.shape[1]
+    G1, G2 = _halves(G, B, N)
+    _, beta2 = _halves(beta, B, N)
+    M = beta2[:, :, None] * kk * tl.exp(G2[:, :, None] - G1[:, None, :])
+    first, second = tl.split(tl.permute(tl.reshape(inverse, [B, 2, N, N]), [0, 2, 3, 1]))
+    product = tl.dot(second, M, input_precision=PRECISION)
+    below = -tl.dot(product, first, input_precision=PRECISION)
+    upper = tl.reshape(tl.permute(tl.join(first, tl.zeros_like(first)), [0, 1, 3, 2]), [B, N, 2 * N])
+    lower = tl.reshape(tl.permute(tl.join(below, second), [0, 1, 3, 2]), [B, N, 2 * N])
+    return tl.reshape(tl.permute(tl.join(upper, lower), [0, 3, 1, 2]), [B, 2 * N, 2 * N])
 
 
 @triton.jit(do_not_specialize=["length", "sequences"])
 def _prepare(
     q_ptr,  # [length, H, K]
     k_ptr,  # [length, H, K]
-    v_ptr,  # [length, HV, V]
     g_ptr,  # [length, HV]
     beta_ptr,  # [length, HV]
     cu_ptr,  # [sequences + 1] or None
-    w_ptr,  # [HV, length, K]: -w
-    u_ptr,  # [HV, length, V]
+    t_ptr,  # [HV, length, ROWS]
     p_ptr,  # [HV, length, ROWS]
     enter_ptr,  # [HV, length]: exp(G)
     leave_ptr,  # [HV, length]: exp(G[last] - G)
@@ -109,8 +146,6 @@ def _prepare(
     q_head,
     k_row,
     k_head,
-    v_row,
-    v_head,
     g_row,
     g_head,
     beta_row,
@@ -119,8 +154,6 @@ def _prepare(
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    PADDED_K: tl.constexpr,
-    PADDED_V: tl.constexpr,
     HEADS: tl.constexpr,  # value heads of a program, all of one key head
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -134,71 +167,75 @@ def _prepare(
     end = sequence + length
     if cu_ptr is not None:
         sequence, begin, end = _place(cu_ptr, sequences, length, slot)
-    if begin >= end:
+    rows = end - begin
+    if rows <= 0:
         return
 
     i = tl.arange(0, ROWS)
     row = begin + i.to(tl.int64)
-    live = row < end
-    key = tl.arange(0, PADDED_K)[None, :]
-    value = tl.arange(0, PADDED_V)[None, :]
-    keys = live[:, None] & (key < K)
-    values = live[:, None] & (value < V)
-    if (sequence < 0) | (sequence >= tl.maximum(sequences, 1)):
+    live = i < rows
+    if (sequence < 0) | (sequence >= sequences):
+        PADDED_V: tl.constexpr = triton.next_power_of_2(V)
+        value = tl.arange(0, PADDED_V)[None, :]
         zero = tl.zeros([ROWS, PADDED_V], o_ptr.dtype.element_ty)
-        for part in range(HEADS):
-            tl.store(o_ptr + (row * HV + first_head + part)[:, None] * V + value, zero, mask=values)
+        for head in range(HEADS):
+            place = (row * HV + first_head + head)[:, None] * V + value
+            tl.store(o_ptr + place, zero, mask=live[:, None] & (value < V))
         return
 
     key_head = (first_head // (HV // H)).to(tl.int64)
-    q = _load(q_ptr + row[:, None] * q_row + (key_head * q_head + key), keys)
-    k = _load(k_ptr + row[:, None] * k_row + (key_head * k_head + key), keys)
+    q_ptr += begin.to(tl.int64) * q_row + key_head * q_head
+    k_ptr += begin.to(tl.int64) * k_row + key_head * k_head
+    key = tl.arange(0, triton.next_power_of_2(max(16, K)))[None, :]
+    keys = live[:, None] & (key < K)
+    q = _load(q_ptr + i[:, None].to(tl.int64) * q_row + key, keys)
+    k = _load(k_ptr + i[:, None].to(tl.int64) * k_row + key, keys)
     qk = _dot(q, tl.trans(k))  # [ROWS, ROWS]
-    kk = _dot(k, tl.trans(k))
-    same = i[:, None] == i[None, :]
+    kk16 = _gram(k_ptr, k_row, rows, 0, 0, 16, 16, K)
+    kk32 = _gram(k_ptr, k_row, rows, 16, 0, 32, 16, K)
+    kk64 = _gram(k_ptr, k_row, rows, 32, 0, 64, 32, K)
     past = i[:, None] >= i[None, :]
-    last = tl.minimum(end - begin, ROWS) - 1
     for part in range(HEADS):
-        at = (first_head + part).to(tl.int64)
-        g = tl.load(g_ptr + row * g_row + at * g_head, mask=live, other=0.0)
-        beta = tl.load(beta_ptr + row * beta_row + at * beta_head, mask=live, other=0.0)
-        v = _load(v_ptr + row[:, None] * v_row + (at * v_head + value), values)
+        head = (first_head + part).to(tl.int64)
+        g = tl.load(g_ptr + row * g_row + head * g_head, mask=live, other=0.0)
+        beta = tl.load(beta_ptr + row * beta_row + head * beta_head, mask=live, other=0.0)
         G = tl.cumsum(tl.where(g < LEAST_G, LEAST_G, g), 0)  # where keeps NaN
-        enter = tl.exp(G)
-        decay = tl.exp(tl.where(past, G[:, None] - G[None, :], 0.0))
-        p = tl.where(past, qk * decay, 0.0)
-        inverse = _inverse(tl.where(past & ~same, beta[:, None] * kk * decay, 0.0), PRECISION)
-        inverse *= beta[None, :]
-        u = _dot(_rounded(inverse, DTYPE), v)
-        w = _dot(_rounded(inverse * -enter[None, :], DTYPE), k)
+        p = tl.where(past, qk * tl.exp(tl.where(past, G[:, None] - G[None, :], 0.0)), 0.0)
+        inverse = _corners(kk16, G, beta, PRECISION)
+        inverse = _merged(inverse, kk32, G, beta, PRECISION)
+        inverse = _merged(inverse, kk64, G, beta, PRECISION)
+        t = tl.reshape(inverse, [ROWS, ROWS]) * beta[None, :]
 
-        here = at * length + row
-        tl.store(u_ptr + here[:, None] * V + value, round_to(u, DTYPE), mask=values)
-        tl.store(w_ptr + here[:, None] * K + key, round_to(w, DTYPE), mask=keys)
-        tl.store(p_ptr + here[:, None] * ROWS + i[None, :], round_to(p, DTYPE), mask=live[:, None])
-        tl.store(enter_ptr + here, enter, mask=live)
-        tl.store(leave_ptr + here, tl.exp(tl.sum(tl.where(i == last, G, 0.0), 0) - G), mask=live)
+        here = head * length + row
+        tile = here[:, None] * ROWS + i[None, :]
+        tl.store(t_ptr + tile, round_to(t, DTYPE), mask=live[:, None])
+        tl.store(p_ptr + tile, round_to(p, DTYPE), mask=live[:, None])
+        tl.store(enter_ptr + here, tl.exp(G), mask=live)
+        total = tl.sum(tl.where(i == tl.minimum(rows, ROWS) - 1, G, 0.0), 0)
+        tl.store(leave_ptr + here, tl.exp(total - G), mask=live)
 
 
 @triton.jit(do_not_specialize=["length"])
 def _scan(
     q_ptr,  # [length, H, K]
     k_ptr,  # [length, H, K]
+    v_ptr,  # [length, HV, V]
     cu_ptr,  # [sequences + 1] or None
-    initial_ptr,  # [sequences, HV, K, V] or None
-    w_ptr,  # as in _prepare
-    u_ptr,
+    initial_ptr,  # [slots, HV, K, V] or None
+    t_ptr,  # as in _prepare
     p_ptr,
     enter_ptr,
     leave_ptr,
     o_ptr,  # [length, HV, V]
-    final_ptr,  # [sequences, HV, K, V], written if FINAL
+    final_ptr,  # [slots, HV, K, V], written if FINAL
     length,
     scale,
     q_row,
     q_head,
     k_row,
     k_head,
+    v_row,
+    v_head,
     initial_slot,
     initial_head,
     initial_key,
@@ -211,15 +248,16 @@ def _scan(
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    PADDED_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     FINAL: tl.constexpr,
     DTYPE: tl.constexpr,
+    OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # Transposed, [BLOCK_V, ...]: the state and d are then the first operands of all products, which a GPU reads from
+    # Transposed, [BLOCK_V, ...]: state and d are then the first operands of all products, which a GPU reads from
     # registers, where they are. The second operands come from memory, and are fetched ahead.
     BLOCKS: tl.constexpr = triton.cdiv(V, BLOCK_V)
+    PADDED_K: tl.constexpr = triton.next_power_of_2(max(16, K))
     program = tl.program_id(0)
     first_value = program % BLOCKS * BLOCK_V
     head = (program // BLOCKS % HV).to(tl.int64)
@@ -243,40 +281,42 @@ def _scan(
     key_head = head // (HV // H)
     q_ptr += begin.to(tl.int64) * q_row + key_head * q_head
     k_ptr += begin.to(tl.int64) * k_row + key_head * k_head
+    v_ptr += begin.to(tl.int64) * v_row + head * v_head + first_value
     here = head * length + begin
-    w_ptr += here * K
-    u_ptr += here * V + first_value
+    t_ptr += here * ROWS
     p_ptr += here * ROWS
     enter_ptr += here
     leave_ptr += here
     o_ptr += (begin.to(tl.int64) * HV + head) * V + first_value
-    q_tile = i[:, None].to(tl.int64) * q_row + key
-    k_tile = i[:, None].to(tl.int64) * k_row + key
     column = tl.arange(0, BLOCK_V)[None, :]
+    square = i[:, None] * ROWS + i[None, :]
+    far = i[:, None].to(OFFSET)
+    step = tl.full([], ROWS, tl.int64)
     for rows in tl.range(end - begin, 0, -ROWS, num_stages=STAGES):  # that are left
         live = (i < rows)[:, None]
         keys = live & (key < K)
         values = live & (column < V - first_value)
-        u = tl.load(u_ptr + (i[:, None] * V + column), mask=values, other=0.0)
-        w = _load(w_ptr + (i[:, None] * K + key), keys)
-        q = _load(q_ptr + q_tile, keys)
-        k = _load(k_ptr + k_tile, keys)
-        p = _load(p_ptr + (i[:, None] * ROWS + i[None, :]), live)
-        enter = tl.load(enter_ptr + i, mask=i < rows, other=0.0)
-        leave = tl.load(leave_ptr + i, mask=i < rows, other=0.0)
+        v = tl.load(v_ptr + (far * v_row + column), mask=values, other=0.0)
+        k = _load(k_ptr + (far * k_row + key), keys)
+        q = _load(q_ptr + (far * q_row + key), keys)
+        t = _load(t_ptr + square, live)
+        p = _load(p_ptr + square, live)
+        enter = tl.load(enter_ptr + i, mask=i < rows, other=0.0)[None, :]
+        leave = tl.load(leave_ptr + i, mask=i < rows, other=0.0)[None, :]
         decay = tl.load(enter_ptr + tl.minimum(rows, ROWS) - 1)
 
         before = _rounded(state, DTYPE)
-        d = _dot(before, tl.trans(w), widen(tl.trans(u)))  # [BLOCK_V, ROWS]
-        o = _dot(before, tl.trans(q)) * enter[None, :]
+        new = widen(tl.trans(v)) - enter * _dot(before, tl.trans(k))  # [BLOCK_V, ROWS]
+        o = enter * _dot(before, tl.trans(q))
+        d = _dot(_rounded(new, DTYPE), tl.trans(t))
         o = _dot(_rounded(d, DTYPE), tl.trans(p), o) * scale
-        state = _dot(_rounded(d * leave[None, :], DTYPE), k, state * decay)
+        state = _dot(_rounded(d * leave, DTYPE), k, state * decay)
 
         tl.store(o_ptr + (i[:, None] * (HV * V) + column), tl.trans(round_to(o, o_ptr.dtype.element_ty)), mask=values)
-        q_ptr += ROWS * q_row
-        k_ptr += ROWS * k_row
-        w_ptr += ROWS * K
-        u_ptr += ROWS * V
+        q_ptr += step * q_row
+        k_ptr += step * k_row
+        v_ptr += step * v_row
+        t_ptr += ROWS * ROWS
         p_ptr += ROWS * ROWS
         enter_ptr += ROWS
         leave_ptr += ROWS
@@ -319,42 +359,41 @@ def gated_delta_rule(
     """
     (length, key_heads, K), (_, heads, V) = q.shape, v.shape
     sequences = 1 if cu_seqlens is None else len(cu_seqlens) - 1
-    o = v.new_empty(v.shape)
-    final = torch.empty(
-        (sequences if output_final_state else 0, heads, K, V), dtype=torch.float32, device=v.device
-    )
+    states = sequences if output_final_state else 0
+    o = v.new_empty(length, heads, V)
+    final = torch.empty(states, heads, K, V, dtype=torch.float32, device=v.device)
     if not o.numel():
-        final.copy_(initial_state) if initial_state is not None and len(final) else final.zero_()
+        final.copy_(initial_state) if initial_state is not None and states else final.zero_()
         return o, final
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     part, warps, block_v, scan_warps, stages = _tile(heads // key_heads, V)
-    padded_k, padded_v = (max(16, triton.next_power_of_2(size)) for size in (K, V))
-    w, u, p = (v.new_empty(heads, length, columns) for columns in (K, V, ROWS.value))
+    t, p = (v.new_empty(heads, length, ROWS.value) for _ in range(2))
     enter, leave = (torch.empty(heads, length, dtype=torch.float32, device=v.device) for _ in range(2))
-    made = w, u, p, enter, leave
+    made = t, p, enter, leave
     slots = -(-length // ROWS.value) if cu_seqlens is None else length // ROWS.value + sequences + 2
-    dims = key_heads, heads, K, V, padded_k
+    dims = key_heads, heads, K, V
     dtype = DTYPES[v.dtype]
     strides = *q.stride()[:2], *k.stride()[:2]
     _launch_prepare(
         (slots * (heads // part), 1, 1),
-        (q, k, v, g, beta, cu_seqlens),
+        (q, k, g, beta, cu_seqlens),
         (*made, o),
         (length, sequences),
-        (
-            *(*strides, *v.stride()[:2], *g.stride(), *beta.stride(), *dims, padded_v, part, dtype),
-            "ieee" if v.dtype == torch.float32 else "tf32x3",
-        ),
+        (*strides, *g.stride(), *beta.stride(), *dims, part, dtype, "ieee" if v.dtype == torch.float32 else "tf32x3"),
         warps,
     )
-    states = (0,) * 4 if initial_state is None else initial_state.stride()
+    far = tl.int64 if max(q.stride(0), k.stride(0), v.stride(0), heads * V) * ROWS.value >= 2**31 else tl.int32
+    state_strides = (0, 0, 0, 0) if initial_state is None else initial_state.stride()
     _launch(
         (sequences * heads * -(-V // block_v), 1, 1),
-        (q, k, cu_seqlens, initial_state),
+        (q, k, v, cu_seqlens, initial_state),
         (*made, o, final),
         (length, K**-0.5 if scale is None else scale),
-        (*strides, *states, *final.stride(), *dims, block_v, output_final_state, dtype, stages),
+        (
+            *(*strides, *v.stride()[:2], *state_strides, *final.stride(), *dims, block_v, output_final_state),
+            *(dtype, far, stages),
+        ),
         scan_warps,
     )
     return o, final
