@@ -29,7 +29,6 @@ CAPABILITY = Capability(
 )
 
 ROWS = tl.constexpr(64)  # of a chunk
-CORNER = tl.constexpr(16)  # rows of the blocks that M is inverted from: the least that `tl.dot` takes
 LEAST_G = tl.constexpr(-120.0)  # exp(-104) is zero in fp32. Sums of it are finite, so that no difference is NaN
 SEARCH = tl.constexpr(256)  # entries of cu_seqlens looked at together
 NEVER = tl.constexpr(2**31 - 1)  # a slot that does not come
@@ -74,30 +73,21 @@ def _place(cu_ptr, sequences, length, slot):
 
 
 @triton.jit
-def _gram(ptr, stride, rows, first, second, STEP: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    """Products [B, N, N] of the N rows from `first` on and those from `second` on, and so on every STEP rows."""
-    B: tl.constexpr = ROWS // STEP
-    row = tl.arange(0, B)[:, None, None] * STEP + tl.arange(0, N)[None, :, None]
-    key = tl.arange(0, triton.next_power_of_2(max(16, K)))[None, None, :]
-    a = _load(ptr + (row + first).to(tl.int64) * stride + key, (row + first < rows) & (key < K))
-    b = _load(ptr + (row + second).to(tl.int64) * stride + key, (row + second < rows) & (key < K))
-    return _dot(a, tl.permute(b, [0, 2, 1]))
+def _diagonal(M, B: tl.constexpr, N: tl.constexpr):
+    """The blocks [B, N, N] on the diagonal of M [B*N, B*N]."""
+    own = tl.arange(0, B)[:, None, None, None] == tl.arange(0, B)[None, None, :, None]
+    return tl.sum(tl.where(own, tl.reshape(M, [B, N, B, N]), 0.0), 2)
 
 
 @triton.jit
-def _corners(kk, G, beta, PRECISION: tl.constexpr):
-    """The blocks of (I + M)^-1 on the diagonal: from kk, G and beta [B, N, N], [ROWS] and [ROWS].
+def _corners(M, PRECISION: tl.constexpr):
+    """(I + M)^-1 of strictly lower triangular M [B, 16, 16].
 
     Inverts blocks of 2, 4, 8 rows and so on, each from the inverses of its two halves. No powers of M are summed: they
     can overflow where the inverse is small.
     """
-    B: tl.constexpr = kk.shape[0]
-    N: tl.constexpr = kk.shape[1]
-    i = tl.arange(0, N)[None, :, None]
-    j = tl.arange(0, N)[None, None, :]
-    G = tl.reshape(G, [B, N])
-    decay = tl.exp(tl.where(i > j, G[:, :, None] - G[:, None, :], 0.0))
-    M = tl.where(i > j, tl.reshape(beta, [B, N])[:, :, None] * kk * decay, 0.0)
+    i = tl.arange(0, 16)[None, :, None]
+    j = tl.arange(0, 16)[None, None, :]
     inverse = tl.where(i == j, 1.0, tl.where(i >> 1 == j >> 1, -M, 0.0))
     for level in tl.static_range(1, 4):
         below = tl.where((i >> level + 1 == j >> level + 1) & (i >> level > j >> level), M, 0.0)
@@ -107,25 +97,23 @@ def _corners(kk, G, beta, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _halves(x, B: tl.constexpr, N: tl.constexpr):
-    """The first and the second N of each 2 * N elements, as [B, N]."""
-    return tl.split(tl.permute(tl.reshape(x, [B, 2, N]), [0, 2, 1]))
-
-
-@triton.jit
-def _merged(inverse, kk, G, beta, PRECISION: tl.constexpr):
-    """Blocks [B, 2*N, 2*N] of (I + M)^-1 on the diagonal, from those of half their size and kk [B, N, N] below them."""
-    B: tl.constexpr = kk.shape[0]
-    N: tl.constexpr = kk.shape[1]
-    G1, G2 = _halves(G, B, N)
-    _, beta2 = _halves(beta, B, N)
-    M = beta2[:, :, None] * kk * tl.exp(G2[:, :, None] - G1[:, None, :])
-    first, second = tl.split(tl.permute(tl.reshape(inverse, [B, 2, N, N]), [0, 2, 3, 1]))
-    product = tl.dot(second, M, input_precision=PRECISION)
-    below = -tl.dot(product, first, input_precision=PRECISION)
-    upper = tl.reshape(tl.permute(tl.join(first, tl.zeros_like(first)), [0, 1, 3, 2]), [B, N, 2 * N])
-    lower = tl.reshape(tl.permute(tl.join(below, second), [0, 1, 3, 2]), [B, N, 2 * N])
-    return tl.reshape(tl.permute(tl.join(upper, lower), [0, 3, 1, 2]), [B, 2 * N, 2 * N])
+def _merged(inverse, M, B: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """The blocks [B, 2*N, 2*N] on the diagonal of (I + M)^-1, from those of half their size."""
+    row = tl.arange(0, 2)[None, :, None, None, None]
+    column = tl.arange(0, 2)[None, None, None, :, None]
+    halves = tl.reshape(inverse, [B, 2, N, N])
+    first, second = tl.split(tl.permute(halves, [0, 2, 3, 1]))
+    M = tl.reshape(_diagonal(M, B, 2 * N), [B, 2, N, 2, N])
+    M = tl.sum(tl.sum(tl.where((row == 1) & (column == 0), M, 0.0), 3), 1)
+    if B == 1:  # products of matrices use all warps
+        first = tl.reshape(first, [N, N])
+        second = tl.reshape(second, [N, N])
+        M = tl.reshape(M, [N, N])
+    below = tl.dot(second, M, input_precision=PRECISION)
+    below = -tl.dot(below, first, input_precision=PRECISION)
+    below = tl.reshape(below, [B, N, N])
+    below = tl.where(row > column, below[:, None, :, None, :], 0.0)
+    return tl.reshape(tl.where(row == column, halves[:, :, :, None, :], below), [B, 2 * N, 2 * N])
 
 
 @triton.jit(do_not_specialize=["length", "sequences"])
@@ -154,14 +142,12 @@ def _prepare(
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    HEADS: tl.constexpr,  # value heads of a program, all of one key head
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = HV // HEADS
     program = tl.program_id(0)
-    first_head = program % BLOCKS * HEADS
-    slot = program // BLOCKS
+    head = (program % HV).to(tl.int64)
+    slot = program // HV
     sequence = slot * 0
     begin = slot * ROWS
     end = sequence + length
@@ -175,44 +161,35 @@ def _prepare(
     row = begin + i.to(tl.int64)
     live = i < rows
     if (sequence < 0) | (sequence >= sequences):
-        PADDED_V: tl.constexpr = triton.next_power_of_2(V)
-        value = tl.arange(0, PADDED_V)[None, :]
-        zero = tl.zeros([ROWS, PADDED_V], o_ptr.dtype.element_ty)
-        for head in range(HEADS):
-            place = (row * HV + first_head + head)[:, None] * V + value
-            tl.store(o_ptr + place, zero, mask=live[:, None] & (value < V))
+        value = tl.arange(0, triton.next_power_of_2(V))[None, :]
+        zero = tl.zeros([ROWS, triton.next_power_of_2(V)], o_ptr.dtype.element_ty)
+        tl.store(o_ptr + (row * HV + head)[:, None] * V + value, zero, mask=live[:, None] & (value < V))
         return
 
-    key_head = (first_head // (HV // H)).to(tl.int64)
-    q_ptr += begin.to(tl.int64) * q_row + key_head * q_head
-    k_ptr += begin.to(tl.int64) * k_row + key_head * k_head
+    key_head = head // (HV // H)
     key = tl.arange(0, triton.next_power_of_2(max(16, K)))[None, :]
     keys = live[:, None] & (key < K)
-    q = _load(q_ptr + i[:, None].to(tl.int64) * q_row + key, keys)
-    k = _load(k_ptr + i[:, None].to(tl.int64) * k_row + key, keys)
-    qk = _dot(q, tl.trans(k))  # [ROWS, ROWS]
-    kk16 = _gram(k_ptr, k_row, rows, 0, 0, 16, 16, K)
-    kk32 = _gram(k_ptr, k_row, rows, 16, 0, 32, 16, K)
-    kk64 = _gram(k_ptr, k_row, rows, 32, 0, 64, 32, K)
+    q = _load(q_ptr + row[:, None] * q_row + (key_head * q_head + key), keys)
+    k = _load(k_ptr + row[:, None] * k_row + (key_head * k_head + key), keys)
+    g = tl.load(g_ptr + row * g_row + head * g_head, mask=live, other=0.0)
+    beta = tl.load(beta_ptr + row * beta_row + head * beta_head, mask=live, other=0.0)
+    G = tl.cumsum(tl.where(g < LEAST_G, LEAST_G, g), 0)  # where keeps NaN
     past = i[:, None] >= i[None, :]
-    for part in range(HEADS):
-        head = (first_head + part).to(tl.int64)
-        g = tl.load(g_ptr + row * g_row + head * g_head, mask=live, other=0.0)
-        beta = tl.load(beta_ptr + row * beta_row + head * beta_head, mask=live, other=0.0)
-        G = tl.cumsum(tl.where(g < LEAST_G, LEAST_G, g), 0)  # where keeps NaN
-        p = tl.where(past, qk * tl.exp(tl.where(past, G[:, None] - G[None, :], 0.0)), 0.0)
-        inverse = _corners(kk16, G, beta, PRECISION)
-        inverse = _merged(inverse, kk32, G, beta, PRECISION)
-        inverse = _merged(inverse, kk64, G, beta, PRECISION)
-        t = tl.reshape(inverse, [ROWS, ROWS]) * beta[None, :]
+    decay = tl.exp(tl.where(past, G[:, None] - G[None, :], 0.0))
+    p = tl.where(past, _dot(q, tl.trans(k)) * decay, 0.0)
+    M = tl.where(past & (i[:, None] != i[None, :]), beta[:, None] * _dot(k, tl.trans(k)) * decay, 0.0)
+    inverse = _corners(_diagonal(M, 4, 16), PRECISION)
+    inverse = _merged(inverse, M, 2, 16, PRECISION)
+    inverse = _merged(inverse, M, 1, 32, PRECISION)
+    t = tl.reshape(inverse, [ROWS, ROWS]) * beta[None, :]
 
-        here = head * length + row
-        tile = here[:, None] * ROWS + i[None, :]
-        tl.store(t_ptr + tile, round_to(t, DTYPE), mask=live[:, None])
-        tl.store(p_ptr + tile, round_to(p, DTYPE), mask=live[:, None])
-        tl.store(enter_ptr + here, tl.exp(G), mask=live)
-        total = tl.sum(tl.where(i == tl.minimum(rows, ROWS) - 1, G, 0.0), 0)
-        tl.store(leave_ptr + here, tl.exp(total - G), mask=live)
+    here = head * length + row
+    tile = here[:, None] * ROWS + i[None, :]
+    tl.store(t_ptr + tile, round_to(t, DTYPE), mask=live[:, None])
+    tl.store(p_ptr + tile, round_to(p, DTYPE), mask=live[:, None])
+    total = tl.sum(tl.where(i == tl.minimum(rows, ROWS) - 1, G, 0.0), 0)
+    tl.store(enter_ptr + here, tl.exp(G), mask=live)
+    tl.store(leave_ptr + here, tl.exp(total - G), mask=live)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -333,12 +310,12 @@ _launch = Launcher(NAME, _scan)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _tile(group: int, V: int) -> tuple[int, int, int, int, int]:
-    """Value heads and warps of a program of `_prepare`; columns of the value, warps and stages of one of `_scan`.
+def _tile(V: int) -> tuple[int, int, int, int]:
+    """Warps of a program of `_prepare`; columns of the value, warps and stages of one of `_scan`.
 
     None of it depends on how many rows or sequences there are, and so no result does.
     """
-    return group, 4, min(64, max(16, triton.next_power_of_2(V))), 4, 3
+    return 4, min(64, max(16, triton.next_power_of_2(V))), 4, 3
 
 
 def gated_delta_rule(
@@ -367,7 +344,7 @@ def gated_delta_rule(
         return o, final
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    part, warps, block_v, scan_warps, stages = _tile(heads // key_heads, V)
+    warps, block_v, scan_warps, stages = _tile(V)
     t, p = (v.new_empty(heads, length, ROWS.value) for _ in range(2))
     enter, leave = (torch.empty(heads, length, dtype=torch.float32, device=v.device) for _ in range(2))
     made = t, p, enter, leave
@@ -376,11 +353,11 @@ def gated_delta_rule(
     dtype = DTYPES[v.dtype]
     strides = *q.stride()[:2], *k.stride()[:2]
     _launch_prepare(
-        (slots * (heads // part), 1, 1),
+        (slots * heads, 1, 1),
         (q, k, g, beta, cu_seqlens),
         (*made, o),
         (length, sequences),
-        (*strides, *g.stride(), *beta.stride(), *dims, part, dtype, "ieee" if v.dtype == torch.float32 else "tf32x3"),
+        (*strides, *g.stride(), *beta.stride(), *dims, dtype, "ieee" if v.dtype == torch.float32 else "tf32x3"),
         warps,
     )
     far = tl.int64 if max(q.stride(0), k.stride(0), v.stride(0), heads * V) * ROWS.value >= 2**31 else tl.int32
