@@ -125,8 +125,7 @@ def _prepare(
     cu_ptr,  # [sequences + 1] or None
     t_ptr,  # [HV, length, ROWS]
     p_ptr,  # [HV, length, ROWS]
-    enter_ptr,  # [HV, length]: exp(G)
-    leave_ptr,  # [HV, length]: exp(G[last] - G)
+    decay_ptr,  # [HV, length, 2]: exp(G) and exp(G[last] - G)
     o_ptr,  # [length, HV, V]: zero in rows outside of all sequences
     length,
     sequences,
@@ -188,8 +187,8 @@ def _prepare(
     tl.store(t_ptr + tile, round_to(t, DTYPE), mask=live[:, None])
     tl.store(p_ptr + tile, round_to(p, DTYPE), mask=live[:, None])
     total = tl.sum(tl.where(i == tl.minimum(rows, ROWS) - 1, G, 0.0), 0)
-    tl.store(enter_ptr + here, tl.exp(G), mask=live)
-    tl.store(leave_ptr + here, tl.exp(total - G), mask=live)
+    tl.store(decay_ptr + here * 2, tl.exp(G), mask=live)
+    tl.store(decay_ptr + here * 2 + 1, tl.exp(total - G), mask=live)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -201,8 +200,7 @@ def _scan(
     initial_ptr,  # [slots, HV, K, V] or None
     t_ptr,  # as in _prepare
     p_ptr,
-    enter_ptr,
-    leave_ptr,
+    decay_ptr,
     o_ptr,  # [length, HV, V]
     final_ptr,  # [slots, HV, K, V], written if FINAL
     length,
@@ -262,8 +260,7 @@ def _scan(
     here = head * length + begin
     t_ptr += here * ROWS
     p_ptr += here * ROWS
-    enter_ptr += here
-    leave_ptr += here
+    decay_ptr += here * 2
     o_ptr += (begin.to(tl.int64) * HV + head) * V + first_value
     column = tl.arange(0, BLOCK_V)[None, :]
     square = i[:, None] * ROWS + i[None, :]
@@ -278,16 +275,16 @@ def _scan(
         q = _load(q_ptr + (far * q_row + key), keys)
         t = _load(t_ptr + square, live)
         p = _load(p_ptr + square, live)
-        enter = tl.load(enter_ptr + i, mask=i < rows, other=0.0)[None, :]
-        leave = tl.load(leave_ptr + i, mask=i < rows, other=0.0)[None, :]
-        decay = tl.load(enter_ptr + tl.minimum(rows, ROWS) - 1)
+        decays = tl.load(decay_ptr + (i[:, None] * 2 + tl.arange(0, 2)[None, :]), mask=live, other=0.0)
+        enter, leave = tl.split(decays)  # [ROWS]
+        total = tl.load(decay_ptr + (tl.minimum(rows, ROWS) - 1) * 2)
 
         before = _rounded(state, DTYPE)
-        new = widen(tl.trans(v)) - enter * _dot(before, tl.trans(k))  # [BLOCK_V, ROWS]
-        o = enter * _dot(before, tl.trans(q))
+        new = widen(tl.trans(v)) - enter[None, :] * _dot(before, tl.trans(k))  # [BLOCK_V, ROWS]
+        o = enter[None, :] * _dot(before, tl.trans(q))
         d = _dot(_rounded(new, DTYPE), tl.trans(t))
         o = _dot(_rounded(d, DTYPE), tl.trans(p), o) * scale
-        state = _dot(_rounded(d * leave, DTYPE), k, state * decay)
+        state = _dot(_rounded(d * leave[None, :], DTYPE), k, state * total)
 
         tl.store(o_ptr + (i[:, None] * (HV * V) + column), tl.trans(round_to(o, o_ptr.dtype.element_ty)), mask=values)
         q_ptr += step * q_row
@@ -295,8 +292,7 @@ def _scan(
         v_ptr += step * v_row
         t_ptr += ROWS * ROWS
         p_ptr += ROWS * ROWS
-        enter_ptr += ROWS
-        leave_ptr += ROWS
+        decay_ptr += ROWS * 2
         o_ptr += ROWS * HV * V
 
     if FINAL:
@@ -346,8 +342,8 @@ def gated_delta_rule(
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     warps, block_v, scan_warps, stages = _tile(V)
     t, p = (v.new_empty(heads, length, ROWS.value) for _ in range(2))
-    enter, leave = (torch.empty(heads, length, dtype=torch.float32, device=v.device) for _ in range(2))
-    made = t, p, enter, leave
+    decay = torch.empty(heads, length, 2, dtype=torch.float32, device=v.device)
+    made = t, p, decay
     slots = -(-length // ROWS.value) if cu_seqlens is None else length // ROWS.value + sequences + 2
     dims = key_heads, heads, K, V
     dtype = DTYPES[v.dtype]
