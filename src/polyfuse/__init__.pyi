@@ -1,9 +1,11 @@
 """The types of what `import polyfuse` offers. `make generate` writes this file from the specs."""
 
+from polyfuse._ops import GatedDeltaRuleResult as GatedDeltaRuleResult
 from polyfuse._ops import GdnConvPrepResult as GdnConvPrepResult
 from polyfuse._ops import GdnInProjResult as GdnInProjResult
 from polyfuse._ops import GdnPostConvResult as GdnPostConvResult
 from polyfuse._ops import SiluMulBlockQuantResult as SiluMulBlockQuantResult
+from polyfuse._ops import gated_delta_rule as gated_delta_rule
 from polyfuse._ops import gdn_conv_prep as gdn_conv_prep
 from polyfuse._ops import gdn_in_proj as gdn_in_proj
 from polyfuse._ops import gdn_post_conv as gdn_post_conv

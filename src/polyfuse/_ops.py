@@ -21,10 +21,12 @@ else:
     HostArray = DType = Any
 
 __all__ = [
+    "GatedDeltaRuleResult",
     "GdnConvPrepResult",
     "GdnInProjResult",
     "GdnPostConvResult",
     "SiluMulBlockQuantResult",
+    "gated_delta_rule",
     "gdn_conv_prep",
     "gdn_in_proj",
     "gdn_post_conv",
@@ -237,3 +239,30 @@ def segment_attention(
 ) -> Array:
     """Softmax attention of every row of a packed batch over its own segment."""
     return run("segment_attention", (q, k, v, cu_seqlens, scale, max_seqlen), backend)
+
+
+class GatedDeltaRuleResult(NamedTuple, Generic[Array]):
+    """The results of `gated_delta_rule`."""
+
+    o: Array
+    final_state: Array
+
+
+@public
+def gated_delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    *,
+    initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    scale: float | None = None,
+    output_final_state: bool = False,
+    backend: str | Sequence[str] | None = None,
+) -> GatedDeltaRuleResult[Array]:
+    """The gated delta rule over the rows of packed sequences, with their states."""
+    return GatedDeltaRuleResult._make(
+        run("gated_delta_rule", (q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state), backend)
+    )
