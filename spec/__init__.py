@@ -39,6 +39,7 @@ _NAMES = (
     "silu_mul_block_quant",
     "gdn_in_proj",
     "segment_attention",
+    "gdn_decode",
 )
 
 FORMER_NAMES = {"gdn_conv_post": "gdn_conv_prep"}  # accepted for one more release, with a warning
