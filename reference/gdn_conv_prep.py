@@ -1,6 +1,6 @@
 """The oracle of `gdn_conv_prep`; the formula is the docstring of `polyfuse.spec.gdn_conv_prep`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from polyfuse.spec import Capability
 from polyfuse.spec.gdn_conv_prep import SILU_SLOPE, SPEC
 
 CAPABILITY = Capability(devices=("cpu",))
+
+Inverse = Callable[[F64, float], F64]
 
 
 def formula(
@@ -114,7 +116,7 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     """The error of c, through SiLU to y, and through the norm to q and k."""
     x = in_order(given.x, given.num_k_heads, given.head_k_dim) if given.interleaved else given.x
     window = windows(x, given.initial_state, given.cu_seqlens, given.weight.shape[1])
-    y = _activated(window, given, error)
+    y = activated(window, given, error)
     parts = [
         split_heads(part, given.num_k_heads, given.head_k_dim, given.head_v_dim) for part in (y.value, y.low, y.high)
     ]
@@ -122,14 +124,14 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     results = {}
     for name, part in (("q", q), ("k", k)):
         relative, flush = error(name)
-        results[name] = _normalised(part, given.l2norm_eps, relative, flush) if given.l2norm else part.widened(relative)
+        results[name] = normalised(part, given.l2norm_eps, relative, flush) if given.l2norm else part.widened(relative)
     results["v"] = v.widened(error("v")[0])
     results |= gate_bounds(exact, given, error)
     results["final_state"] = Exact.copy(exact["final_state"], error("final_state")[0])
     return results
 
 
-def _activated(window: F64, given: Any, error: Error) -> Exact:
+def activated(window: F64, given: Any, error: Error) -> Exact:
     """y [L, C] with its interval."""
     weight = np.abs(to_f64(given.weight))
     bias = 0.0 if given.bias is None else np.abs(to_f64(given.bias))
@@ -142,11 +144,14 @@ def _activated(window: F64, given: Any, error: Error) -> Exact:
     return Exact.around(y, SILU_SLOPE * of_c + of_silu)
 
 
-def _normalised(y: Exact, eps: float, relative: float, flush: float) -> Exact:
-    """The interval of y / |y|: each end over the shortest or the longest vector that the others allow."""
+def normalised(y: Exact, eps: float, relative: float, flush: float, inverse: Inverse = inverse_norm) -> Exact:
+    """The interval of y / |y|: each end over the shortest or the longest vector that the others allow.
+
+    `inverse(y, eps)` is 1 / |y|.
+    """
     nearest = np.where((y.low <= 0) & (y.high >= 0), 0.0, np.minimum(np.abs(y.low), np.abs(y.high)))
     farthest = np.maximum(np.abs(y.low), np.abs(y.high))
-    scale, largest, least = (inverse_norm(part, eps) for part in (y.value, nearest, farthest))
+    scale, largest, least = (inverse(part, eps) for part in (y.value, nearest, farthest))
     value = y.value * scale
     error = relative * np.abs(value) + flush * (1 + scale)
     low = np.where(y.low >= 0, y.low * least, y.low * largest) - error

@@ -41,6 +41,7 @@ _NAMES = (
     "segment_attention",
     "gated_rms_norm",
     "gated_delta_rule",
+    "gdn_decode",
 )
 
 FORMER_NAMES = {"gdn_conv_post": "gdn_conv_prep"}  # accepted for one more release, with a warning

@@ -34,7 +34,8 @@ class TensorSpec:
     `host_unless` marks an argument that may also be a nested host sequence; as a tensor it is read back
     to the host and checked, except when the attribute named here is given: then it stays on the device.
     `split` names an integer attribute: the last dimension may also come as two, of which the first is that attribute.
-    `shape` and the names bound to it are the same in both forms.
+    `shape` and the names bound to it are the same in both forms. Where it has leading dimensions `"..."`, an argument
+    before it says how many.
     An `optional` argument is given by keyword, unless it is `by_position`: then it is given always, and may be None.
     `updated` marks an argument that the op writes in place: the formula says where, and what it then holds.
     Each of its elements has memory of its own. Where arrays cannot be written (JAX, and the oracle, which leaves its
@@ -58,13 +59,14 @@ class TensorSpec:
         *lead, last = self.shape
         return (self.shape, (*lead, self.split, f"{last}/{self.split}")) if self.split else (self.shape,)
 
-    def is_split(self, shape: tuple[Any, ...]) -> bool:
-        """Whether an argument of this shape has its last dimension split."""
-        return bool(self.split) and len(shape) == len(self.shape) + 1
+    def is_split(self, shape: tuple[Any, ...], lead: int) -> bool:
+        """Whether an argument of this shape has its last dimension split; `"..."` stands for `lead` dimensions."""
+        declared = len(self.shape) + (lead - 1 if self.shape[:1] == ("...",) else 0)
+        return bool(self.split) and len(shape) == declared + 1
 
-    def merged(self, shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    def merged(self, shape: tuple[Any, ...], lead: int) -> tuple[Any, ...]:
         """The shape of an argument in the form of `shape`: a split last dimension as one."""
-        return (*shape[:-2], shape[-2] * shape[-1]) if self.is_split(shape) else shape
+        return (*shape[:-2], shape[-2] * shape[-1]) if self.is_split(shape, lead) else shape
 
 
 @dataclass(frozen=True)

@@ -213,10 +213,11 @@ def _bind_shapes(
             continue
         tensor = replace(declared, shape=tuple(_chosen(symbol, {**attrs, **given}) for symbol in declared.shape))
         actual, symbols = shapes[tensor.name], tensor.shape
-        if tensor.is_split(actual) and actual[-2] != attrs[tensor.split]:
+        leading = len(dims.get("...", ()))
+        if tensor.is_split(actual, leading) and actual[-2] != attrs[tensor.split]:
             expected = f"{tensor.split}={attrs[tensor.split]} in {_shape_text(tensor.shapes[-1])}"
             fail(spec.name, tensor.name, expected, list(actual))
-        shape = tensor.merged(actual)
+        shape = tensor.merged(actual, leading)
         if symbols and symbols[0] == "...":
             symbols = symbols[1:]
             lead = len(shape) - len(symbols)
@@ -271,7 +272,7 @@ def _solve(spec: OpSpec, tensor: TensorSpec, symbol: str, size: Any, names: Mapp
 def _check_derived(call: Call, shapes: Mapping[str, tuple[Any, ...]]) -> None:
     """Dimensions that `derive` determines must agree with the arguments that use them."""
     for tensor in call.op.tensors:
-        shape = tensor.merged(shapes.get(tensor.name, ()))
+        shape = tensor.merged(shapes.get(tensor.name, ()), len(call.dims.get("...", ())))
         for symbol, size in zip(reversed(tensor.shape), reversed(shape), strict=False):
             want = call.dims.get(symbol)
             if want is not None and symbol != "..." and size != want:

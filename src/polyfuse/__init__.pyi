@@ -8,6 +8,7 @@ from polyfuse._ops import SiluMulBlockQuantResult as SiluMulBlockQuantResult
 from polyfuse._ops import gated_delta_rule as gated_delta_rule
 from polyfuse._ops import gated_rms_norm as gated_rms_norm
 from polyfuse._ops import gdn_conv_prep as gdn_conv_prep
+from polyfuse._ops import gdn_decode as gdn_decode
 from polyfuse._ops import gdn_in_proj as gdn_in_proj
 from polyfuse._ops import gdn_post_conv as gdn_post_conv
 from polyfuse._ops import pos_embed_interpolate as pos_embed_interpolate

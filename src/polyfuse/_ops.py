@@ -29,6 +29,7 @@ __all__ = [
     "gated_delta_rule",
     "gated_rms_norm",
     "gdn_conv_prep",
+    "gdn_decode",
     "gdn_in_proj",
     "gdn_post_conv",
     "pos_embed_interpolate",
@@ -287,4 +288,58 @@ def gated_delta_rule(
     return named(
         GatedDeltaRuleResult,
         run("gated_delta_rule", (q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state), backend),
+    )
+
+
+@public
+def gdn_decode(
+    x: Array,
+    z: Array | None,
+    a: Array,
+    b: Array,
+    conv_weight: Array,
+    A_log: Array,
+    dt_bias: Array,
+    norm_weight: Array,
+    conv_state: Array,
+    recurrent_state: Array,
+    *,
+    conv_bias: Array | None = None,
+    state_indices: Array | None = None,
+    num_accepted: Array | None = None,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    interleaved: bool = False,
+    l2norm_eps: float = 1e-06,
+    norm_eps: float = 1e-06,
+    scale: float | None = None,
+    backend: str | Sequence[str] | None = None,
+) -> Array:
+    """One step of generation of a Gated DeltaNet layer: conv, gates, delta rule and gated norm, states in place."""
+    return run(
+        "gdn_decode",
+        (
+            x,
+            z,
+            a,
+            b,
+            conv_weight,
+            A_log,
+            dt_bias,
+            norm_weight,
+            conv_state,
+            recurrent_state,
+            conv_bias,
+            state_indices,
+            num_accepted,
+            num_k_heads,
+            head_k_dim,
+            head_v_dim,
+            interleaved,
+            l2norm_eps,
+            norm_eps,
+            scale,
+        ),
+        backend,
     )
