@@ -1,0 +1,122 @@
+"""Whether the ops cover a Gated DeltaNet layer and a call of it, as they are now."""
+
+import inspect
+import sys
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyfuse.integrations.transformers import _patch
+from polyfuse.integrations.transformers._plain import oddity
+from polyfuse.spec import FLOATS
+
+# By class name, so that no model's code is imported that is not used.
+LAYERS = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
+NORMS = ("Qwen3NextRMSNormGated", "Qwen3_5RMSNormGated", "Qwen3_5MoeRMSNormGated")
+
+# What Transformers 5.17 and 5.24 call a layer with, beside hidden states, cache and attention mask. Another version may
+# mean something else by another name.
+KEYWORDS = {
+    *("num_items_in_batch", "output_hidden_states", "output_attentions", "output_router_logits", "use_cache"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "cache_position"),
+    *("is_causal", "seq_idx"),
+}
+SIGNATURES = (
+    ("self", "hidden_states", "cache_params", "attention_mask", "kwargs"),
+    ("self", "hidden_states", "cache", "attention_mask", "kwargs"),  # since Transformers 5.24
+)
+# What a layer's own forward calls by name. The kernels package may have put a kernel into one of them: it computes the
+# same. A function of somebody else may not.
+FUNCTIONS = (
+    *("causal_conv1d_fn", "causal_conv1d_update"),
+    *("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"),
+)
+
+
+def known_class(module: nn.Module) -> type | None:
+    """The class of a layer that the ops know: its own, or the one that FSDP made a subclass of. None for others."""
+    cls = type(module)
+    if cls.__module__.startswith("torch.distributed."):
+        cls = next((base for base in cls.__mro__ if base.__name__ in LAYERS), cls)
+    return cls if cls.__name__ in LAYERS else None
+
+
+def is_interleaved(module: Any) -> bool:
+    """Whether the columns of a layer's first projection are those of key heads, as Qwen3-Next has them."""
+    return hasattr(module, "in_proj_qkvz")
+
+
+def projections(module: Any) -> list[Any]:
+    """A layer's input projections."""
+    if is_interleaved(module):
+        return [module.in_proj_qkvz, module.in_proj_ba]
+    return [module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a]
+
+
+def plain_norm(module: Any) -> bool:
+    """Whether a layer's gated norm is Transformers' own, with nothing around it."""
+    norm = module.norm
+    return type(norm).__name__ in NORMS and norm.activation in ("silu", "sigmoid") and not oddity(norm)
+
+
+def why_not(module: Any) -> str:
+    """What of a layer itself, as it is now, keeps it from the ops; "" for nothing."""
+    cls = known_class(module)
+    if cls is None or not _has_known_forward(cls.__module__, cls.__name__):
+        return "its forward has another signature"
+    if not _patch.own_class_forward(type(module)):
+        return "its class has another forward"
+    if module.activation not in ("silu", "swish") or not 2 <= module.conv_kernel_size <= 4:
+        return "its conv is one that the op has not"
+    if any(type(weight) is not nn.Parameter or weight.is_meta for weight in (module.A_log, module.dt_bias)):
+        return "has weights that are not plain parameters"
+    for child in (module.conv1d, *projections(module)):
+        kind = nn.Conv1d if child is module.conv1d else nn.Linear
+        if found := oddity(child, kind):
+            return f"a {kind.__name__} of it {found}"
+    if any(projection.bias is not None for projection in projections(module)):
+        return "its projections have biases"
+    names = vars(sys.modules[cls.__module__])
+    for name in FUNCTIONS:
+        function = names.get(name)
+        if isinstance(function, FunctionType) and not function.__globals__["__name__"].startswith("transformers."):
+            return f"calls a replaced {name}"
+    return ""
+
+
+def why_not_call(module: Any, hidden_states: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str:
+    """Why a call runs the layer's own forward; "" if the ops cover it."""
+    if found := _patch.not_inference(module, hidden_states.device):
+        return found
+    if not kwargs.keys() <= KEYWORDS:
+        return f"unknown keywords: {', '.join(sorted(kwargs.keys() - KEYWORDS))}"
+    if kwargs.get("seq_idx") is not None and kwargs.get("cu_seq_lens_q") is None:
+        return "seq_idx without cu_seq_lens_q"
+    if found := why_not(module):
+        return found
+    if cache is not None and _records_past(cache, module.layer_idx):
+        return "the cache records its past"
+    if str(hidden_states.dtype).removeprefix("torch.") not in FLOATS:
+        return f"hidden states are {hidden_states.dtype}"
+    return ""
+
+
+def _records_past(cache: Any, layer_idx: int) -> bool:
+    if hasattr(cache, "is_recording_past"):  # since Transformers 5.24
+        return bool(cache.is_recording_past(layer_idx))
+    return bool(cache.layers[layer_idx].record_past)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_known_forward(module: str, name: str) -> bool:
+    """Whether a layer's class takes the arguments of `SIGNATURES`."""
+    return _parameters(module, name) in SIGNATURES
+
+
+@lru_cache
+def _parameters(module: str, name: str) -> tuple[str, ...]:
+    """The names of the parameters of a class's forward."""
+    return tuple(inspect.signature(getattr(sys.modules[module], name).forward).parameters)
