@@ -16,6 +16,8 @@ from polyfuse.spec.gdn_decode import SPEC
 
 CAPABILITY = Capability(devices=("cpu",))
 
+LARGEST_EXPONENT = 128.0  # where float32's exponential is infinite, and sigmoid 0 or 1
+
 Slots = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
@@ -45,7 +47,7 @@ def formula(
 ) -> tuple[F64, F64, F64]:
     """out [B, HV*V] or [B, T, HV*V], and both states. What is [L, ...] below has the tokens of all sequences."""
     slots = token_slots(x, state_indices)  # [B, T]
-    inputs, gate = parted(x, z, num_k_heads, head_k_dim, interleaved)
+    inputs, gate = parted(x, z, num_k_heads, head_k_dim)
     before = inputs_before(conv_state, slots, num_accepted, conv_weight.shape[1])
     c = conv(windows(before, inputs, slots), conv_weight, conv_bias)
     q, k, v = split_heads(silu(c), num_k_heads, head_k_dim, head_v_dim)
@@ -67,11 +69,11 @@ def token_slots(x: Array, state_indices: Array | None) -> Slots:
     return np.where(np.logical_and.accumulate(slots >= 0, axis=1), slots, -1)
 
 
-def parted(x: Array, z: Array | None, heads: int, width: int, interleaved: bool) -> tuple[Array, Array]:
-    """The columns [q | k | v] of x, and z: [L, C] and [L, HV*V]."""
-    rows = x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
-    if not interleaved:
-        return rows, np.asarray(z)
+def parted(x: Array, z: Array | None, heads: int, width: int) -> tuple[F64, F64]:
+    """The columns [q | k | v] of x, [L, C], and z, of L * HV * V elements in order."""
+    rows = to_f64(x).reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
+    if z is not None:
+        return rows, to_f64(z)
     key_heads = rows.reshape(len(rows), heads, rows.shape[1] // heads)
     values = key_heads.shape[2] // 2 - width
     gate = key_heads[:, :, key_heads.shape[2] - values :]
@@ -88,10 +90,10 @@ def inputs_before(state: Array, slots: Slots, num_accepted: Array | None, width:
     return before
 
 
-def windows(before: F64, inputs: Array, slots: Slots) -> F64:
+def windows(before: F64, inputs: F64, slots: Slots) -> F64:
     """What the conv reads for each token, oldest first: [L, C, W]."""
     width, (batch, tokens) = before.shape[2] + 1, slots.shape
-    tokens_last = to_f64(inputs).reshape(batch, tokens, inputs.shape[1]).swapaxes(1, 2)
+    tokens_last = inputs.reshape(batch, tokens, inputs.shape[1]).swapaxes(1, 2)
     both = np.concatenate([before, tokens_last], axis=2)  # [B, C, W - 1 + T]
     window = np.stack([both[:, :, t : t + width] for t in range(tokens)], axis=1)
     return window.reshape(batch * tokens, inputs.shape[1], width)
@@ -150,10 +152,10 @@ def inverse_rms(x: F64, eps: float) -> F64:
     return 1 / np.sqrt(np.where(total > FP32_MAX, np.inf, total) / x.shape[-1] + max(eps, FP32_TINY))
 
 
-def shifted(state: Array, before: F64, inputs: Array, slots: Slots, several: bool) -> tuple[F64, Mask]:
+def shifted(state: Array, before: F64, inputs: F64, slots: Slots, several: bool) -> tuple[F64, Mask]:
     """The conv state afterwards, and which of its elements are written. `several`: x is [B, T, C]."""
     new, written = to_f64(state), np.zeros(state.shape, np.bool_)
-    rows = to_f64(inputs).reshape(*slots.shape, inputs.shape[1])
+    rows = inputs.reshape(*slots.shape, inputs.shape[1])
     for b, slot in enumerate(slots[:, 0]):
         if slot >= 0:
             tokens = rows[b, slots[b] >= 0].T
@@ -175,7 +177,7 @@ def stored(state: Array, states: F64, slots: Slots) -> tuple[F64, Mask]:
 def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
     """The errors of q, k, v, exp(g) and beta, through the delta rule to S and o, and through the norm to out."""
     slots = token_slots(given.x, given.state_indices)
-    inputs, gate = parted(given.x, given.z, given.num_k_heads, given.head_k_dim, given.interleaved)
+    inputs, gate = parted(given.x, given.z, given.num_k_heads, given.head_k_dim)
     before = inputs_before(given.conv_state, slots, given.num_accepted, given.conv_weight.shape[1])
     q, k, v = _heads(windows(before, inputs, slots), given, error)
     decay, beta = _gates(given, error)
@@ -185,7 +187,7 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     errors = by_token(slots, *(np.fmax(part.high - part.value, part.value - part.low) for part in parts))
     o, states = _delta_rule(S, values, errors, factor(given.scale, given.head_k_dim), error)
     o = Exact(*(end.reshape(v.value.shape) for end in (o.value, o.low, o.high)))
-    out = _gated(o, to_f64(gate).reshape(v.value.shape), given, error)
+    out = _gated(o, gate.reshape(v.value.shape), given, error)
     live = (slots >= 0).reshape(-1, 1, 1)
     low, high = (np.where(live, end, 0.0).reshape(exact["out"].shape) for end in (out.low, out.high))
     ends, written = zip(*(stored(given.recurrent_state, end, slots) for end in (states.low, states.high)), strict=True)
@@ -217,7 +219,8 @@ def _heads(window: F64, given: Any, error: Error) -> tuple[Exact, Exact, Exact]:
 def _gates(given: Any, error: Error) -> tuple[Exact, Exact]:
     """exp(g) and beta [L, HV] with their intervals."""
     decay, beta = gates(given.a, given.b, given.A_log, given.dt_bias)
-    a, b = (part.reshape(decay.shape) for part in (given.a, given.b))
+    a, b = (to_f64(part).reshape(decay.shape) for part in (given.a, given.b))
+    b = np.clip(b, -LARGEST_EXPONENT, LARGEST_EXPONENT)
     gate = SimpleNamespace(a=a, b=b, A_log=given.A_log, dt_bias=given.dt_bias, output_g_exp=True)
     found = gate_bounds({"g": decay, "beta": beta}, gate, error)
     return found["g"], found["beta"]

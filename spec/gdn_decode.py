@@ -25,18 +25,19 @@ its recurrent state the new S. The conv state stores x rounded to its dtype; the
 sequence whose index is -1 nothing is read and nothing written, and its row of out is zero. All other slots keep their
 bits.
 
-**Several tokens of a sequence**, as speculative decoding verifies them: x is [B, T, C] with T up to 8, and so are z, a,
-b and out. The tokens of a sequence follow one another; S is carried from one to the next without a rounding.
+**Several tokens of a sequence**, as speculative decoding verifies them: x is [B, T, C] with T up to 8, and z, a, b and
+out have the same two dimensions. The tokens of a sequence follow one another; S is carried from one to the next without
+a rounding.
 `state_indices` [B, T] must be given. The S after token t is stored in slot state_indices[b, t] of recurrent_state, so
 that each of the tokens can be the last one that is accepted. conv_state has n = W - 1 + T - 1 columns, in slot
-state_indices[b, 0]. `num_accepted` [B], from 1 to T, is how many of the previous call's tokens were accepted; this call
-goes on behind the last of these: it reads S from slot state_indices[b, num_accepted[b] - 1], and the W - 1 inputs
-before its first token from the columns of conv_state that begin at num_accepted[b] - 1. Without num_accepted, as after a
-prompt, S is read from slot state_indices[b, 0] and the inputs are the last W - 1 columns. Afterwards the conv state is
-[the last W - 2 of the inputs read, the T new ones], with which the next call's num_accepted selects as described.
+state_indices[b, 0]. `num_accepted` [B], from 1 to T, is how many of the previous call's tokens were accepted, and this
+call goes on behind the last of them: it reads S from slot state_indices[b, num_accepted[b] - 1], and the W - 1 inputs
+before its first token from the columns of conv_state that begin at num_accepted[b] - 1. Without num_accepted, as after
+a prompt, S is read from slot state_indices[b, 0], and the inputs are the last W - 1 columns. Afterwards the conv state
+is [the last W - 2 of the inputs read, the T new ones], from which num_accepted of the next call selects as described.
 A sequence's tokens from its first index of -1 on are padding: zero rows of out, and in no state. With T' tokens before
-them only the first W - 2 + T' columns of the conv state are written, by the T' inputs behind those W - 2; the columns
-past them keep their bits. A sequence whose first index is -1 is padding as a whole.
+them only the first W - 2 + T' columns of the conv state are written, with the T' inputs behind those W - 2; the columns
+past them keep their bits. A sequence whose first index is -1 is padding as a whole, whatever num_accepted holds for it.
 
 With `interleaved` x is Qwen3-Next's whole first projection, read in place: H key heads of [q K | k K | v G*V | z G*V],
 where G = HV / H, and z is None. Channels of conv_weight, conv_bias and conv_state stay [q | k | v].
@@ -100,6 +101,10 @@ def _check_form(call: Call) -> None:
     dims, lead = call.dims, call.dims["..."]
     if len(lead) not in (1, 2):
         fail(NAME, "x", "[B, C] or [B, T, C]", f"{len(lead) + 1} dimensions")
+    least, reason = (1, "") if "state_indices" in call.dtypes else (lead[0], " without state_indices")
+    for name, slots in (("conv_state", dims["conv_slots"]), ("recurrent_state", dims["slots"])):
+        if slots < least:
+            fail(NAME, name, f"at least {least} slots{reason}", slots)
     if len(lead) == 2:
         if not 1 <= lead[1] <= MAX_TOKENS:
             fail(NAME, "x", f"1 to {MAX_TOKENS} tokens T in [B, T, C]", lead[1])
@@ -115,10 +120,6 @@ def _check_form(call: Call) -> None:
         fail(NAME, "num_accepted", "None for x [B, C], which has one token of each sequence", "an array")
     if dims["n"] < dims["W"] - 1:
         fail(NAME, "conv_state", f"n >= W - 1 = {dims['W'] - 1} columns", dims["n"])
-    if "state_indices" not in call.dtypes:
-        for name, slots in (("conv_state", dims["conv_slots"]), ("recurrent_state", dims["slots"])):
-            if slots < lead[0]:
-                fail(NAME, name, f"at least B={lead[0]} slots without state_indices", slots)
 
 
 def _cost(call: Call) -> Cost:
@@ -158,7 +159,7 @@ def _out_steps(names: Mapping[str, Any]) -> float:
 SPEC = OpSpec(
     name=NAME,
     version=1,
-    summary="One step of generation of a Gated DeltaNet layer: conv, gates, delta rule and gated norm, states in place.",
+    summary="One step of generation of a Gated DeltaNet layer between its two projections, with its states in place.",
     formula=__doc__ or "",
     source=(
         "Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; Transformers Qwen3NextGatedDeltaNet, "
@@ -226,7 +227,7 @@ SPEC = OpSpec(
         AttrSpec("scale", "float", None, "factor of o; 1 / sqrt(head_k_dim) if not given"),
     ),
     outputs=(
-        OutputSpec("out", ("...", "HV*head_v_dim"), "T", "normalised and gated; what the layer's last weight takes"),
+        OutputSpec("out", ("...", "HV*head_v_dim"), "T", "normalised and gated: what the layer's last weight takes"),
     ),
     errors=(
         CONV_PREP.bound("c"),
@@ -285,8 +286,8 @@ SPEC = OpSpec(
         "Two sequences on one slot, an index outside -1 to slots - 1, or a num_accepted outside 1 to T is the caller's "
         "error: nothing is read back to the host to check it. Where num_accepted selects an index of -1, S is read as "
         "zero.",
-        "A NaN in x, in z or in a state reaches the heads of its own sequence that depend on it, and no other sequence; "
-        "slots that no sequence has may hold anything.",
+        "A NaN in x, in z or in a state that is read reaches the heads of its own sequence that depend on it, and no "
+        "other sequence. Slots that no sequence has may hold anything.",
         "g of -infinity resets a finite S: exp(g) is 0. Other infinities follow IEEE 754 in the formula as written.",
         "The sums of squares are fp32: beyond about 1.8e19 they are infinite, and finite elements become 0.",
         "Gradients are refused: the states are written in place.",

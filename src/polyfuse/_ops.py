@@ -316,7 +316,7 @@ def gdn_decode(
     scale: float | None = None,
     backend: str | Sequence[str] | None = None,
 ) -> Array:
-    """One step of generation of a Gated DeltaNet layer: conv, gates, delta rule and gated norm, states in place."""
+    """One step of generation of a Gated DeltaNet layer between its two projections, with its states in place."""
     return run(
         "gdn_decode",
         (
