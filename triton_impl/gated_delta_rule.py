@@ -24,7 +24,7 @@ NAME = "gated_delta_rule"
 
 CAPABILITY = Capability(
     devices=("cuda", "rocm", "xpu", "cpu"),
-    ranges={"K": (1, 256)},
+    ranges={"K": (0, 256)},
     interpreted=("cpu",),
 )
 
@@ -335,9 +335,9 @@ def gated_delta_rule(
     states = sequences if output_final_state else 0
     o = v.new_empty(length, heads, V)
     final = torch.empty(states, heads, K, V, dtype=torch.float32, device=v.device)
-    if not o.numel():
+    if not o.numel() or not K:
         final.copy_(initial_state) if initial_state is not None and states else final.zero_()
-        return o, final
+        return o.zero_(), final
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     warps, block_v, scan_warps, stages = _tile(V)
