@@ -12,6 +12,8 @@ walks from chunk to chunk of a sequence, with a block of the value's columns. Ha
 too, the scan would have one product of five less, but more would be written and read than in all of it now.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ NAME = "gated_delta_rule"
 
 CAPABILITY = Capability(
     devices=("cuda", "rocm", "xpu", "cpu"),
-    ranges={"K": (1, 256)},
+    ranges={"K": (0, 256)},
     interpreted=("cpu",),
 )
 
@@ -303,15 +305,23 @@ def _scan(
 
 _launch_prepare = Launcher(NAME, _prepare)
 _launch = Launcher(NAME, _scan)
+
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+PRECISIONS = {torch.float32: "ieee", torch.bfloat16: "tf32x3", torch.float16: "tf32x3"}  # of (I + M)^-1
 
 
-def _tile(V: int) -> tuple[int, int, int, int]:
-    """Warps of a program of `_prepare`; columns of the value, warps and stages of one of `_scan`.
+class Tiling(NamedTuple):
+    """How both kernels run, whatever the rows and sequences are: no result may depend on those of others."""
 
-    None of it depends on how many rows or sequences there are, and so no result does.
-    """
-    return 4, min(64, max(16, triton.next_power_of_2(V))), 4, 3
+    prepare_warps: int
+    block_v: int
+    warps: int
+    stages: int
+
+
+def _tiling(V: int) -> Tiling:
+    """Not measured yet. A block of 64 columns, of 4 warps, is the least that a Hopper GPU's wgmma takes."""
+    return Tiling(4, min(64, max(16, triton.next_power_of_2(V))), 4, 2)
 
 
 def gated_delta_rule(
@@ -335,12 +345,12 @@ def gated_delta_rule(
     states = sequences if output_final_state else 0
     o = v.new_empty(length, heads, V)
     final = torch.empty(states, heads, K, V, dtype=torch.float32, device=v.device)
-    if not o.numel():
+    if not o.numel() or not K:
         final.copy_(initial_state) if initial_state is not None and states else final.zero_()
-        return o, final
+        return o.zero_(), final
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    warps, block_v, scan_warps, stages = _tile(V)
+    tiling = _tiling(V)
     t, p = (v.new_empty(heads, length, ROWS.value) for _ in range(2))
     decay = torch.empty(heads, length, 2, dtype=torch.float32, device=v.device)
     made = t, p, decay
@@ -353,20 +363,20 @@ def gated_delta_rule(
         (q, k, g, beta, cu_seqlens),
         (*made, o),
         (length, sequences),
-        (*strides, *g.stride(), *beta.stride(), *dims, dtype, "ieee" if v.dtype == torch.float32 else "tf32x3"),
-        warps,
+        (*strides, *g.stride(), *beta.stride(), *dims, dtype, PRECISIONS[v.dtype]),
+        tiling.prepare_warps,
     )
     far = tl.int64 if max(q.stride(0), k.stride(0), v.stride(0), heads * V) * ROWS.value >= 2**31 else tl.int32
     state_strides = (0, 0, 0, 0) if initial_state is None else initial_state.stride()
     _launch(
-        (sequences * heads * -(-V // block_v), 1, 1),
+        (sequences * heads * -(-V // tiling.block_v), 1, 1),
         (q, k, v, cu_seqlens, initial_state),
         (*made, o, final),
         (length, K**-0.5 if scale is None else scale),
         (
-            *(*strides, *v.stride()[:2], *state_strides, *final.stride(), *dims, block_v, output_final_state),
-            *(dtype, far, stages),
+            *(*strides, *v.stride()[:2], *state_strides, *final.stride(), *dims, tiling.block_v, output_final_state),
+            *(dtype, far, tiling.stages),
         ),
-        scan_warps,
+        tiling.warps,
     )
     return o, final
