@@ -7,6 +7,7 @@ import numpy as np
 from polyfuse.conformance.mutations import Mutant, changed, common, patched, right
 from polyfuse.reference import gdn_decode as oracle
 from polyfuse.reference._numerics import F64, Array, round_to, to_f64
+from polyfuse.reference.gdn_decode import product
 from polyfuse.spec.gdn_decode import NAME
 
 
@@ -15,33 +16,29 @@ def _with_step(change: Any) -> Mutant:
     return patched(NAME, oracle, "step", lambda step: change)
 
 
-def _product(S: F64, vector: F64) -> F64:
-    return (S * vector).sum(-2, keepdims=True)
-
-
 def _decay_after_the_update(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> Any:
-    S = decay * (S + k * beta * (v - _product(S, k)))
-    return scale * _product(S, q), S
+    S = decay * (S + k * beta * (v - product(S, k)))
+    return scale * product(S, q), S
 
 
 def _undecayed_prediction(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> Any:
-    S = decay * S + k * beta * (v - _product(S, k))
-    return scale * _product(S, q), S
+    S = decay * S + k * beta * (v - product(S, k))
+    return scale * product(S, q), S
 
 
 def _beta_on_v_alone(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> Any:
-    S = decay * S + k * (beta * v - _product(decay * S, k))
-    return scale * _product(S, q), S
+    S = decay * S + k * (beta * v - product(decay * S, k))
+    return scale * product(S, q), S
 
 
 def _o_of_the_old_state(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> Any:
     old = decay * S
-    return scale * _product(old, q), old + k * beta * (v - _product(old, k))
+    return scale * product(old, q), old + k * beta * (v - product(old, k))
 
 
 def _o_without_decay(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> Any:
-    write = k * beta * (v - _product(decay * S, k))
-    return scale * _product(S + write, q), decay * S + write
+    write = k * beta * (v - product(decay * S, k))
+    return scale * product(S + write, q), decay * S + write
 
 
 def _state_rounded_first(**values: Any) -> Any:
@@ -52,7 +49,7 @@ def _state_rounded_first(**values: Any) -> Any:
         def wrong(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> Any:
             _, S = step(S, q, k, v, decay, beta, scale)
             S = to_f64(round_to(S, dtype))
-            return scale * _product(S, q), S
+            return scale * product(S, q), S
 
         return wrong
 
