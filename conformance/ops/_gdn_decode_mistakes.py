@@ -182,6 +182,17 @@ def _z_of_the_values(parted: Any) -> Any:
     return wrong
 
 
+def _read_as_plain(parted: Any) -> Any:
+    """An interleaved x read as if its first columns were [q | k | v] and the others z."""
+
+    def wrong(x: Array, z: Array | None, heads: int, width: int) -> Any:
+        inputs, gate = parted(x, z, heads, width)
+        rows = to_f64(x).reshape(len(inputs), x.shape[-1])
+        return (rows[:, : inputs.shape[1]], rows[:, inputs.shape[1] :]) if z is None else (inputs, gate)
+
+    return wrong
+
+
 MUTANTS: dict[str, Mutant] = common(NAME) | {
     "neighbours_state": patched(NAME, oracle, "state_before", _neighbours_state),
     "rows_as_slots": patched(NAME, oracle, "token_slots", _rows_as_slots),
@@ -214,5 +225,6 @@ MUTANTS: dict[str, Mutant] = common(NAME) | {
     "dt_bias_dropped": changed(NAME, lambda v: {"dt_bias": np.zeros_like(v["dt_bias"])}),
     "a_and_b_swapped": changed(NAME, lambda v: {"a": v["b"], "b": v["a"]}),
     "other_key_heads": patched(NAME, oracle, "by_token", _other_key_heads),
+    "interleaved_read_as_plain": patched(NAME, oracle, "parted", _read_as_plain),
     "values_as_gate": patched(NAME, oracle, "parted", _z_of_the_values),
 }
