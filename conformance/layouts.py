@@ -19,6 +19,11 @@ def _column_strided(values: Array) -> Array:
     return np.ascontiguousarray(values.T).T
 
 
+def _inner_transposed(values: Array) -> Array:
+    """The last two dimensions in reverse order in memory."""
+    return np.ascontiguousarray(values.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
 def _one_of_three(values: Array) -> Array:
     """Each row beside two others of its size, as q, k and v lie in one tensor."""
     wide = np.zeros((len(values), 3, *values.shape[1:]), values.dtype)
@@ -44,6 +49,7 @@ LAYOUTS: dict[str, Callable[[Array], Array]] = {
     "row_strided": _row_strided,
     "column_strided": _column_strided,
     "token_stride_1": _column_strided,
+    "inner_transposed": _inner_transposed,
     "one_of_three": _one_of_three,
     "first_half": _half(0),
     "second_half": _half(1),
