@@ -158,15 +158,15 @@ def _update_pool(
         mask = (channel < C) & (to < COLUMNS)
         begin, end = _rows_of(cu_ptr, sequence, length)
         since = to - COLUMNS + (end - begin)  # the row of the sequence that belongs there; negative for an old column
-        pool_ptr += slot * pool_slot + channel.to(tl.int64) * pool_channel
+        in_pool = pool_ptr + slot * pool_slot + channel.to(tl.int64) * pool_channel
         is_old = mask & (since < 0)
         if valid_ptr is not None:
             is_old &= since < tl.where(tl.load(valid_ptr + sequence) != 0, 0, -COLUMNS)  # all, or none
-        old = tl.load(pool_ptr + (since + COLUMNS).to(tl.int64) * pool_column, mask=is_old, other=0.0)
-        x_ptr += (begin + since).to(tl.int64) * x_row + _column(channel, KEY_HEAD, H, K, VALUES)
-        x = _copied(tl.load(x_ptr, mask=mask & (since >= 0), other=0.0), pool_ptr.dtype.element_ty)
+        old = tl.load(in_pool + (since + COLUMNS).to(tl.int64) * pool_column, mask=is_old, other=0.0)
+        in_x = x_ptr + (begin + since).to(tl.int64) * x_row + _column(channel, KEY_HEAD, H, K, VALUES)
+        x = _copied(tl.load(in_x, mask=mask & (since >= 0), other=0.0), pool_ptr.dtype.element_ty)
         tl.debug_barrier()
-        tl.store(pool_ptr + to.to(tl.int64) * pool_column, tl.where(since < 0, old, x), mask=mask)
+        tl.store(in_pool + to.to(tl.int64) * pool_column, tl.where(since < 0, old, x), mask=mask)
 
 
 _update = Launcher("gdn_conv_prep", _update_pool)
