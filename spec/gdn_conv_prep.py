@@ -66,7 +66,6 @@ def _check(call: Call) -> None:
     if call.dims.get("N", 2) < 2:
         fail(NAME, "cu_seqlens", "at least 2 elements", call.dims["N"])
 
-
     _check_pool(call)
 
 
@@ -82,10 +81,10 @@ def _check_pool(call: Call) -> None:
         fail(NAME, "output_final_state", "False beside a state_pool, which is updated", True)
     slots, columns, before = call.dims["slots"], call.dims["n"], call.dims["W"] - 1
     if columns < before:
-        fail(NAME, "state_pool", f"at least W - 1={before} columns in [slots, {_CHANNELS}, n]", columns)
+        fail(NAME, "state_pool", f"n >= W - 1={before} in [slots, {_CHANNELS}, n]", columns)
     least = 1 if "state_indices" in call.dtypes else _sequences(call)
     if slots < least:
-        fail(NAME, "state_pool", f"at least {least} slots in [slots, {_CHANNELS}, n]", slots)
+        fail(NAME, "state_pool", f"slots >= {least} in [slots, {_CHANNELS}, n]", slots)
 
 
 def _derive(call: Call) -> Mapping[str, Any]:
@@ -225,6 +224,7 @@ SPEC = OpSpec(
         "width_4-bias-initial_state-int32",
         "rows_67-initial_state",
         "interleaved-h2-k16-g2-v8",
+        "pool-bfloat16-float32-columns_4",
     ),
     check=_check,
     derive=_derive,

@@ -93,9 +93,7 @@ def _weights(weight_ptr, mask, stride, W: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _write(
-    out_ptr, window, weights, bias, mask, eps, W: tl.constexpr, NORMALISE: tl.constexpr, ACTIVATE: tl.constexpr
-):
+def _write(out_ptr, window, weights, bias, mask, eps, W: tl.constexpr, NORMALISE: tl.constexpr, ACTIVATE: tl.constexpr):
     """Stores one row's outputs, made from the inputs in its window. As in the weights, the row's own comes first."""
     y = tl.fma(weights[0], window[0], bias)
     y = tl.fma(weights[1], window[1], y)
@@ -190,9 +188,7 @@ def _strip(
                             end = tl.load(cu_ptr + sequence + 1).to(tl.int32)
                 age = now - begin
                 if age < W - 1:
-                    x1, x2, x3 = begin_window(
-                        x1, x2, x3, states, sequence, sequences, channel, lane, age, WIDTH, W
-                    )
+                    x1, x2, x3 = begin_window(x1, x2, x3, states, sequence, sequences, channel, lane, age, WIDTH, W)
                 x = widen(tl.load(source, mask=mask, other=0.0))
                 _write(target, (x, x1, x2, x3), weights, bias, mask, eps, W, NORMALISE, ACTIVATE)
                 x3 = x2

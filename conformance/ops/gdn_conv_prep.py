@@ -225,24 +225,28 @@ def _values_of_other_heads(**values: Any) -> Any:
     return q, k, v, *rest
 
 
-MUTANTS: dict[str, Mutant] = common(NAME) | pools.MUTANTS | {
-    "state_leaks_across_sequences": patched(NAME, oracle, "windows", _one_sequence),
-    "initial_state_ignored": changed(NAME, lambda v: {"initial_state": None}),
-    "initial_state_newest_first": changed(NAME, _newest_first),
-    "final_state_without_the_initial_one": patched(NAME, oracle, "final_state", _without_the_initial_state),
-    "final_state_one_row_early": patched(NAME, oracle, "final_state", _one_row_early),
-    "taps_reversed": changed(NAME, lambda v: {"weight": v["weight"][:, ::-1]}),
-    "oldest_tap_dropped": changed(NAME, _oldest_tap_dropped),
-    "bias_dropped": changed(NAME, lambda v: {"bias": None}),
-    "silu_dropped": patched(NAME, oracle, "silu", lambda silu: lambda c: c),
-    "rounded_before_the_norm": _rounded_before_the_norm,
-    "truncated_sum_of_squares": patched(NAME, oracle, "inverse_norm", truncated_sum),
-    "early_threshold": patched(NAME, oracle, "softplus", early_threshold),
-    "l2norm_ignored": changed(NAME, lambda v: {"l2norm": False}),
-    "dt_bias_dropped": changed(NAME, lambda v: {"dt_bias": np.zeros_like(v["dt_bias"])}),
-    "a_and_b_swapped": changed(NAME, lambda v: {"a": v["b"], "b": v["a"]}),
-    "gates_of_other_heads": changed(NAME, heads_exchanged),
-    "interleaved_read_as_plain": patched(NAME, oracle, "in_order", _first_columns),
-    "z_for_v": patched(NAME, oracle, "in_order", _z_for_v),
-    "values_of_other_heads": _values_of_other_heads,
-}
+MUTANTS: dict[str, Mutant] = (
+    common(NAME)
+    | pools.MUTANTS
+    | {
+        "state_leaks_across_sequences": patched(NAME, oracle, "windows", _one_sequence),
+        "initial_state_ignored": changed(NAME, lambda v: {"initial_state": None}),
+        "initial_state_newest_first": changed(NAME, _newest_first),
+        "final_state_without_the_initial_one": patched(NAME, oracle, "final_state", _without_the_initial_state),
+        "final_state_one_row_early": patched(NAME, oracle, "final_state", _one_row_early),
+        "taps_reversed": changed(NAME, lambda v: {"weight": v["weight"][:, ::-1]}),
+        "oldest_tap_dropped": changed(NAME, _oldest_tap_dropped),
+        "bias_dropped": changed(NAME, lambda v: {"bias": None}),
+        "silu_dropped": patched(NAME, oracle, "silu", lambda silu: lambda c: c),
+        "rounded_before_the_norm": _rounded_before_the_norm,
+        "truncated_sum_of_squares": patched(NAME, oracle, "inverse_norm", truncated_sum),
+        "early_threshold": patched(NAME, oracle, "softplus", early_threshold),
+        "l2norm_ignored": changed(NAME, lambda v: {"l2norm": False}),
+        "dt_bias_dropped": changed(NAME, lambda v: {"dt_bias": np.zeros_like(v["dt_bias"])}),
+        "a_and_b_swapped": changed(NAME, lambda v: {"a": v["b"], "b": v["a"]}),
+        "gates_of_other_heads": changed(NAME, heads_exchanged),
+        "interleaved_read_as_plain": patched(NAME, oracle, "in_order", _first_columns),
+        "z_for_v": patched(NAME, oracle, "in_order", _z_for_v),
+        "values_of_other_heads": _values_of_other_heads,
+    }
+)
