@@ -14,8 +14,8 @@ sequence's last row: the initial state of the call that goes on.
 keeps its state. Without it all rows are one sequence. No row depends on another sequence: whatever that holds, NaN and
 infinity included. Rows before the first boundary and past the last one give zero.
 
-The state is fp32 or wider, and so are all sums; o is rounded once. A backend may take chunks of 64 rows together, counted
-from the sequence's start. With G the running sum of g in the chunk, and S the state before it:
+The state is fp32 or wider, and so are all sums; o is rounded once. A backend may take chunks of 64 rows, counted from
+the sequence's start. With G the running sum of g in the chunk, and S the state before it:
 
     decay[i, j]   exp(G[i] - G[j]) for j <= i, else 0
     A             inverse of I + the part below the diagonal of beta[i] * decay[i, j] * k[i] . k[j]
