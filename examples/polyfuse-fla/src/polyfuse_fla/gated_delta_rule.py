@@ -13,6 +13,7 @@ from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
 from polyfuse.spec import Capability, Unsupported
 from polyfuse.spec.gated_delta_rule import LEAST_G
+from polyfuse_fla._pool import Slots
 
 if tuple(int(part) for part in fla_version.split(".")[:2]) < (0, 6):
     raise ImportError(f"flash-linear-attention: expected 0.6 or later, got {fla_version}")
@@ -39,8 +40,32 @@ def gated_delta_rule(
     cu_seqlens: torch.Tensor | None = None,
     scale: float | None = None,
     output_final_state: bool = False,
+    state_pool: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """o [L, HV, V], rounded once, and final_state [F, HV, K, V]."""
+    """o [L, HV, V], rounded once, and final_state [F, HV, K, V]. A pool is updated."""
+    if state_pool is None:
+        return _rule(q, k, v, g, beta, scale, initial_state, cu_seqlens, output_final_state)
+    count = 1 if cu_seqlens is None else len(cu_seqlens) - 1
+    pool = Slots(state_pool, state_indices, count)
+    o, last = _rule(q, k, v, g, beta, scale, pool.read(has_initial_state), cu_seqlens, True)
+    pool.write(last)
+    return o, last[:0]
+
+
+def _rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op without a pool."""
     if cu_seqlens is not None and is_captured(v.device):
         raise Unsupported("cu_seqlens in the capture of a CUDA graph: fla reads them on the host")
     ends = [0, len(v)] if cu_seqlens is None else cu_seqlens.tolist()
