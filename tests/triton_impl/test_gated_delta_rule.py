@@ -154,9 +154,9 @@ COMPILE = """
 import re
 from tests.triton_impl.hopper import compile_for_hopper
 import triton.language as tl
-from polyfuse.triton_impl import gated_delta_rule as module
+from polyfuse.triton_impl import _products, gated_delta_rule as module
 
-module._dot.__globals__["PRECISION"] = tl.constexpr("tf32x3")  # as where torch has CUDA
+_products.PRECISION = tl.constexpr("tf32x3")  # as where torch has CUDA
 tiling = module._tiling(128, 128, 2)
 sizes = dict(H=16, HV=32, K=128, V=128, DTYPE=tl.bfloat16)
 scan = dict(BLOCK_V=tiling.block_v, OFFSET=tl.int32, STAGES=tiling.stages, initial_value=1, final_value=1)
