@@ -113,17 +113,16 @@ def _prepare(
     G = tl.cumsum(tl.where(g < LEAST_G, LEAST_G, g), 0)  # where keeps NaN
     past = i[:, None] >= i[None, :]
     decay = tl.exp(tl.where(past, G[:, None] - G[None, :], 0.0))
-    p = tl.where(past, dot(q, tl.trans(k)) * decay, 0.0)
-    M = tl.where(past & (i[:, None] != i[None, :]), beta[:, None] * dot(k, tl.trans(k)) * decay, 0.0)
-    t = unit_inverse(M) * beta[None, :]
-
     here = head * length + row
     tile = here[:, None] * ROWS + i[None, :]
-    tl.store(t_ptr + tile, round_to(t, DTYPE), mask=live[:, None])
+    p = tl.where(past, dot(q, tl.trans(k)) * decay, 0.0)
     tl.store(p_ptr + tile, round_to(p, DTYPE), mask=live[:, None])
     total = tl.sum(tl.where(i == tl.minimum(rows, ROWS) - 1, G, 0.0), 0)
     tl.store(decay_ptr + here * 2, tl.exp(G), mask=live)
     tl.store(decay_ptr + here * 2 + 1, tl.exp(total - G), mask=live)
+    M = tl.where(past & (i[:, None] != i[None, :]), beta[:, None] * dot(k, tl.trans(k)) * decay, 0.0)
+    t = unit_inverse(M) * beta[None, :]
+    tl.store(t_ptr + tile, round_to(t, DTYPE), mask=live[:, None])
 
 
 @triton.jit(do_not_specialize=["length"])
