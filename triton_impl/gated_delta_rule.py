@@ -98,9 +98,10 @@ def _prepare(
     row = begin + i.to(tl.int64)
     live = i < rows
     if (sequence < 0) | (sequence >= sequences):
-        value = tl.arange(0, triton.next_power_of_2(V))[None, :]
-        zero = tl.zeros([ROWS, triton.next_power_of_2(V)], o_ptr.dtype.element_ty)
-        tl.store(o_ptr + (row * HV + head)[:, None] * V + value, zero, mask=live[:, None] & (value < V))
+        zero = tl.zeros([ROWS, ROWS], o_ptr.dtype.element_ty)
+        for first in range(0, V, ROWS):
+            value = first + i[None, :]
+            tl.store(o_ptr + (row * HV + head)[:, None] * V + value, zero, mask=live[:, None] & (value < V))
         return
 
     key_head = head // (HV // H)
@@ -296,7 +297,7 @@ def gated_delta_rule(
         (*strides, *g.stride(), *beta.stride(), *dims, dtype),
         tiling.prepare_warps,
     )
-    far = tl.int64 if max(q.stride(0), k.stride(0), v.stride(0), heads * V) * ROWS.value >= 2**31 else tl.int32
+    far = tl.int64 if max(x.stride(0) for x in (q, k, v)) * ROWS.value >= 2**31 else tl.int32
     state_strides = (0, 0, 0, 0) if initial_state is None else initial_state.stride()
     _launch(
         (sequences * heads * -(-V // tiling.block_v), 1, 1),

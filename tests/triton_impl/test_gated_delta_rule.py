@@ -96,7 +96,7 @@ def test_equal_keys_that_are_not_forgotten() -> None:
     args = of_sequence(arguments(), 0) | {"initial_state": None}
     args["g"], args["beta"] = torch.zeros_like(args["g"]), torch.ones_like(args["beta"])
     args |= {"q": args["q"].float(), "k": args["k"][:1].expand(70, 1, 24).float(), "v": args["v"].float()}
-    arrays = {name: to_numpy(x) if isinstance(x, torch.Tensor) else x for name, x in args.items()}
+    arrays: dict[str, Any] = {name: to_numpy(x) if isinstance(x, torch.Tensor) else x for name, x in args.items()}
     for result, wanted in zip(gated_delta_rule(**args), formula(**arrays, scale=None), strict=True):
         assert abs(to_numpy(result) - wanted).max() < 1e-5
 
