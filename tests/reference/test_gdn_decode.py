@@ -230,7 +230,7 @@ def test_no_sequences(columns: int) -> None:
     assert conv_state.shape == (1, 4, columns)
 
 
-BAD = {
+BAD: dict[str, dict[str, Any]] = {
     "z: expected an array, got None": {"z": None},
     "z: expected None with interleaved=True": {"interleaved": True, "x": np.zeros((1, 6), np.float32)},
     "norm_eps: expected a finite number > 0": {"norm_eps": 0.0},
@@ -248,7 +248,7 @@ def test_bad_calls(message: str) -> None:
         gdn_decode(**arguments(array(X), *pools([10, 20])) | BAD[message])
 
 
-BAD_TOKENS = {
+BAD_TOKENS: dict[str, dict[str, Any]] = {
     "x: expected 1 to 8 tokens T": {"tokens": 9},
     "state_indices: expected a slot for each token": {"state_indices": None},
     "conv_state: expected n = W - 1 \\+ T - 1 = 2 columns": {"columns": 3},
