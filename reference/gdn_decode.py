@@ -63,7 +63,7 @@ def formula(
     q, k, v = split_heads(silu(c), num_k_heads, head_k_dim, head_v_dim)
     q, k = q * inverse_norm(q, l2norm_eps), k * inverse_norm(k, l2norm_eps)
     decay, beta = gates(a, b, A_log, dt_bias)
-    S = state_before(recurrent_state, slots, num_accepted)
+    S = state_before(recurrent_state, slots, state_indices, num_accepted)
     o, states = delta_rule(S, by_token(slots, q, k, v, decay, beta), factor(scale, head_k_dim))
     n = o.reshape(v.shape) * inverse_rms(o.reshape(v.shape), norm_eps)
     out = n * to_f64(norm_weight) * silu(gate.reshape(v.shape))
@@ -125,11 +125,12 @@ def by_token(slots: Slots, q: F64, k: F64, v: F64, decay: F64, beta: F64) -> lis
     return [Token(*(part.reshape(batch, tokens, *part.shape[1:])[:, t] for part in parts)) for t in range(tokens)]
 
 
-def state_before(state: Array, slots: Slots, num_accepted: Array | None) -> F64:
+def state_before(state: Array, slots: Slots, state_indices: Array | None, num_accepted: Array | None) -> F64:
     """S of each sequence before its first token, 0 where it has no slot: [B, HV, K, V]."""
     S = np.zeros((len(slots), *state.shape[1:]))
-    for b in range(len(slots)):
-        slot = slots[b, 0 if num_accepted is None else _last_accepted(num_accepted, b, slots)]
+    for b, slot in enumerate(slots[:, 0]):
+        if slot >= 0 and num_accepted is not None and state_indices is not None:
+            slot = state_indices[b, _last_accepted(num_accepted, b, slots)]
         if slot >= 0:
             S[b] = to_f64(state[slot])
     return S
@@ -202,7 +203,7 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     before = inputs_before(given.conv_state, slots, given.num_accepted, given.conv_weight.shape[1])
     q, k, v = _heads(windows(before, inputs, slots), given, error)
     decay, beta = _gates(given, error)
-    S = state_before(given.recurrent_state, slots, given.num_accepted)
+    S = state_before(given.recurrent_state, slots, given.state_indices, given.num_accepted)
     parts = (q, k, v, decay, beta)
     values = by_token(slots, *(part.value for part in parts))
     errors = by_token(slots, *(np.fmax(part.high - part.value, part.value - part.low) for part in parts))
