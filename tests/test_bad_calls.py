@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import polyfuse
 from polyfuse import BackendError, SpecError, Unsupported
 from polyfuse.conformance import cases, make_inputs, place
-from polyfuse.conformance.checks.values import check
+from polyfuse.conformance.checks.values import as_tuple, check
 from polyfuse.dispatch import family_of, to_numpy
 from polyfuse.reference import oracle
 from polyfuse.spec import OPS, bind
@@ -142,12 +142,18 @@ def bits(arguments: dict[str, Any]) -> dict[str, bytes]:
     }
 
 
+def in_place(op: str, arguments: dict[str, Any]) -> list[str]:
+    """The tensors that a right call writes."""
+    return [name for name in OPS[op].updated if isinstance(arguments[name], torch.Tensor)]
+
+
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @examples(calls())
 @pytest.mark.filterwarnings("ignore")
 def test_a_call_is_right_or_raises_one_line(call: tuple[str, dict[str, Any], Any]) -> None:
     op, arguments, backend = call
-    before = bits(arguments)
+    before, written = bits(arguments), in_place(op, arguments)
+    found = {name: arguments[name].clone() for name in written if name in before}
     try:
         with np.errstate(all="ignore"):
             result = getattr(polyfuse, op)(**arguments, backend=backend)
@@ -156,7 +162,10 @@ def test_a_call_is_right_or_raises_one_line(call: tuple[str, dict[str, Any], Any
     else:
         message = ""
         if all(map(is_readable, arguments.values())):
-            plain = {name: to_numpy(value) if family_of(value) else value for name, value in arguments.items()}
-            assert check(result, bind(OPS[op], plain), oracle(op).intervals(**plain)) is None
+            given = arguments | found
+            plain = {name: to_numpy(value) if family_of(value) else value for name, value in given.items()}
+            returned = (*as_tuple(result), *(arguments[name] for name in written))
+            assert check(returned, bind(OPS[op], plain), oracle(op).intervals(**plain)) is None
+        before |= bits({name: arguments[name] for name in written})
     assert "\n" not in message
     assert bits(arguments) == before
