@@ -36,7 +36,7 @@ def gdn_conv_prep(
     dtype, before = x.dtype, weight.shape[1] - 1
     if interleaved:
         x = _in_order(x, num_k_heads, head_k_dim, len(A_log) // num_k_heads * head_v_dim)
-    state, columns = initial_state, before
+    state, columns, owned = initial_state, before, None
     if state_pool is not None:
         sequences, columns = 1 if cu_seqlens is None else len(cu_seqlens) - 1, state_pool.shape[2]
         owned = _Slots(state_pool, state_indices, sequences)
@@ -47,7 +47,7 @@ def gdn_conv_prep(
     y = c * sigmoid(c) if activation else c
     eps = l2norm_eps if l2norm else None
     q, k, v = heads(y, num_k_heads, head_k_dim, len(A_log), head_v_dim, eps, dtype)
-    if state_pool is not None:
+    if owned is not None:
         owned.write(_states(inputs, last))
     final_state = _states(inputs, last if output_final_state else last[:0, :before])
     final_state = final_state.to(dtype if initial_state is None else initial_state.dtype)
