@@ -35,6 +35,9 @@ def formula(
     bias: Array | None,
     initial_state: Array | None,
     cu_seqlens: Array | None,
+    state_pool: Array | None,
+    state_indices: Array | None,
+    has_initial_state: Array | None,
     num_k_heads: int,
     head_k_dim: int,
     head_v_dim: int,
@@ -43,19 +46,28 @@ def formula(
     output_g_exp: bool,
     output_final_state: bool,
     interleaved: bool,
+    activation: str | None,
 ) -> tuple[F64, ...]:
-    """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]."""
+    """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]; and the pool, if there is one."""
+    width = weight.shape[1]
     if interleaved:
         x = in_order(x, num_k_heads, head_k_dim)
-    c = conv(windows(x, initial_state, cu_seqlens, weight.shape[1]), weight, bias)
-    q, k, v = split_heads(silu(c), num_k_heads, head_k_dim, head_v_dim)
+    state = states_before(x, initial_state, cu_seqlens, state_pool, state_indices, has_initial_state)
+    c = conv(windows(x, state, cu_seqlens, width), weight, bias)
+    y = silu(c) if activation else c
+    q, k, v = split_heads(y, num_k_heads, head_k_dim, head_v_dim)
     if l2norm:
         q, k = q * inverse_norm(q, l2norm_eps), k * inverse_norm(k, l2norm_eps)
     g = -np.exp(to_f64(A_log)) * softplus(per_value_head(a) + to_f64(dt_bias))
     if output_g_exp:
         g = np.exp(g)
-    last = final_state(x, initial_state, cu_seqlens, weight.shape[1])
-    return q, k, v, g, sigmoid(per_value_head(b)), last if output_final_state else last[:0]
+    results = q, k, v, g, sigmoid(per_value_head(b))
+    if state_pool is not None:
+        slots = slots_of(x, cu_seqlens, state_pool, state_indices)
+        new = final_state(x, state, cu_seqlens, state_pool.shape[2])
+        return *results, new[:0, :, : width - 1], pool_after(state_pool, slots, new)
+    last = final_state(x, state, cu_seqlens, width - 1)
+    return *results, last if output_final_state else last[:0]
 
 
 def in_order(x: Array, heads: int, width: int) -> Array:
@@ -74,8 +86,43 @@ def sequences(length: int, cu_seqlens: Array | None) -> tuple[NDArray[np.int64],
     return np.searchsorted(starts, np.arange(length), side="right") - 1, starts
 
 
+def slots_of(x: Array, cu_seqlens: Array | None, pool: Array, state_indices: Array | None) -> list[int | None]:
+    """The slot of the pool that each sequence owns, None for none."""
+    _, starts = sequences(len(x), cu_seqlens)
+    named = range(len(starts) - 1) if state_indices is None else state_indices.tolist()
+    return [slot if 0 <= slot < len(pool) else None for slot in named]
+
+
+def states_before(
+    x: Array,
+    initial_state: Array | None,
+    cu_seqlens: Array | None,
+    pool: Array | None,
+    state_indices: Array | None,
+    has_initial_state: Array | None,
+) -> Array | None:
+    """The initial states [S, C, W - 1]; with a pool what is in each sequence's slot [S, C, n], or zeros."""
+    if pool is None:
+        return initial_state
+    slots = slots_of(x, cu_seqlens, pool, state_indices)
+    old = np.zeros((len(slots), *pool.shape[1:]))
+    for i, slot in enumerate(slots):
+        if slot is not None and (has_initial_state is None or has_initial_state[i]):
+            old[i] = to_f64(pool[slot])
+    return old
+
+
+def pool_after(pool: Array, slots: list[int | None], new: F64) -> F64:
+    """The pool with each sequence's new state in its slot."""
+    after = to_f64(pool)
+    for i, slot in enumerate(slots):
+        if slot is not None:
+            after[slot] = new[i]
+    return after
+
+
 def windows(x: Array, state: Array | None, cu_seqlens: Array | None, width: int) -> F64:
-    """What the conv reads for each row, oldest first: [L, C, W]."""
+    """What the conv reads for each row, oldest first: [L, C, W]. A state may have more columns than it looks back."""
     rows = to_f64(x)
     row, starts = sequences(len(rows), cu_seqlens)
     window = np.zeros((*rows.shape, width))
@@ -101,21 +148,23 @@ def silu(c: F64) -> F64:
     return c * sigmoid(c)
 
 
-def final_state(x: Array, state: Array | None, cu_seqlens: Array | None, width: int) -> F64:
-    """The last width - 1 inputs of each sequence, oldest first: [S, C, W - 1]."""
+def final_state(x: Array, state: Array | None, cu_seqlens: Array | None, columns: int) -> F64:
+    """The last inputs of each sequence, so many, oldest first: [S, C, columns]."""
     rows = to_f64(x)
     _, starts = sequences(len(rows), cu_seqlens)
     states = []
     for i in range(len(starts) - 1):
-        before = np.zeros((width - 1, rows.shape[1])) if state is None else to_f64(state[i]).T
-        states.append(np.concatenate([before, rows[starts[i] : starts[i + 1]]])[-(width - 1) :].T)
-    return np.array(states).reshape(-1, rows.shape[1], width - 1)
+        before = np.zeros((columns, rows.shape[1])) if state is None else to_f64(state[i]).T
+        states.append(np.concatenate([before, rows[starts[i] : starts[i + 1]]])[-columns:].T)
+    return np.array(states).reshape(-1, rows.shape[1], columns)
 
 
 def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
     """The error of c, through SiLU to y, and through the norm to q and k."""
     x = in_order(given.x, given.num_k_heads, given.head_k_dim) if given.interleaved else given.x
-    window = windows(x, given.initial_state, given.cu_seqlens, given.weight.shape[1])
+    pool = given.state_pool, given.state_indices, given.has_initial_state
+    state = states_before(x, given.initial_state, given.cu_seqlens, *pool)
+    window = windows(x, state, given.cu_seqlens, given.weight.shape[1])
     y = activated(window, given, error)
     parts = [
         split_heads(part, given.num_k_heads, given.head_k_dim, given.head_v_dim) for part in (y.value, y.low, y.high)
@@ -127,7 +176,9 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
         results[name] = normalised(part, given.l2norm_eps, relative, flush) if given.l2norm else part.widened(relative)
     results["v"] = v.widened(error("v")[0])
     results |= gate_bounds(exact, given, error)
-    results["final_state"] = Exact.copy(exact["final_state"], error("final_state")[0])
+    for name in ("final_state", "state_pool"):
+        if name in exact:
+            results[name] = Exact.copy(exact[name], error(name)[0])
     return results
 
 
@@ -136,9 +187,11 @@ def activated(window: F64, given: Any, error: Error) -> Exact:
     weight = np.abs(to_f64(given.weight))
     bias = 0.0 if given.bias is None else np.abs(to_f64(given.bias))
     c = conv(window, given.weight, given.bias)
-    y = silu(c)
     relative, flush = error("c")
     of_c = relative * ((np.abs(window) * weight).sum(-1) + bias) + flush * (1 + weight.sum(-1))
+    if not given.activation:
+        return Exact.around(c, of_c)
+    y = silu(c)
     relative, flush = error("y")
     of_silu = relative * np.abs(y) * (1 + np.abs(c)) + flush * (1 + np.abs(c))
     return Exact.around(y, SILU_SLOPE * of_c + of_silu)

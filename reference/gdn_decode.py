@@ -85,7 +85,8 @@ def inputs_before(state: Array, slots: Slots, num_accepted: Array | None, width:
     before = np.zeros((len(slots), state.shape[1], width - 1))
     for b, slot in enumerate(slots[:, 0]):
         if slot >= 0:
-            first = state.shape[2] - (width - 1) if num_accepted is None else int(num_accepted[b]) - 1
+            last = state.shape[2] - (width - 1)
+            first = last if num_accepted is None else _last_accepted(num_accepted, b, slots)
             before[b] = to_f64(state[slot, :, first : first + width - 1])
     return before
 
@@ -118,10 +119,15 @@ def state_before(state: Array, slots: Slots, num_accepted: Array | None) -> F64:
     """S of each sequence before its first token, 0 where it has no slot: [B, HV, K, V]."""
     S = np.zeros((len(slots), *state.shape[1:]))
     for b in range(len(slots)):
-        slot = slots[b, 0 if num_accepted is None or slots[b, 0] < 0 else int(num_accepted[b]) - 1]
+        slot = slots[b, 0 if num_accepted is None else _last_accepted(num_accepted, b, slots)]
         if slot >= 0:
             S[b] = to_f64(state[slot])
     return S
+
+
+def _last_accepted(num_accepted: Array, sequence: int, slots: Slots) -> int:
+    """The number of the last token of a sequence that was accepted, from 0 on."""
+    return min(max(int(num_accepted[sequence]), 1), slots.shape[1]) - 1
 
 
 def factor(scale: float | None, width: int) -> float:
@@ -139,11 +145,16 @@ def delta_rule(S: F64, tokens: list[tuple[F64, ...]], scale: float) -> tuple[F64
 
 
 def step(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> tuple[F64, F64]:
-    """o [B, HV, 1, V] and the new S of one token: a sum over K is one over the last axis but one."""
+    """o [B, HV, 1, V] and the new S of one token."""
     S = decay * S
-    d = beta * (v - (S * k).sum(-2, keepdims=True))
+    d = beta * (v - product(S, k))
     S = S + k * d
-    return scale * (S * q).sum(-2, keepdims=True), S
+    return scale * product(S, q), S
+
+
+def product(S: F64, vector: F64) -> F64:
+    """S^T times a vector [..., K, 1]: [..., 1, V]."""
+    return (S * vector).sum(-2, keepdims=True)
 
 
 def inverse_rms(x: F64, eps: float) -> F64:
@@ -243,29 +254,34 @@ def _delta_rule(
 def _step_errors(
     S: F64, of_S: F64, token: tuple[F64, ...], of_token: tuple[F64, ...], scale: float, error: Error
 ) -> tuple[F64, F64]:
-    """The errors of o and of the new S, of an S with an error."""
+    """The errors of o and of the new S, of an S with an error.
+
+    An error of exp(g) or of d is one for all of S or of a column, and so changes their products with k and q as wholes.
+    """
     q, k, v, decay, beta = token
     of_q, of_k, of_v, of_decay, of_beta = of_token
-    size_k, size_q = np.abs(k), np.abs(q)
-    decayed = decay * np.abs(S)
-    of_decayed = of_decay * np.abs(S) + (decay + of_decay) * of_S
+    size_q, size_k, size_S = np.abs(q), np.abs(k), np.abs(S)
+    most = decay + of_decay
 
     relative, flush = error("d")
-    difference = v - (decay * S * k).sum(-2, keepdims=True)
-    of_difference = of_v + (of_decayed * (size_k + of_k) + decayed * of_k).sum(-2, keepdims=True)
+    difference = v - decay * product(S, k)
+    of_difference = of_v + of_decay * np.abs(product(S, k))
+    of_difference += most * (product(of_S, size_k + of_k) + product(size_S, of_k))
     of_d = of_beta * np.abs(difference) + (beta + of_beta) * of_difference
-    of_d += relative * beta * (np.abs(v) + (decayed * size_k).sum(-2, keepdims=True))
+    of_d += relative * beta * (np.abs(v) + decay * product(size_S, size_k))
     of_d += flush * (1 + beta * (1 + size_k.sum(-2, keepdims=True)))
 
     relative, flush = error("recurrent_state")
     d = beta * difference
-    of_new = of_decayed + size_k * of_d + of_k * (np.abs(d) + of_d)
-    of_new += relative * (decayed + size_k * np.abs(d)) + flush * (2 + decay + size_k)
+    size = decay * size_S + size_k * np.abs(d)
+    rounded = relative * size + flush * (2 + decay + size_k)
+    of_new = of_decay * size_S + most * of_S + size_k * of_d + of_k * (np.abs(d) + of_d) + rounded
 
     relative, flush = error("o")
-    new = decay * S + k * d
-    of_o = (of_new * (size_q + of_q) + np.abs(new) * of_q).sum(-2, keepdims=True)
-    of_o += relative * ((decayed + size_k * np.abs(d)) * size_q).sum(-2, keepdims=True) + flush
+    of_o = of_decay * np.abs(product(S, q)) + most * product(of_S, size_q) + product(rounded, size_q)
+    of_o += of_d * (np.abs(product(k, q)) + product(of_k, size_q)) + np.abs(d) * product(of_k, size_q)
+    of_o += product(np.abs(decay * S + k * d) + of_new, of_q)
+    of_o += relative * product(size, size_q) + flush
     return abs(scale) * of_o + flush, of_new
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from polyfuse.spec._types import REQUIRED, OpSpec, TensorSpec
+from polyfuse.spec._types import REQUIRED, AttrSpec, OpSpec, TensorSpec
 
 _UPDATED = "Written in place where they are torch tensors, returned behind the results as JAX or NumPy arrays"
 
@@ -16,7 +16,7 @@ def docstring(spec: OpSpec) -> str:
         updated = ", updated in place" if t.updated else ""
         lines.append(f"    {t.name}: {shapes} {'/'.join(t.dtypes)}{optional}{updated}. {t.doc}.")
     for a in spec.attrs:
-        kind = " | ".join(a.values) if a.kind == "enum" else a.kind
+        kind = " | ".join(_values(a)) if a.kind == "enum" else a.kind
         default = "required" if a.default is REQUIRED else f"default {a.default!r}"
         lines.append(f"    {a.name}: {kind}, {default}. {a.doc}.")
     lines.append("    backend: a backend name, or a list in order of preference; None selects one for the machine.")
@@ -46,7 +46,7 @@ def op_page(spec: OpSpec) -> str:
         (
             f"`{a.name}`",
             "required" if a.default is REQUIRED else f"`{a.default!r}`",
-            ", ".join(a.values) or a.kind,
+            ", ".join(_values(a)) or a.kind,
             a.doc,
         )
         for a in spec.attrs
@@ -71,6 +71,10 @@ def op_page(spec: OpSpec) -> str:
         "\n".join(f"- `{e.value}`: {e.reason}." for e in spec.errors),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _values(attr: AttrSpec) -> tuple[str, ...]:
+    return (*attr.values, "None") if attr.nullable else attr.values
 
 
 def _remark(tensor: TensorSpec) -> str:

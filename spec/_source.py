@@ -97,11 +97,11 @@ def _function(spec: OpSpec) -> str:
 
 def _parameters(spec: OpSpec, kinds: dict[str, str]) -> list[str]:
     lines: list[str] = []
-    nullable = {t.name for t in spec.tensors if t.optional}
+    nullable = {field.name for field in (*spec.tensors, *spec.attrs) if field.optional}
     for name, default in spec.parameters.items():
         if name not in spec.positional and "*" not in lines:
             lines.append("*")
-        optional = " | None" if default is None or name in nullable else ""
+        optional = " | None" if name in nullable else ""
         given = "" if default is REQUIRED else f" = {literal(default)}"
         lines.append(f"{name}: {kinds[name]}{optional}{given}")
     return lines

@@ -73,7 +73,8 @@ class TensorSpec:
 class AttrSpec:
     """One keyword argument that is not an array. `kind="enum"` takes one of `values`, `"dtype"` too.
 
-    `minimum` is the least number accepted; `default` is `REQUIRED` where the caller must give one.
+    `minimum` is the least number accepted; `default` is `REQUIRED` where the caller must give one. None is a value too
+    where it is the default, or with `nullable`.
     """
 
     name: str
@@ -82,10 +83,12 @@ class AttrSpec:
     doc: str
     values: tuple[str, ...] = ()
     minimum: float | None = None
+    nullable: bool = False
 
     @property
     def optional(self) -> bool:
-        return self.default is None
+        """Whether None is a value of it."""
+        return self.nullable or self.default is None
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,8 @@ class Capability:
     `min_arch` is the least architecture per device kind, as (major, minor). `dtypes` restricts an
     argument's dtype, `attrs` an attribute's values, `multiples` a dimension's divisor, and `ranges` its least
     and greatest size. `defers` are calls that it claims, but not as the first choice.
-    `differentiable` says that gradients flow through it (autograd or `jax.grad`). `interpreted` are the devices
+    `differentiable` says that gradients flow through it (autograd or `jax.grad`) where the call updates no argument.
+    `interpreted` are the devices
     on which it is emulated: right, but slow, so that conformance gives it small cases only.
     """
 
@@ -298,12 +302,19 @@ class Capability:
             found.append(f"devices: expected a tuple of device kinds, got {devices!r}")
         return found
 
+    def no_backward(self, call: Call) -> str | None:
+        """Why no gradient flows through this call, or None if one does."""
+        if call.updated:
+            return f"{', '.join(output.name for output in call.updated)} is updated in place: no backward"
+        return None if self.differentiable else "no backward"
+
     def refusal(
         self, call: Call, device: str, arch: tuple[int, int] | None = None, needs_grad: bool = False
     ) -> str | None:
         """Why this call cannot run here, or None if it can."""
-        if needs_grad and not self.differentiable:
-            return "an input requires grad: no backward; call under torch.no_grad() or detach"
+        no_backward = self.no_backward(call) if needs_grad else None
+        if no_backward:
+            return f"an input requires grad: {no_backward}; call under torch.no_grad() or detach"
         if "*" not in self.devices and device not in self.devices:
             return f"device={device}: runs on {', '.join(self.devices)}"
         least = self.min_arch.get(device)

@@ -4,7 +4,7 @@ A row of `x` is [q | k | v] as the projection wrote it, with H heads of K for q 
 causal depthwise convolution of width W over the rows of each sequence, a SiLU, then all of `gdn_post_conv`:
 
     c[t]   bias + sum over j < W of weight[:, j] * x[t - (W - 1) + j]
-    y      c * sigmoid(c)
+    y      c * sigmoid(c); c itself with activation=None
     q, k   y / sqrt(sum(y * y) + eps)        over the head; y itself with l2norm=False
     v      y
     g      -exp(A_log) * softplus(a + dt_bias)        exp of that with output_g_exp=True
@@ -14,6 +14,16 @@ causal depthwise convolution of width W over the rows of each sequence, a SiLU, 
 it all rows are one sequence. What lies before a sequence's first row comes from `initial_state` [S, C, W - 1], its last
 W - 1 inputs, oldest first, and is zero without one; never from another sequence. `final_state` is the same after the
 sequence's last row: the initial state of the call that goes on, also where the sequence has fewer than W - 1 rows.
+A state may have a dtype of its own, which is final_state's too: what is copied into another dtype is rounded once.
+`state_pool` [slots, C, n], n >= W - 1, holds the states of many sequences, and is updated in place of a final_state:
+
+    sequence i owns the slot state_indices[i], or slot i without them; -1, or any number that is no slot, is none
+    old    the slot's n columns; zeros where has_initial_state[i] is False or there is no slot
+    what lies before the first row    the last W - 1 columns of old
+    what the slot then holds          the last n columns of [old, the sequence's rows], oldest first
+
+An empty sequence so keeps its slot, or clears it where has_initial_state is False; a slot that no sequence owns keeps
+every bit. Two sequences that own one slot are an error that is not looked for.
 With `interleaved` x is Qwen3-Next's whole first projection, read in place: H key heads of [q K | k K | v G*V | z G*V],
 where G = HV / H, so that value head j belongs to key head j // G. The columns of z are not read. Channels of `weight`,
 `bias` and the states stay [q | k | v], each with its heads in order, and the results are the same.
@@ -56,15 +66,39 @@ def _check(call: Call) -> None:
     if call.dims.get("N", 2) < 2:
         fail(NAME, "cu_seqlens", "at least 2 elements", call.dims["N"])
 
+    _check_pool(call)
+
+
+def _check_pool(call: Call) -> None:
+    if "state_pool" not in call.dtypes:
+        for name in ("state_indices", "has_initial_state"):
+            if name in call.dtypes:
+                fail(NAME, name, "None without a state_pool", "an array")
+        return
+    if "initial_state" in call.dtypes:
+        fail(NAME, "initial_state", "None beside a state_pool", "an array", "to write it into the sequences' slots")
+    if call.attrs["output_final_state"]:
+        fail(NAME, "output_final_state", "False beside a state_pool, which is updated", True)
+    slots, columns, before = call.dims["slots"], call.dims["n"], call.dims["W"] - 1
+    if columns < before:
+        fail(NAME, "state_pool", f"n >= W - 1={before} in [slots, {_CHANNELS}, n]", columns)
+    least = 1 if "state_indices" in call.dtypes else _sequences(call)
+    if slots < least:
+        fail(NAME, "state_pool", f"slots >= {least} in [slots, {_CHANNELS}, n]", slots)
+
 
 def _derive(call: Call) -> Mapping[str, Any]:
-    sequences = call.dims["N"] - 1 if "cu_seqlens" in call.dtypes else 1
-    channels, before = _channels(call), call.dims["W"] - 1
+    sequences, channels, before = _sequences(call), _channels(call), call.dims["W"] - 1
     return {
         "S": sequences,
         "F": sequences if call.attrs["output_final_state"] else 0,
         "final_strides": (channels * before, 1, channels),
+        "state": call.dtypes.get("initial_state", call.dtypes["T"]),
     }
+
+
+def _sequences(call: Call) -> Any:
+    return call.dims["N"] - 1 if "cu_seqlens" in call.dtypes else 1
 
 
 def _channels(call: Call) -> Any:
@@ -73,19 +107,22 @@ def _channels(call: Call) -> Any:
 
 def _cost(call: Call) -> Cost:
     d, post = call.dims, POST_CONV.cost(call)
-    size = itemsize(call.dtypes["T"])
     channels = _channels(call)
-    state = channels * (d["W"] - 1) * size
+    column = d["S"] * channels  # of all states
     read = channels * d["W"] * itemsize(call.dtypes["weight"])
-    if "initial_state" in call.dtypes:
-        read += d["S"] * state
-    flops = d["L"] * channels * (2 * d["W"] + 6)
-    return Cost(post.bytes_read + read, post.bytes_written + d["F"] * state, post.flops + flops)
+    written = d["F"] * channels * (d["W"] - 1) * itemsize(call.dtypes["state"])
+    for name in ("initial_state", "state_pool"):
+        if name in call.dtypes:
+            read += column * (d["W"] - 1) * itemsize(call.dtypes[name])
+    if "state_pool" in call.dtypes:
+        written += column * d["n"] * itemsize(call.dtypes["state_pool"])
+    flops = d["L"] * channels * (2 * d["W"] + (6 if call.attrs["activation"] else 0))
+    return Cost(post.bytes_read + read, post.bytes_written + written, post.flops + flops)
 
 
 SPEC = OpSpec(
     name=NAME,
-    version=2,
+    version=3,
     summary="Causal conv, SiLU, split, L2-normalisation and gates of a Gated DeltaNet layer, in one pass.",
     formula=__doc__ or "",
     source=(
@@ -109,25 +146,38 @@ SPEC = OpSpec(
             ("S", _CHANNELS, "W - 1"),
             FLOATS,
             "the inputs before each sequence, oldest first",
-            dtype_var="T",
             optional=True,
         ),
         TensorSpec(
             "cu_seqlens", ("N",), INTS, "where each of the S = N - 1 sequences begins, and the end", optional=True
+        ),
+        TensorSpec(
+            "state_pool",
+            ("slots", _CHANNELS, "n"),
+            FLOATS,
+            "states of sequences, in place of initial_state and final_state; any strides",
+            optional=True,
+            updated=True,
+        ),
+        TensorSpec("state_indices", ("S",), INTS, "each sequence's slot of the pool, -1 for none", optional=True),
+        TensorSpec(
+            "has_initial_state", ("S",), ("bool",), "False: the sequence begins from zeros, not its slot", optional=True
         ),
     ),
     attrs=(
         *POST_CONV.attrs,
         AttrSpec("output_final_state", "bool", False, "return final_state; else it has no sequences"),
         AttrSpec("interleaved", "bool", False, "x is Qwen3-Next's projection: key heads of [q | k | v | z]"),
+        AttrSpec("activation", "enum", "silu", "of c; None for none", values=("silu",), nullable=True),
     ),
     outputs=(
         *POST_CONV.outputs,
         OutputSpec(
             "final_state",
             ("F", _CHANNELS, "W - 1"),
-            "T",
-            "the last inputs of each sequence, oldest first; rows [F, W - 1, C] in memory",
+            "state",
+            "the last inputs of each sequence, oldest first, in the dtype of initial_state or else T; rows [F, W - 1, "
+            "C] in memory",
             strides="final_strides",
         ),
     ),
@@ -144,7 +194,8 @@ SPEC = OpSpec(
             8,
             "magnitude |y| * (1 + |c|), as an exponential turns the rounding of its argument into a relative error: "
             "its argument, the exponential, 1 + exp, a division within 2 ulp and a product. SiLU passes on at most "
-            "1.1 times the error of c. A flushed result counts once, a flushed sigmoid |c| times",
+            "1.1 times the error of c. A flushed result counts once, a flushed sigmoid |c| times. With activation=None "
+            "the error of c alone",
             flushes=1,
         ),
         ErrorBound("q", norm_steps, f"the error of y, and of what follows: {NORM_REASON}", norm_flushes),
@@ -152,12 +203,15 @@ SPEC = OpSpec(
         ErrorBound("v", 0, "the error of y"),
         ErrorBound("g", GATE_STEPS, GATE_REASON, flushes=1),
         ErrorBound("beta", BETA_STEPS, BETA_REASON, flushes=1),
-        ErrorBound("final_state", 0, "a copy"),
+        ErrorBound("final_state", 0, "a copy, into another dtype with one rounding"),
+        ErrorBound("state_pool", 0, "a copy, into another dtype with one rounding"),
     ),
     edge_cases=(
-        "L == 0: empty results, and the initial state (or zeros) as the final one.",
+        "L == 0: empty results, and the initial state (or zeros) as the final one; a pool is updated all the same.",
         "cu_seqlens is not read back to the host: its entries are taken to be within 0 to L, and not to decrease. Rows "
         "past its last entry are one more sequence, without a state: padding that no other row depends on.",
+        "A pool excludes initial_state and output_final_state, and a call that is given one has no gradient. Without "
+        "state_indices it has at least S slots.",
         "A NaN makes W rows of its channel NaN in v, and of its head in q and k; the rows of other sequences stay.",
         "What the columns of z hold changes no bit of a result, NaN included. HV must be divisible by num_k_heads with "
         "interleaved, and with an a or b of three dimensions.",
@@ -170,6 +224,7 @@ SPEC = OpSpec(
         "width_4-bias-initial_state-int32",
         "rows_67-initial_state",
         "interleaved-h2-k16-g2-v8",
+        "pool-bfloat16-float32-columns_4",
     ),
     check=_check,
     derive=_derive,

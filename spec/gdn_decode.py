@@ -256,9 +256,10 @@ SPEC = OpSpec(
         ErrorBound(
             "o",
             _sum_steps,
-            "the errors of S and q, each times what it is multiplied by; and magnitude "
-            "scale * (exp(g) * |S| + |k d^T|)^T |q|: a sum as in d, and 3 for the scale, rounded, and products. One "
-            "flushed number for each of the K products, which counts scale times; a flushed o once",
+            "the errors of exp(g), d, k, q and of the S before, each times what it is multiplied by, and the roundings "
+            "of the new S; and magnitude scale * (exp(g) * |S| + |k d^T|)^T |q|: a sum as in d, and 3 for the scale, "
+            "rounded, and products. One flushed number for each of the K products, which counts scale times; a flushed "
+            "o once",
             _sum_flushes,
         ),
         ErrorBound(
@@ -283,9 +284,9 @@ SPEC = OpSpec(
     ),
     edge_cases=(
         "B == 0: an empty result, states unchanged.",
-        "Two sequences on one slot, an index outside -1 to slots - 1, or a num_accepted outside 1 to T is the caller's "
-        "error: nothing is read back to the host to check it. Where num_accepted selects an index of -1, S is read as "
-        "zero.",
+        "Two sequences on one slot, or an index outside -1 to slots - 1, are the caller's error: nothing is read back "
+        "to the host to check it. A num_accepted outside 1 to T is taken for the nearest of these. Where it selects an "
+        "index of -1, S is read as zero.",
         "A NaN in x, in z or in a state that is read reaches the heads of its own sequence that depend on it, and no "
         "other sequence. Slots that no sequence has may hold anything.",
         "g of -infinity resets a finite S: exp(g) is 0. Other infinities follow IEEE 754 in the formula as written.",

@@ -19,6 +19,9 @@ def gdn_conv_prep(
     bias: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    state_pool: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
     num_k_heads: int,
     head_k_dim: int,
     head_v_dim: int,
@@ -27,19 +30,59 @@ def gdn_conv_prep(
     output_g_exp: bool = False,
     output_final_state: bool = False,
     interleaved: bool = False,
+    activation: str | None = "silu",
 ) -> tuple[torch.Tensor, ...]:
-    """Returns q, k, v, g and beta, each rounded once, and final_state."""
-    before = weight.shape[1] - 1
+    """Returns q, k, v, g and beta, each rounded once, and final_state. Writes the pool."""
+    dtype, before = x.dtype, weight.shape[1] - 1
     if interleaved:
         x = _in_order(x, num_k_heads, head_k_dim, len(A_log) // num_k_heads * head_v_dim)
-    inputs, first, last = _with_states(x, initial_state, cu_seqlens, before)
-    c = _conv(inputs, weight, bias, first, len(x))
+    state, columns = initial_state, before
+    if state_pool is not None:
+        sequences, columns = 1 if cu_seqlens is None else len(cu_seqlens) - 1, state_pool.shape[2]
+        owned = _Slots(state_pool, state_indices, sequences)
+        state = owned.read(has_initial_state)
+    inputs, first, last = _with_states(x, state, cu_seqlens, columns)
+    c = _conv(inputs, weight, bias, first, columns - before, len(x))
     # Not silu(): on a CPU its last bit depends on the place of the element in the tensor.
-    y = c * sigmoid(c)
+    y = c * sigmoid(c) if activation else c
     eps = l2norm_eps if l2norm else None
-    q, k, v = heads(y, num_k_heads, head_k_dim, len(A_log), head_v_dim, eps, x.dtype)
-    state = inputs[last if output_final_state else last[:0]].transpose(1, 2)
-    return q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp), state
+    q, k, v = heads(y, num_k_heads, head_k_dim, len(A_log), head_v_dim, eps, dtype)
+    if state_pool is not None:
+        owned.write(_states(inputs, last))
+    final_state = _states(inputs, last if output_final_state else last[:0, :before])
+    final_state = final_state.to(dtype if initial_state is None else initial_state.dtype)
+    return q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp), final_state
+
+
+class _Slots:
+    """The slots [S] of a pool that the sequences own. Nothing is read back to the host."""
+
+    def __init__(self, pool: torch.Tensor, indices: torch.Tensor | None, sequences: int) -> None:
+        self.indices = indices
+        if indices is None:
+            self.states = pool[:sequences]
+            return
+        self.pool, self.owns = pool, (indices >= 0) & (indices < len(pool))  # [S]
+        # A sequence without a slot does what one does that has a slot: both write the same there.
+        self.same_as = torch.where(self.owns, torch.arange(sequences, device=pool.device), self.owns.int().argmax())
+        self.slots = indices.long().clamp(0, len(pool) - 1)[self.same_as]
+        self.states = pool.index_select(0, self.slots)
+
+    def read(self, has_initial_state: torch.Tensor | None) -> torch.Tensor:
+        """What the sequences find in their slots [S, C, n]: zeros without one, or without an initial state."""
+        valid = has_initial_state
+        if self.indices is not None:
+            valid = self.owns if valid is None else self.owns & valid
+        return self.states if valid is None else self.states.masked_fill(~valid[:, None, None], 0)
+
+    def write(self, new: torch.Tensor) -> None:
+        """Put the sequences' new states [S, C, n] into their slots."""
+        if self.indices is None:
+            self.states.copy_(new)
+            return
+        # Where no sequence has a slot, all of them write what they found in one.
+        new = torch.where(self.owns[self.same_as][:, None, None], new.to(self.pool.dtype)[self.same_as], self.states)
+        self.pool.index_copy_(0, self.slots, new)
 
 
 def _in_order(x: torch.Tensor, num_k_heads: int, head_k_dim: int, values: int) -> torch.Tensor:
@@ -54,10 +97,14 @@ def _with_states(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The inputs of all sequences in one tensor: each sequence's rows stand behind the `before` inputs that precede it.
 
-    Returned are that tensor; the places [L] in it at which the rows' windows begin, None if these are 0, 1, ...; and
-    the places [S, before] of the last inputs of each sequence.
+    Its dtype holds the numbers of x and those of the states. Returned are that tensor; the places [L] in it at which the
+    `before` inputs before each row begin, None if these are 0, 1, ...; and the places [S, before] of the last inputs of
+    each sequence.
     """
     window = torch.arange(before, device=x.device)
+    if state is not None:
+        x = x.to(torch.promote_types(x.dtype, state.dtype))
+        state = state.to(x.dtype)
     if cu_seqlens is None:
         start = x.new_zeros(before, x.shape[1]) if state is None else state[0].t()
         return torch.cat([start, x]), None, window[None] + len(x)
@@ -73,13 +120,27 @@ def _with_states(
     return inputs, first, places[1:] - before
 
 
+def _states(inputs: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The inputs at these places [S, before] as states [S, C, before], which are rows in memory."""
+    return inputs.index_select(0, places.flatten()).view(*places.shape, inputs.shape[1]).transpose(1, 2)
+
+
 def _conv(
-    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, first: torch.Tensor | None, length: int
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    first: torch.Tensor | None,
+    skipped: int,
+    length: int,
 ) -> torch.Tensor:
-    """c [L, C] in fp32: the products of each window and the weights are added, the oldest first, and then the bias."""
+    """c [L, C] in fp32: the products of each window and the weights are added, the oldest first, and then the bias.
+
+    A window begins after the `skipped` inputs that precede it in the state and that the conv does not look back at.
+    """
     taps = weight.float().t().contiguous()  # [W, C]
 
     def inputs_at(tap: int) -> torch.Tensor:
+        tap += skipped
         return inputs[tap : tap + length] if first is None else inputs.index_select(0, first + tap)  # [L, C]
 
     c = inputs_at(0) * taps[0]

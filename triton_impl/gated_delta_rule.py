@@ -32,6 +32,8 @@ CAPABILITY = Capability(
 
 ROWS = tl.constexpr(64)  # of a chunk
 LEAST_G = tl.constexpr(-120.0)  # exp(-104) is zero in fp32. Sums of it are finite, so that no difference is NaN
+# Of products in fp32. Three products in tf32 err as little as one in fp32, and have matrix units on an NVIDIA GPU.
+PRECISION = tl.constexpr("ieee" if torch.version.cuda is None else "tf32x3")
 SEARCH = tl.constexpr(256)  # entries of cu_seqlens looked at together
 NEVER = tl.constexpr(2**31 - 1)  # a slot that does not come
 
@@ -52,8 +54,8 @@ def _rounded(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, acc=None):
-    """a b + acc in fp32. Operands in fp32 are not rounded to tf32."""
-    return tl.dot(a, b, acc, input_precision="ieee")
+    """a b + acc in fp32."""
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -82,7 +84,7 @@ def _diagonal(M, B: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _corners(M, PRECISION: tl.constexpr):
+def _corners(M):
     """(I + M)^-1 of strictly lower triangular M [B, 16, 16].
 
     Inverts blocks of 2, 4, 8 rows and so on, each from the inverses of its two halves. No powers of M are summed: they
@@ -93,13 +95,13 @@ def _corners(M, PRECISION: tl.constexpr):
     inverse = tl.where(i == j, 1.0, tl.where(i >> 1 == j >> 1, -M, 0.0))
     for level in tl.static_range(1, 4):
         below = tl.where((i >> level + 1 == j >> level + 1) & (i >> level > j >> level), M, 0.0)
-        product = tl.dot(inverse, below, input_precision=PRECISION)
-        inverse -= tl.dot(product, inverse, input_precision=PRECISION)
+        product = _dot(inverse, below)
+        inverse -= _dot(product, inverse)
     return inverse
 
 
 @triton.jit
-def _merged(inverse, M, B: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+def _merged(inverse, M, B: tl.constexpr, N: tl.constexpr):
     """The blocks [B, 2*N, 2*N] on the diagonal of (I + M)^-1, from those of half their size."""
     row = tl.arange(0, 2)[None, :, None, None, None]
     column = tl.arange(0, 2)[None, None, None, :, None]
@@ -111,8 +113,8 @@ def _merged(inverse, M, B: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexp
         first = tl.reshape(first, [N, N])
         second = tl.reshape(second, [N, N])
         M = tl.reshape(M, [N, N])
-    below = tl.dot(second, M, input_precision=PRECISION)
-    below = -tl.dot(below, first, input_precision=PRECISION)
+    below = _dot(second, M)
+    below = -_dot(below, first)
     below = tl.reshape(below, [B, N, N])
     below = tl.where(row > column, below[:, None, :, None, :], 0.0)
     return tl.reshape(tl.where(row == column, halves[:, :, :, None, :], below), [B, 2 * N, 2 * N])
@@ -144,7 +146,6 @@ def _prepare(
     K: tl.constexpr,
     V: tl.constexpr,
     DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = (program % HV).to(tl.int64)
@@ -179,9 +180,9 @@ def _prepare(
     decay = tl.exp(tl.where(past, G[:, None] - G[None, :], 0.0))
     p = tl.where(past, _dot(q, tl.trans(k)) * decay, 0.0)
     M = tl.where(past & (i[:, None] != i[None, :]), beta[:, None] * _dot(k, tl.trans(k)) * decay, 0.0)
-    inverse = _corners(_diagonal(M, 4, 16), PRECISION)
-    inverse = _merged(inverse, M, 2, 16, PRECISION)
-    inverse = _merged(inverse, M, 1, 32, PRECISION)
+    inverse = _corners(_diagonal(M, 4, 16))
+    inverse = _merged(inverse, M, 2, 16)
+    inverse = _merged(inverse, M, 1, 32)
     t = tl.reshape(inverse, [ROWS, ROWS]) * beta[None, :]
 
     here = head * length + row
@@ -307,7 +308,6 @@ _launch_prepare = Launcher(NAME, _prepare)
 _launch = Launcher(NAME, _scan)
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-PRECISIONS = {torch.float32: "ieee", torch.bfloat16: "tf32x3", torch.float16: "tf32x3"}  # of (I + M)^-1
 
 
 class Tiling(NamedTuple):
@@ -319,9 +319,10 @@ class Tiling(NamedTuple):
     stages: int
 
 
-def _tiling(V: int) -> Tiling:
+def _tiling(K: int, V: int, itemsize: int) -> Tiling:
     """Not measured yet. A block of 64 columns, of 4 warps, is the least that a Hopper GPU's wgmma takes."""
-    return Tiling(4, min(64, max(16, triton.next_power_of_2(V))), 4, 2)
+    stages = 2 if K * itemsize <= 512 else 1  # so that the tiles fit in shared memory
+    return Tiling(4, min(64, max(16, triton.next_power_of_2(V))), 4, stages)
 
 
 def gated_delta_rule(
@@ -350,7 +351,7 @@ def gated_delta_rule(
         return o.zero_(), final
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    tiling = _tiling(V)
+    tiling = _tiling(K, V, v.element_size())
     t, p = (v.new_empty(heads, length, ROWS.value) for _ in range(2))
     decay = torch.empty(heads, length, 2, dtype=torch.float32, device=v.device)
     made = t, p, decay
@@ -363,7 +364,7 @@ def gated_delta_rule(
         (q, k, g, beta, cu_seqlens),
         (*made, o),
         (length, sequences),
-        (*strides, *g.stride(), *beta.stride(), *dims, dtype, PRECISIONS[v.dtype]),
+        (*strides, *g.stride(), *beta.stride(), *dims, dtype),
         tiling.prepare_warps,
     )
     far = tl.int64 if max(q.stride(0), k.stride(0), v.stride(0), heads * V) * ROWS.value >= 2**31 else tl.int32

@@ -134,7 +134,7 @@ def _copied(x: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
     That is where their rows have more strides together than a program counts in.
     """
-    apart = [rows.stride(-1) != 1 for rows in (x, gate)]
+    apart = [rows.shape[-1] > 1 and rows.stride(-1) != 1 for rows in (x, gate)]
     x, gate = (
         rows.contiguous() if alone or not any(apart) else rows for rows, alone in zip((x, gate), apart, strict=True)
     )
@@ -151,15 +151,15 @@ def gated_rms_norm(
     weight_offset: float = 0.0,
 ) -> torch.Tensor:
     """Returns y [..., V], rounded once."""
-    if x.numel() == 0:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.numel() == 0:
+        return y
     silu = activation == "silu"
     plan = _plan(x.shape, x.stride(), gate.stride(), silu)
     while plan is None:
         x, gate = _copied(x, gate)
         plan = _plan(x.shape, x.stride(), gate.stride(), silu)
     programs, numbers, fixed, warps = plan
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     floats = max(eps, FP32_TINY), weight_offset  # a zero row must give zeros
     _launch((programs, 1, 1), (x, gate, weight.contiguous()), (y,), (*floats, *numbers), fixed, warps)
     return y

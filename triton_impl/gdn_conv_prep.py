@@ -1,4 +1,4 @@
-"""The Triton backend of `gdn_conv_prep`: one launch for all six outputs.
+"""The Triton backend of `gdn_conv_prep`: one launch for all six outputs, and another one to write a pool.
 
 The first programs compute the gates, the next ones the final states. Each of the others walks down a strip of rows with
 some heads of q, k or v, and keeps the rows that the conv looks back at in registers.
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import round_to, widen
-from polyfuse.triton_impl._conv_state import store_final_state
+from polyfuse.triton_impl._conv_state import begin_window, store_final_state, update_pool
 from polyfuse.triton_impl._gdn import gate_layout, gate_tile, l2_normalise, new_outputs, silu
 from polyfuse.triton_impl._launch import Launcher
 
@@ -93,7 +93,7 @@ def _weights(weight_ptr, mask, stride, W: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _write(out_ptr, window, weights, bias, mask, eps, W: tl.constexpr, NORMALISE: tl.constexpr):
+def _write(out_ptr, window, weights, bias, mask, eps, W: tl.constexpr, NORMALISE: tl.constexpr, ACTIVATE: tl.constexpr):
     """Stores one row's outputs, made from the inputs in its window. As in the weights, the row's own comes first."""
     y = tl.fma(weights[0], window[0], bias)
     y = tl.fma(weights[1], window[1], y)
@@ -101,28 +101,11 @@ def _write(out_ptr, window, weights, bias, mask, eps, W: tl.constexpr, NORMALISE
         y = tl.fma(weights[2], window[2], y)
     if W > 3:
         y = tl.fma(weights[3], window[3], y)
-    y = silu(y)
+    if ACTIVATE:
+        y = silu(y)
     if NORMALISE:
         y = l2_normalise(y, eps)
     tl.store(out_ptr, round_to(y, out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _begin(x1, x2, x3, state_ptr, state_tap, live, age, W: tl.constexpr):
-    """The inputs 1, 2 and 3 rows before row number `age` of a sequence, from memory or else from its state."""
-    s1 = tl.zeros_like(x1)
-    s2 = s1
-    s3 = s1
-    if state_ptr is not None:
-        s1 = widen(tl.load(state_ptr + (W - 2) * state_tap, mask=live, other=0.0))
-        if W > 2:
-            s2 = widen(tl.load(state_ptr + (W - 3) * state_tap, mask=live, other=0.0))
-        if W > 3:
-            s3 = widen(tl.load(state_ptr, mask=live, other=0.0))
-    x3 = tl.where(age == 0, s3, tl.where(age == 1, s2, s1))
-    x2 = tl.where(age == 0, s2, tl.where(age == 1, s1, x2))
-    x1 = tl.where(age == 0, s1, x1)
-    return x1, x2, x3
 
 
 @triton.jit
@@ -140,6 +123,7 @@ def _strip(
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     NORMALISE: tl.constexpr,
+    ACTIVATE: tl.constexpr,
     W: tl.constexpr,
 ):
     """Computes a strip of HEADS heads of the q, k or v whose channels begin at `first_column`.
@@ -147,8 +131,7 @@ def _strip(
     The channels are the columns of x, unless KEY_HEAD says that those of a key head lie together and how many they are:
     then `first_place` is where the GROUP heads that belong to it begin among them.
     """
-    x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, x_row, weight_channel, weight_tap, state_strides = conv
-    state_sequence, state_channel, state_tap = state_strides
+    x_ptr, weight_ptr, bias_ptr, cu_ptr, x_row, weight_channel, weight_tap, states = conv
     row, rows, length, sequences = span
     PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
     lane = tl.zeros([1, HEADS, PADDED], tl.int32) + tl.arange(0, PADDED)[None, None, :]
@@ -187,7 +170,7 @@ def _strip(
             for j in tl.static_range(STEP):
                 x = widen(step[j])
                 target = out_ptr + j * (COUNT * WIDTH)
-                _write(target, (x, x1, x2, x3), weights, bias, mask, eps, W, NORMALISE)
+                _write(target, (x, x1, x2, x3), weights, bias, mask, eps, W, NORMALISE, ACTIVATE)
                 x3 = x2
                 x2 = x1
                 x1 = x
@@ -205,14 +188,9 @@ def _strip(
                             end = tl.load(cu_ptr + sequence + 1).to(tl.int32)
                 age = now - begin
                 if age < W - 1:
-                    state = state_ptr
-                    live = mask
-                    if state_ptr is not None:
-                        state += sequence.to(tl.int64) * state_sequence + channel * state_channel
-                        live = lane < tl.where((sequence >= 0) & (sequence < sequences), WIDTH, 0)
-                    x1, x2, x3 = _begin(x1, x2, x3, state, state_tap, live, age, W)
+                    x1, x2, x3 = begin_window(x1, x2, x3, states, sequence, sequences, channel, lane, age, WIDTH, W)
                 x = widen(tl.load(source, mask=mask, other=0.0))
-                _write(target, (x, x1, x2, x3), weights, bias, mask, eps, W, NORMALISE)
+                _write(target, (x, x1, x2, x3), weights, bias, mask, eps, W, NORMALISE, ACTIVATE)
                 x3 = x2
                 x2 = x1
                 x1 = x
@@ -223,7 +201,7 @@ def _strip(
         out_ptr += STEP * COUNT * WIDTH
 
 
-@triton.jit(do_not_specialize=["length", "sequences", "states", "rows"])
+@triton.jit(do_not_specialize=["length", "sequences", "states", "slots", "rows"])
 def _kernel(
     x_ptr,  # [length, C], C = 2*H*K + HV*V; or [length, H * (2*K + 2*HV/H*V)]
     weight_ptr,  # [C, W]
@@ -232,7 +210,9 @@ def _kernel(
     A_log_ptr,  # [HV]
     dt_bias_ptr,  # [HV]
     bias_ptr,  # [C] or None
-    state_ptr,  # [sequences, C, W - 1] or None
+    state_ptr,  # [sequences, C, W - 1], or of a pool [slots, C, W - 1], or None
+    slots_ptr,  # [sequences] for a pool, or None
+    valid_ptr,  # [sequences] for a pool, or None
     cu_ptr,  # [sequences + 1] or None
     q_ptr,  # [length, H, K]
     k_ptr,  # [length, H, K]
@@ -243,12 +223,13 @@ def _kernel(
     length,
     sequences,
     states,
+    slots,
     rows,
     eps,
     x_row,
     weight_channel,
     weight_tap,
-    state_sequence,
+    state_slot,
     state_channel,
     state_tap,
     a_row,
@@ -266,6 +247,7 @@ def _kernel(
     L2NORM: tl.constexpr,
     G_EXP: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    ACTIVATE: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_V: tl.constexpr,
     GATE_TOKENS: tl.constexpr,
@@ -277,8 +259,8 @@ def _kernel(
     VALUE_HEADS: tl.constexpr = max(1, HV // H)  # of a key head
     KEY_HEAD: tl.constexpr = 2 * K + 2 * (HV // H) * V if INTERLEAVED else 0
     STATE_BLOCKS: tl.constexpr = triton.cdiv(C, CHANNELS)
-    state_strides = (state_sequence, state_channel, state_tap)
-    conv = (x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, x_row, weight_channel, weight_tap, state_strides)
+    before = (state_ptr, state_slot, state_channel, state_tap, (slots_ptr, valid_ptr, slots))
+    conv = (x_ptr, weight_ptr, bias_ptr, cu_ptr, x_row, weight_channel, weight_tap, before)
     gates = (a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr)
     gate_strides = (a_row, a_group, a_column, b_row, b_group, b_column)
     program = tl.program_id(0)
@@ -301,10 +283,14 @@ def _kernel(
             if part == 1:
                 out_ptr = k_ptr
             head = block % QK_BLOCKS * HEADS
-            _strip(conv, span, out_ptr, head, part * (H * K), part * K, eps, KEY_HEAD, 1, H, K, HEADS, L2NORM, W)
+            first, place = part * (H * K), part * K
+            _strip(conv, span, out_ptr, head, first, place, eps, KEY_HEAD, 1, H, K, HEADS, L2NORM, ACTIVATE, W)
         else:
             head = (block - 2 * QK_BLOCKS) * HEADS_V
-            _strip(conv, span, v_ptr, head, 2 * H * K, 2 * K, eps, KEY_HEAD, VALUE_HEADS, HV, V, HEADS_V, False, W)
+            first, place = 2 * H * K, 2 * K
+            _strip(
+                conv, span, v_ptr, head, first, place, eps, KEY_HEAD, VALUE_HEADS, HV, V, HEADS_V, False, ACTIVATE, W
+            )
 
 
 _launch = Launcher(NAME, _kernel)
@@ -334,6 +320,9 @@ def gdn_conv_prep(
     bias: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    state_pool: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
     num_k_heads: int,
     head_k_dim: int,
     head_v_dim: int,
@@ -342,38 +331,48 @@ def gdn_conv_prep(
     output_g_exp: bool = False,
     output_final_state: bool = False,
     interleaved: bool = False,
+    activation: str | None = "silu",
 ) -> tuple[torch.Tensor, ...]:
-    """Returns q, k, v, g and beta, each rounded once, and final_state."""
+    """Returns q, k, v, g and beta, each rounded once, and final_state. Writes the pool."""
     length, value_heads = x.shape[0], A_log.shape[0]
     (channels, width), sequences = weight.shape, 1 if cu_seqlens is None else len(cu_seqlens) - 1
     states = sequences if output_final_state else 0
     q, k, v, g, beta = new_outputs(x, length, value_heads, num_k_heads, head_k_dim, head_v_dim)
-    final_state = x.new_empty(states, width - 1, channels).transpose(1, 2)
-    if length == 0:
-        final_state.copy_(initial_state) if initial_state is not None and states else final_state.zero_()
-        return q, k, v, g, beta, final_state
     dims = num_k_heads, head_k_dim, value_heads, head_v_dim
-    rows, *tile = _tile(length, sequences, *dims)
-    heads, heads_v, gate_tokens, state_channels = tile
+    state_dtype = x.dtype if initial_state is None else initial_state.dtype
+    final_state = x.new_empty(states, width - 1, channels, dtype=state_dtype).transpose(1, 2)
+    results = q, k, v, g, beta, final_state
     x = x if x.stride(1) == 1 else x.contiguous()
-    if width == 4 and weight.is_contiguous() and weight.dtype == x.dtype and weight.element_size() == 2:
-        weight = weight.view(torch.int64) if weight.data_ptr() % 8 == 0 else weight
-    state, state_strides = initial_state, (0, 0, 0)
-    if state is not None:
-        if rows > 1 and state.stride(1) != 1:  # a strip has one layout, which is that of rows
-            state = state.transpose(1, 2).contiguous().transpose(1, 2)
-        state_strides = state.stride()
-    inputs = (
-        *(x, weight, a, b, A_log.contiguous(), dt_bias.contiguous()),
-        None if bias is None else bias.contiguous(),
-        state,
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
-    )
-    blocks = 2 * (num_k_heads // heads) + value_heads // heads_v
-    programs = -(-length // gate_tokens) + states * -(-channels // state_channels) + -(-length // rows) * blocks
-    eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
-    numbers = length, sequences, states, rows, eps
-    strides = x.stride(0), *weight.stride(), *state_strides, *gate_layout(a, b, num_k_heads, value_heads)
-    fixed = *strides, *dims, width, l2norm, output_g_exp, interleaved, *tile
-    _launch((programs, 1, 1), inputs, (q, k, v, g, beta, final_state), numbers, fixed, warps=4)
-    return q, k, v, g, beta, final_state
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    state, slots, owners = initial_state, 0, (None, None)
+    if state_pool is not None:
+        state, slots = state_pool[:, :, state_pool.shape[2] - (width - 1) :], len(state_pool)
+        owners = (
+            None if state_indices is None else state_indices.contiguous(),
+            None if has_initial_state is None else has_initial_state.contiguous().view(torch.uint8),
+        )
+    if length:
+        rows, *tile = _tile(length, sequences, *dims)
+        heads, heads_v, gate_tokens, state_channels = tile
+        if width == 4 and weight.is_contiguous() and weight.dtype == x.dtype and weight.element_size() == 2:
+            weight = weight.view(torch.int64) if weight.data_ptr() % 8 == 0 else weight
+        if initial_state is not None and rows > 1 and initial_state.stride(1) != 1:  # a strip has the layout of rows
+            state = initial_state.transpose(1, 2).contiguous().transpose(1, 2)
+        inputs = (
+            *(x, weight, a, b, A_log.contiguous(), dt_bias.contiguous()),
+            None if bias is None else bias.contiguous(),
+            *(state, *owners, cu_seqlens),
+        )
+        blocks = 2 * (num_k_heads // heads) + value_heads // heads_v
+        programs = -(-length // gate_tokens) + states * -(-channels // state_channels) + -(-length // rows) * blocks
+        eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
+        state_strides = (0, 0, 0) if state is None else state.stride()
+        strides = x.stride(0), *weight.stride(), *state_strides, *gate_layout(a, b, num_k_heads, value_heads)
+        fixed = *strides, *dims, width, l2norm, output_g_exp, interleaved, activation is not None, *tile
+        numbers = length, sequences, states, slots, rows, eps
+        _launch((programs, 1, 1), inputs, results, numbers, fixed, warps=4)
+    elif states:
+        final_state.copy_(initial_state) if initial_state is not None else final_state.zero_()
+    if state_pool is not None:
+        update_pool(x, state_pool, owners, cu_seqlens, dims, interleaved)
+    return results

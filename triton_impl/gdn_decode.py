@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
-from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._common import INTERPRETED, round_to, widen
 from polyfuse.triton_impl._gdn import log_decay, sigmoid, silu
 from polyfuse.triton_impl._launch import Launcher
 
@@ -19,7 +19,31 @@ NAME = "gdn_decode"
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
 
 TILE = 64  # columns of a recurrent state that a program holds, beside as many that come next
+AHEAD = True
 WARPS = 4  # with 8 the sums over K cross twice as many
+
+
+@triton.jit
+def _add_pairs(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _answers(state, k, q):
+    """S^T k and S^T q of a tile [K, BV]."""
+    of_k = state * k[:, None]
+    of_q = state * q[:, None]
+    if INTERPRETED:  # where a reduction of a pair is slow
+        return tl.sum(of_k, 0), tl.sum(of_q, 0)
+    return tl.reduce((of_k, of_q), 0, _add_pairs)
+
+
+@triton.jit
+def _read(ptr, mask, FULL: tl.constexpr):
+    """What is there in fp32, zero outside of the mask. With FULL the mask is true everywhere."""
+    if FULL:
+        return widen(tl.load(ptr))
+    return widen(tl.load(ptr, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -44,6 +68,25 @@ def _conv(conv, column, channel, mask, token, W: tl.constexpr):
 
 
 @triton.jit
+def _conv_now(conv, column, channel, mask, W: tl.constexpr, FULL: tl.constexpr):
+    """`_conv` of the one token that there is."""
+    x_ptr, _ = conv[0]
+    state_ptr, state_channel, state_column, begin = conv[1]
+    weight_ptr, weight_channel, weight_tap, bias_ptr = conv[2]
+    y = tl.zeros(channel.shape, tl.float32)
+    if bias_ptr is not None:
+        y = _read(bias_ptr + channel, mask, FULL)
+    state_ptr += channel.to(tl.int64) * state_channel
+    weight_ptr += channel * weight_channel
+    y = tl.fma(_read(weight_ptr + (W - 1) * weight_tap, mask, FULL), _read(x_ptr + column, mask, FULL), y)
+    for lag in tl.static_range(1, W):
+        at = W - 1 - lag
+        weight = _read(weight_ptr + at * weight_tap, mask, FULL)
+        y = tl.fma(weight, _read(state_ptr + (begin + at) * state_column, mask, FULL), y)
+    return silu(y)
+
+
+@triton.jit
 def _keys(conv, columns, channels, mask, token, eps, W: tl.constexpr):
     """q and k at one token: what the conv gives, each divided by its length."""
     q = _conv(conv, columns[0], channels[0], mask, token, W)
@@ -61,19 +104,17 @@ def _gates(gates, value_head, g, token):
 
 
 @triton.jit
-def _tile(
-    state_ptr, conv, keys, values, gates, strides, token, g: tl.constexpr, block: tl.constexpr, sizes: tl.constexpr
-):
-    """A tile of the state of value head g, with v, decay and beta of its columns at the one token."""
+def _tile(state_ptr, conv, key_mask, values, gates, strides, g: tl.constexpr, block: tl.constexpr, sizes: tl.constexpr):
+    """A tile of the state of value head g, and v, decay and beta of its columns at the one token."""
     V: tl.constexpr = sizes[0]
     W: tl.constexpr = sizes[1]
     BV: tl.constexpr = sizes[2]
+    FULL: tl.constexpr = sizes[3]
     lane = block * BV + tl.arange(0, BV)
-    mask = lane < V
     at = state_ptr + g * strides[0] + lane.to(tl.int64)[None, :] * strides[1]
-    state = widen(tl.load(at, mask=keys[2][:, None] & mask[None, :], other=0.0))
-    v = _conv(conv, values[0] + g * V + lane, values[1] + g * V + lane, mask, token, W)
-    decay, beta = _gates(gates, values[3] + g, g, token)
+    state = _read(at, key_mask[:, None] & (lane < V)[None, :], FULL)
+    v = _conv_now(conv, values[0] + g * V + lane, values[1] + g * V + lane, lane < V, W, FULL)
+    decay, beta = _gates(gates, values[3] + g, g, 0)
     return state, v, decay, beta
 
 
@@ -85,40 +126,47 @@ def _write(state_ptr, state, mask):
 
 
 @triton.jit
-def _finish(out_ptr, o, norm, lane, column, token, live, eps, V: tl.constexpr):
-    """Writes the gated norm of a value head's output [BLOCKS, BV] at one token; zeros if it is not `live`."""
+def _factor(norm, lane, column, token, V: tl.constexpr):
+    """What the normalised output of a value head is multiplied with: the weight, and SiLU of the gate."""
     z_ptr, z_token, norm_ptr = norm
-    mask = lane < V
-    gate = widen(tl.load(z_ptr + column + lane + token * z_token, mask=mask, other=0.0))
-    factor = widen(tl.load(norm_ptr + lane, mask=mask, other=0.0)) * silu(gate)
-    y = o * tl.rsqrt(tl.sum(tl.sum(o * o, 1), 0) / V + eps) * factor
-    tl.store(out_ptr + lane, round_to(tl.where(live, y, 0.0), out_ptr.dtype.element_ty), mask=mask)
+    gate = widen(tl.load(z_ptr + column + lane + token * z_token, mask=lane < V, other=0.0))
+    return widen(tl.load(norm_ptr + lane, mask=lane < V, other=0.0)) * silu(gate)
 
 
 @triton.jit
-def _shift(conv, column, channel, mask, shift, tokens, T: tl.constexpr, N: tl.constexpr):
-    """Writes the conv states of some channels: the columns behind number `shift` move to the front.
+def _normalised(o, eps, V: tl.constexpr):
+    """A value head's output [BLOCKS, BV], divided by its root mean square."""
+    return o * tl.rsqrt(tl.sum(tl.sum(o * o, 1), 0) / V + eps)
 
-    Behind them is room for T tokens, of which so many `tokens` follow.
-    """
+
+@triton.jit
+def _shifted(conv, column, channel, mask, shift, T: tl.constexpr, N: tl.constexpr):
+    """What the conv states of some channels become: their columns behind number `shift`, and the tokens."""
     x_ptr, x_token = conv[0]
     state_ptr, state_channel, state_column, _ = conv[1]
     place = tl.arange(0, triton.next_power_of_2(N))[None, :]
     token = place - (N - T)
-    mask = mask[:, None] & (token < tokens)
+    mask = mask[:, None] & (place < N)
     state_ptr += channel.to(tl.int64)[:, None] * state_channel
     old = tl.load(state_ptr + (place + 1 + shift) * state_column, mask=mask & (token < 0), other=0.0)
     new = tl.load(x_ptr + column[:, None] + token * x_token, mask=mask & (token >= 0), other=0.0)
-    value = tl.where(token < 0, widen(old), widen(new))
-    tl.debug_barrier()
-    tl.store(state_ptr + place * state_column, round_to(value, state_ptr.dtype.element_ty), mask=mask)
+    return tl.where(token < 0, widen(old), widen(new))
+
+
+@triton.jit
+def _store_shifted(conv, value, channel, mask, tokens, T: tl.constexpr, N: tl.constexpr):
+    """Writes what `_shifted` gives, but for the columns of padding: so many `tokens` are none."""
+    state_ptr, state_channel, state_column, _ = conv[1]
+    place = tl.arange(0, triton.next_power_of_2(N))[None, :]
+    mask = mask[:, None] & (place - (N - T) < tokens)
+    state_ptr += channel.to(tl.int64)[:, None] * state_channel
+    tl.store(state_ptr + place * state_column, round_to(value, state_ptr.dtype.element_ty), mask=mask & (place < N))
 
 
 @triton.jit
 def _one_token(
     out_ptr,  # [G, V]
     state_ptr,  # [K, 1], of the first value head
-    token,  # number 0
     conv,
     keys,  # columns, channels and mask of q and k
     values,  # the first column and channel of v, the first column of z, the first value head
@@ -129,34 +177,49 @@ def _one_token(
     l2norm_eps,
     norm_eps,
     G: tl.constexpr,
+    K: tl.constexpr,
     V: tl.constexpr,
     W: tl.constexpr,
     BV: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """All value heads of a key head, tile by tile: of each all is loaded before the one before it is written."""
     BLOCKS: tl.constexpr = triton.cdiv(V, BV)
-    sizes: tl.constexpr = (V, W, BV)
-    state, v, decay, beta = _tile(state_ptr, conv, keys, values, gates, strides, token, 0, 0, sizes)
-    q, k = _keys(conv, keys[0], keys[1], keys[2], token, l2norm_eps, W)
-    qk = tl.sum(q * k, 0)
+    FULL: tl.constexpr = triton.next_power_of_2(K) == K and V % BV == 0
+    sizes: tl.constexpr = (V, W, BV, FULL)
+    columns, channels, key_mask = keys
+    state, v, decay, beta = _tile(state_ptr, conv, key_mask, values, gates, strides, 0, 0, sizes)
     number = tl.arange(0, BLOCKS)[:, None]
     lanes = number * BV + tl.arange(0, BV)[None, :]  # BLOCKS is a power of two
+    factor = _factor(norm, lanes, values[2], 0, V)
+    q = _conv_now(conv, columns[0], channels[0], key_mask, W, FULL)
+    k = _conv_now(conv, columns[1], channels[1], key_mask, W, FULL)
+    q *= tl.rsqrt(tl.sum(q * q, 0) + l2norm_eps)
+    k *= tl.rsqrt(tl.sum(k * k, 0) + l2norm_eps)
+    qk = tl.sum(q * k, 0)
     o = tl.zeros([BLOCKS, BV], tl.float32)
     for i in tl.static_range(G * BLOCKS):
-        delta = beta * (v - decay * tl.sum(state * k[:, None], 0))
-        part = scale * (decay * tl.sum(state * q[:, None], 0) + delta * qk)
+        of_k, of_q = _answers(state, k, q)
+        delta = beta * (v - decay * of_k)
+        part = scale * (decay * of_q + delta * qk)
         new = decay * state + k[:, None] * delta[None, :]
         o = tl.where(number == i % BLOCKS, part[None, :], o)
-        if i + 1 < G * BLOCKS:
+        if AHEAD and i + 1 < G * BLOCKS:
             state, v, decay, beta = _tile(
-                state_ptr, conv, keys, values, gates, strides, token, (i + 1) // BLOCKS, (i + 1) % BLOCKS, sizes
+                state_ptr, conv, key_mask, values, gates, strides, (i + 1) // BLOCKS, (i + 1) % BLOCKS, sizes
             )
         lane = i % BLOCKS * BV + tl.arange(0, BV)
         at = state_ptr + i // BLOCKS * strides[0] + lane.to(tl.int64)[None, :] * strides[1]
-        _write(at, new, keys[2][:, None] & (lane < V)[None, :])
+        _write(at, new, key_mask[:, None] & (lane < V)[None, :])
         if i % BLOCKS == BLOCKS - 1:
-            first = i // BLOCKS * V
-            _finish(out_ptr + first, o, norm, lanes, values[2] + first, token, token == 0, norm_eps, V)
+            y = round_to(_normalised(o, norm_eps, V) * factor, out_ptr.dtype.element_ty)
+            if i + 1 < G * BLOCKS:
+                factor = _factor(norm, lanes, values[2] + (i + 1) // BLOCKS * V, 0, V)
+            tl.store(out_ptr + i // BLOCKS * V + lanes, y, mask=lanes < V)
+        if not AHEAD and i + 1 < G * BLOCKS:
+            state, v, decay, beta = _tile(
+                state_ptr, conv, key_mask, values, gates, strides, (i + 1) // BLOCKS, (i + 1) % BLOCKS, sizes
+            )
 
 
 @triton.jit
@@ -184,21 +247,24 @@ def _several_tokens(
     source, index_ptr, index_token, state_slot = slots
     lane = tl.arange(0, triton.next_power_of_2(V))
     mask = keys[2][:, None] & (lane < V)[None, :]
+    readable = (lane < tl.where(source >= 0, V, 0))[None, :]
     for g in tl.static_range(G):
         at = state_ptr + g * strides[0] + lane.to(tl.int64)[None, :] * strides[1]
-        state = widen(tl.load(at + source * state_slot, mask=mask, other=0.0))
+        state = widen(tl.load(at + source * state_slot, mask=mask & readable, other=0.0))
         for token in range(T):
             q, k = _keys(conv, keys[0], keys[1], keys[2], token, l2norm_eps, W)
             v = _conv(conv, values[0] + g * V + lane, values[1] + g * V + lane, lane < V, token, W)
             decay, beta = _gates(gates, values[3] + g, g, token)
-            delta = beta * (v - decay * tl.sum(state * k[:, None], 0))
-            o = scale * (decay * tl.sum(state * q[:, None], 0) + delta * tl.sum(q * k, 0))
+            of_k, of_q = _answers(state, k, q)
+            delta = beta * (v - decay * of_k)
+            o = scale * (decay * of_q + delta * tl.sum(q * k, 0))
             if token < tokens:
                 target = tl.load(index_ptr + token * index_token).to(tl.int64)
                 state = decay * state + k[:, None] * delta[None, :]
                 _write(at + target * state_slot, state, mask)
-            out = out_ptr + (token * HV + g) * V
-            _finish(out, o[None, :], norm, lane[None, :], values[2] + g * V, token, token < tokens, norm_eps, V)
+            y = _normalised(o[None, :], norm_eps, V) * _factor(norm, lane[None, :], values[2] + g * V, token, V)
+            y = round_to(tl.where(token < tokens, y, 0.0), out_ptr.dtype.element_ty)
+            tl.store(out_ptr + (token * HV + g) * V + lane[None, :], y, mask=(lane < V)[None, :])
 
 
 @triton.jit
@@ -252,6 +318,7 @@ def _kernel(
     W: tl.constexpr,
     N: tl.constexpr,
     BV: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     G: tl.constexpr = HV // H
     row = (tl.program_id(0) // H).to(tl.int64)
@@ -263,10 +330,10 @@ def _kernel(
         index_ptr += row * index_row
         slot = tl.load(index_ptr).to(tl.int64)
     if slot < 0:
-        lane = tl.arange(0, triton.next_power_of_2(G * V))
+        output = tl.arange(0, triton.next_power_of_2(G * V))
         for token in range(T):
-            zeros = tl.zeros(lane.shape, out_ptr.dtype.element_ty)
-            tl.store(out_ptr + token * HV * V + lane, zeros, mask=lane < G * V)
+            zeros = tl.zeros(output.shape, out_ptr.dtype.element_ty)
+            tl.store(out_ptr + token * HV * V + output, zeros, mask=output < G * V)
     else:
         begin = slot.to(tl.int32) * 0 + (N - (W - 1))  # of the columns that the first token's conv reads
         shift = begin * 0 + (T - 1)
@@ -308,12 +375,32 @@ def _kernel(
         gates = (a_ptr, a_token, a_column, b_ptr, b_token, b_column, A_log_ptr, dt_bias_ptr)
         strides = (state_head, state_column)
         heads_ptr = state_ptr + value_head.to(tl.int64) * state_head + lane.to(tl.int64)[:, None] * state_key
-        eps = (l2norm_eps, norm_eps)
+        value_lane = tl.arange(0, triton.next_power_of_2(G * V))
+        value_mask = value_lane < G * V
+        q_new = _shifted(conv, q_column, q_channel, lane < K, shift, T, N)
+        k_new = _shifted(conv, k_column, k_channel, lane < K, shift, T, N)
+        v_new = _shifted(conv, v_column + value_lane, v_channel + value_lane, value_mask, shift, T, N)
         tokens = T
         if T == 1:
             at = heads_ptr + slot * state_slot
             _one_token(
-                out_ptr, at, begin * 0, conv, keys, values, gates, norm, strides, scale, eps[0], eps[1], G, V, W, BV
+                out_ptr,
+                at,
+                conv,
+                keys,
+                values,
+                gates,
+                norm,
+                strides,
+                scale,
+                l2norm_eps,
+                norm_eps,
+                G,
+                K,
+                V,
+                W,
+                BV,
+                AHEAD,
             )
         else:
             place = tl.arange(0, triton.next_power_of_2(T))
@@ -332,18 +419,18 @@ def _kernel(
                 norm,
                 strides,
                 scale,
-                eps[0],
-                eps[1],
+                l2norm_eps,
+                norm_eps,
                 T,
                 HV,
                 G,
                 V,
                 W,
             )
-        _shift(conv, q_column, q_channel, lane < K, shift, tokens, T, N)
-        _shift(conv, k_column, k_channel, lane < K, shift, tokens, T, N)
-        lane = tl.arange(0, triton.next_power_of_2(G * V))
-        _shift(conv, v_column + lane, v_channel + lane, lane < G * V, shift, tokens, T, N)
+        tl.debug_barrier()
+        _store_shifted(conv, q_new, q_channel, lane < K, tokens, T, N)
+        _store_shifted(conv, k_new, k_channel, lane < K, tokens, T, N)
+        _store_shifted(conv, v_new, v_channel + value_lane, value_mask, tokens, T, N)
 
 
 _launch = Launcher(NAME, _kernel)
@@ -399,7 +486,7 @@ def gdn_decode(
         *((0, 0) if state_indices is None else _steps(state_indices, lead)),
         *conv_state.stride(),
         *recurrent_state.stride(),
-        *(group, tokens, num_k_heads, head_k_dim, value_heads, head_v_dim, width, kept, min(TILE, block)),
+        *(group, tokens, num_k_heads, head_k_dim, value_heads, head_v_dim, width, kept, min(TILE, block), AHEAD),
     )
     _launch((lead[0] * num_k_heads, 1, 1), inputs, (out,), numbers, fixed, WARPS)
     return out

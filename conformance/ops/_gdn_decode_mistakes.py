@@ -7,6 +7,7 @@ import numpy as np
 from polyfuse.conformance.mutations import Mutant, changed, common, patched, right
 from polyfuse.reference import gdn_decode as oracle
 from polyfuse.reference._numerics import F64, Array, round_to, to_f64
+from polyfuse.reference.gdn_decode import product
 from polyfuse.spec.gdn_decode import NAME
 
 
@@ -15,33 +16,29 @@ def _with_step(change: Any) -> Mutant:
     return patched(NAME, oracle, "step", lambda step: change)
 
 
-def _product(S: F64, vector: F64) -> F64:
-    return (S * vector).sum(-2, keepdims=True)
-
-
 def _decay_after_the_update(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> Any:
-    S = decay * (S + k * beta * (v - _product(S, k)))
-    return scale * _product(S, q), S
+    S = decay * (S + k * beta * (v - product(S, k)))
+    return scale * product(S, q), S
 
 
 def _undecayed_prediction(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> Any:
-    S = decay * S + k * beta * (v - _product(S, k))
-    return scale * _product(S, q), S
+    S = decay * S + k * beta * (v - product(S, k))
+    return scale * product(S, q), S
 
 
 def _beta_on_v_alone(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> Any:
-    S = decay * S + k * (beta * v - _product(decay * S, k))
-    return scale * _product(S, q), S
+    S = decay * S + k * (beta * v - product(decay * S, k))
+    return scale * product(S, q), S
 
 
 def _o_of_the_old_state(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> Any:
     old = decay * S
-    return scale * _product(old, q), old + k * beta * (v - _product(old, k))
+    return scale * product(old, q), old + k * beta * (v - product(old, k))
 
 
 def _o_without_decay(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> Any:
-    write = k * beta * (v - _product(decay * S, k))
-    return scale * _product(S + write, q), decay * S + write
+    write = k * beta * (v - product(decay * S, k))
+    return scale * product(S + write, q), decay * S + write
 
 
 def _state_rounded_first(**values: Any) -> Any:
@@ -52,7 +49,7 @@ def _state_rounded_first(**values: Any) -> Any:
         def wrong(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) -> Any:
             _, S = step(S, q, k, v, decay, beta, scale)
             S = to_f64(round_to(S, dtype))
-            return scale * _product(S, q), S
+            return scale * product(S, q), S
 
         return wrong
 
@@ -185,6 +182,17 @@ def _z_of_the_values(parted: Any) -> Any:
     return wrong
 
 
+def _read_as_plain(parted: Any) -> Any:
+    """An interleaved x read as if its first columns were [q | k | v] and the others z."""
+
+    def wrong(x: Array, z: Array | None, heads: int, width: int) -> Any:
+        inputs, gate = parted(x, z, heads, width)
+        rows = to_f64(x).reshape(len(inputs), x.shape[-1])
+        return (rows[:, : inputs.shape[1]], rows[:, inputs.shape[1] :]) if z is None else (inputs, gate)
+
+    return wrong
+
+
 MUTANTS: dict[str, Mutant] = common(NAME) | {
     "neighbours_state": patched(NAME, oracle, "state_before", _neighbours_state),
     "rows_as_slots": patched(NAME, oracle, "token_slots", _rows_as_slots),
@@ -217,5 +225,6 @@ MUTANTS: dict[str, Mutant] = common(NAME) | {
     "dt_bias_dropped": changed(NAME, lambda v: {"dt_bias": np.zeros_like(v["dt_bias"])}),
     "a_and_b_swapped": changed(NAME, lambda v: {"a": v["b"], "b": v["a"]}),
     "other_key_heads": patched(NAME, oracle, "by_token", _other_key_heads),
+    "interleaved_read_as_plain": patched(NAME, oracle, "parted", _read_as_plain),
     "values_as_gate": patched(NAME, oracle, "parted", _z_of_the_values),
 }

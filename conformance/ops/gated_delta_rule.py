@@ -1,18 +1,16 @@
-"""Conformance of `gated_delta_rule`: cases, fills, and wrong implementations that must be rejected."""
+"""Conformance of `gated_delta_rule`: cases and fills; the wrong implementations have a file of their own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import numpy as np
 
 from polyfuse.conformance.case import Case
-from polyfuse.conformance.fills import Fill
-from polyfuse.conformance.mutations import Mutant, changed, common, patched
-from polyfuse.reference import gated_delta_rule as oracle
-from polyfuse.reference._numerics import F64, Array
-from polyfuse.spec import FLOATS, dtype_name
-from polyfuse.spec.gated_delta_rule import CHUNK, NAME
+from polyfuse.conformance.fills import Fill, normal
+from polyfuse.conformance.ops._gated_delta_rule_mutants import MUTANTS as MUTANTS
+from polyfuse.reference._numerics import F64
+from polyfuse.spec import FLOATS
 
 _ENDS = (2, 2, 67, 131, 131, 132, 195)  # none, 65, 64, none, 1, 63 rows; 2 before the first, 5 past the last
 _USUAL = {"q": "unit", "k": "unit", "g": "decay", "beta": "gate"}
@@ -65,6 +63,8 @@ def cases() -> Iterator[Case]:
     yield _one("no_key_columns", 3, dims={"K": 0})
     for scale, dtype in product((0.02, 2.0), ("bfloat16", "float32")):
         yield _one(f"scale_{scale}-{dtype}", 70, dtype=dtype, attrs={"scale": scale})
+    dims = {"L": 3, "H": 1, "HV": 1, "K": 4, "V": 4, "S": 1}
+    yield Case("normal_values", dims, {"output_final_state": True}, present=("initial_state",))
     yield from _gates()
     yield from _vectors()
     yield from _layouts()
@@ -180,10 +180,6 @@ def _ones(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
     return np.ones(shape)
 
 
-def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
-    return rng.standard_normal(shape)
-
-
 def _with(usual: Fill, value: float, rows: Any, inside: bool = True) -> Fill:
     """Values of another fill, but `value` in some rows: in one element of each or, without `inside`, in all."""
 
@@ -216,207 +212,5 @@ FILLS: dict[str, Fill] = {
     "outside_nan": _with(_slow, np.nan, _OUTSIDE, inside=False),
     "sequence_nan": _with(_slow, np.nan, slice(*_ENDS[2:4]), inside=False),
 }
-for _name, _usual in (("unit", unit), ("decay", _decay), ("gate", _gate), ("normal", _normal)):
+for _name, _usual in (("unit", unit), ("decay", _decay), ("gate", _gate), ("normal", normal)):
     FILLS |= {f"{_name}-nan": _with(_usual, np.nan, _BAD_ROW), f"{_name}-inf": _with(_usual, np.inf, _BAD_ROW)}
-
-
-def chunked(rounded: Callable[[F64], F64], stored: Callable[[F64], F64] = lambda state: state) -> Any:
-    """What makes of a recurrence the chunked form of the spec, whose operands are rounded.
-
-    `stored` is what becomes of the state between chunks.
-    """
-
-    def of_sequence(parts: oracle.Rows, state: F64) -> tuple[F64, F64]:
-        o = np.zeros(parts[2].shape)
-        for start in range(0, len(o), CHUNK):
-            rows = slice(start, start + CHUNK)
-            q, k, v, g, beta = (np.swapaxes(part[rows], 0, 1) for part in parts)  # [HV, rows, ...]
-            total = np.cumsum(np.maximum(g, oracle.RESET), axis=1)
-            decay = np.tril(np.exp(np.minimum(total[:, :, None] - total[:, None], 0)))
-            mixed = np.tril(beta[:, :, None] * decay * (k @ k.swapaxes(1, 2)), -1)
-            inverse = rounded(np.linalg.inv(np.eye(mixed.shape[1]) + mixed))
-            u = rounded(inverse @ rounded(beta[:, :, None] * v))
-            w = rounded(inverse @ rounded((beta * np.exp(total))[:, :, None] * k))
-            d = rounded(u - w @ rounded(state))
-            p = rounded(decay * (q @ k.swapaxes(1, 2)))
-            o[rows] = np.swapaxes(rounded(np.exp(total)[:, :, None] * q) @ rounded(state) + p @ d, 0, 1)
-            kept = rounded(decay[:, -1, :, None] * k).swapaxes(1, 2)
-            state = stored(np.exp(total[:, -1])[:, None, None] * state + kept @ d)
-        return o, state
-
-    return lambda recurrence: of_sequence
-
-
-def to_bits(bits: int) -> Callable[[F64], F64]:
-    """The function that rounds to so many significant bits, to nearest."""
-
-    def rounded(x: F64) -> F64:
-        mantissa, exponent = np.frexp(x)
-        return np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)
-
-    return rounded
-
-
-def _exact(x: F64) -> F64:
-    return x
-
-
-def _in(dtype: str, mutant: Mutant) -> Mutant:
-    """A mutant for one dtype, right for the others."""
-    kept = changed(NAME, lambda values: {})
-    return lambda **values: (mutant if dtype_name(values["q"].dtype) == dtype else kept)(**values)
-
-
-def _operands(bits: int, dtype: str) -> Mutant:
-    """The chunked form with operands of so many bits."""
-    return _in(dtype, patched(NAME, oracle, "recurrence", chunked(to_bits(bits))))
-
-
-def _stepped(change: Callable[..., tuple[F64, F64]]) -> Mutant:
-    """Another step of the recurrence: `change` gets the right one, its row and the state."""
-
-    def make(step: Any) -> Any:
-        return lambda *row, state: change(step, *row, state=state)
-
-    return patched(NAME, oracle, "step", make)
-
-
-def _decayed(g: F64, state: F64) -> F64:
-    return np.exp(g)[:, None, None] * state
-
-
-def _decay_last(step: Any, q: F64, k: F64, v: F64, g: F64, beta: F64, *, state: F64) -> tuple[F64, F64]:
-    o, after = step(q, k, v, 0 * beta, beta, state=state)
-    return o, _decayed(g, after)
-
-
-def _decay_of_the_update(step: Any, q: F64, k: F64, v: F64, g: F64, beta: F64, *, state: F64) -> tuple[F64, F64]:
-    before = _decayed(g, state)
-    _, after = step(q, k, v, g, beta, state=state)
-    after = before + _decayed(g, after - before)
-    return oracle.answer(after, q), after
-
-
-def _corrected(answer: Callable[..., F64]) -> Mutant:
-    """Another d: `answer` of the row, the state before it and that state decayed."""
-
-    def change(step: Any, q: F64, k: F64, v: F64, g: F64, beta: F64, *, state: F64) -> tuple[F64, F64]:
-        before = _decayed(g, state)
-        after = before + oracle.outer(k, answer(q, k, v, beta[:, None], state, before))
-        return oracle.answer(after, q), after
-
-    return _stepped(change)
-
-
-def _output_before(step: Any, q: F64, *row: F64, state: F64) -> tuple[F64, F64]:
-    _, after = step(q, *row, state=state)
-    return oracle.answer(_decayed(row[2], state), q), after
-
-
-def _bfloat16_state(step: Any, *row: F64, state: F64) -> tuple[F64, F64]:
-    o, after = step(*row, state=state)
-    return o, to_bits(8)(after)
-
-
-def _nan_of_a_reset(step: Any, *row: F64, state: F64) -> tuple[F64, F64]:
-    """A decay of -infinity less -infinity."""
-    o, after = step(*row, state=state)
-    reset = np.isneginf(row[3])[:, None]
-    return np.where(reset, np.nan, o), np.where(reset[:, None], np.nan, after)
-
-
-def _leaking(recurrence: Any) -> Any:
-    """Each sequence goes on from the state of the one before it."""
-    last: list[F64] = []
-
-    def wrong(parts: oracle.Rows, state: F64) -> tuple[F64, F64]:
-        o, after = recurrence(parts, last.pop() if last else state)
-        last.append(after)
-        return o, after
-
-    return wrong
-
-
-def _one_row_early(recurrence: Any) -> Any:
-    def wrong(parts: oracle.Rows, state: F64) -> tuple[F64, F64]:
-        o, _ = recurrence(parts, state)
-        return o, recurrence([part[:-1] for part in parts], state)[1]
-
-    return wrong
-
-
-def _whole_chunks(recurrence: Any) -> Any:
-    def wrong(parts: oracle.Rows, state: F64) -> tuple[F64, F64]:
-        o = np.zeros(parts[2].shape)
-        rows = slice(len(o) // CHUNK * CHUNK)
-        o[rows], state = recurrence([part[rows] for part in parts], state)
-        return o, state
-
-    return wrong
-
-
-def _chunks_forgotten(recurrence: Any) -> Any:
-    """Every chunk begins without a state."""
-
-    def wrong(parts: oracle.Rows, state: F64) -> tuple[F64, F64]:
-        o = np.zeros(parts[2].shape)
-        for start in range(0, len(o), CHUNK):
-            rows = slice(start, start + CHUNK)
-            o[rows], state = recurrence([part[rows] for part in parts], state if start == 0 else 0 * state)
-        return o, state
-
-    return wrong
-
-
-def _other_group(x: Array, heads_v: int) -> Array:
-    return x[:, np.arange(heads_v) % x.shape[1]]
-
-
-def _scaled(power: float) -> Mutant:
-    """A scale of a power of the key width."""
-    return changed(NAME, lambda v: {"scale": max(v["q"].shape[-1], 1) ** power})
-
-
-def _rolled(values: dict[str, Any]) -> dict[str, Any]:
-    state = values["initial_state"]
-    return {"initial_state": None if state is None else np.roll(state, 1, axis=0)}
-
-
-def _one_plus(values: dict[str, Any]) -> dict[str, Any]:
-    with np.errstate(all="ignore"):
-        return {"g": np.log(np.maximum(1 + values["g"], 0))}
-
-
-MUTANTS: dict[str, Mutant] = common(NAME) | {
-    "state_leaks_across_sequences": patched(NAME, oracle, "recurrence", _leaking),
-    "initial_state_ignored": changed(NAME, lambda v: {"initial_state": None}),
-    "initial_state_of_another_sequence": changed(NAME, _rolled),
-    "decay_after_the_update": _stepped(_decay_last),
-    "decay_of_the_update_too": _stepped(_decay_of_the_update),
-    "correction_before_the_decay": _corrected(lambda q, k, v, beta, s, b: beta * (v - oracle.answer(s, k))),
-    "beta_of_v_alone": _corrected(lambda q, k, v, beta, s, b: beta * v - oracle.answer(b, k)),
-    "no_correction": _corrected(lambda q, k, v, beta, s, b: beta * v),
-    "q_in_the_correction": _corrected(lambda q, k, v, beta, s, b: beta * (v - oracle.answer(b, q))),
-    "output_before_the_update": _stepped(_output_before),
-    "no_exponential_of_g": changed(NAME, _one_plus),
-    "nan_of_a_reset": _stepped(_nan_of_a_reset),
-    "scale_twice": _scaled(-1.0),
-    "scale_missing": _scaled(0.0),
-    "given_scale_ignored": changed(NAME, lambda v: {"scale": None}),
-    "final_state_one_row_early": patched(NAME, oracle, "recurrence", _one_row_early),
-    "last_partial_chunk_dropped": patched(NAME, oracle, "recurrence", _whole_chunks),
-    "state_lost_between_chunks": patched(NAME, oracle, "recurrence", _chunks_forgotten),
-    "key_heads_of_the_wrong_group": patched(NAME, oracle, "per_value_head", lambda _: _other_group),
-    "q_and_k_swapped": changed(NAME, lambda v: {"q": v["k"], "k": v["q"]}),
-    "bfloat16_operands_in_float32": _operands(8, "float32"),
-    "tf32_operands_in_float32": _operands(11, "float32"),
-    "bfloat16_operands_in_float16": _operands(8, "float16"),
-    "operands_of_5_bits_in_bfloat16": _operands(5, "bfloat16"),
-}
-for _dtype in FLOATS:
-    MUTANTS |= {
-        f"bfloat16_state_each_row_in_{_dtype}": _in(_dtype, _stepped(_bfloat16_state)),
-        f"bfloat16_state_between_chunks_in_{_dtype}": _in(
-            _dtype, patched(NAME, oracle, "recurrence", chunked(_exact, stored=to_bits(8)))
-        ),
-    }

@@ -20,15 +20,15 @@ _HEADS = {"...": (5, 3, 2), "V": 16}
 def cases() -> Iterator[Case]:
     for dtype, activation, offset in product(FLOATS, ACTIVATIONS, (0.0, 1.0)):
         attrs = {"activation": activation, "weight_offset": offset}
-        dtypes = dict.fromkeys(("T", "gate", "weight"), dtype)
+        dtypes = {"T": dtype, "gate": dtype, "weight": dtype}
         yield Case(f"{dtype}-{activation}-offset_{offset}", {"...": (5,), "V": 48}, attrs, dtypes)
-    for own in (
+    for x, gate, weight in (
         ("bfloat16", "float32", "float32"),
         ("float16", "bfloat16", "float32"),
         ("float32", "float16", "bfloat16"),
     ):
-        dtypes = dict(zip(("T", "gate", "weight"), own, strict=True))
-        yield Case(f"dtypes_{'-'.join(own)}", {"...": (5,), "V": 48}, {}, dtypes)
+        dtypes = {"T": x, "gate": gate, "weight": weight}
+        yield Case(f"dtypes_{x}-{gate}-{weight}", {"...": (5,), "V": 48}, {}, dtypes)
     for lead in ((), (0,), (3, 0), (1,), (67,), (2, 3), (1, 4, 1, 2)):
         yield Case(f"lead_{'x'.join(map(str, lead))}", {"...": lead, "V": 64}, {}, {"T": "bfloat16"})
     for width in (0, 1, 2, 72, 96, 128, 200, 1000):

@@ -9,6 +9,7 @@ import numpy as np
 from polyfuse.conformance.case import Case
 from polyfuse.conformance.fills import Fill
 from polyfuse.conformance.mutations import Mutant, changed, common, patched, right
+from polyfuse.conformance.ops import _conv_pools as pools
 from polyfuse.conformance.ops.gdn_post_conv import FILLS as GATE_FILLS
 from polyfuse.conformance.ops.gdn_post_conv import SPLIT, early_threshold, heads_exchanged, truncated_sum
 from polyfuse.reference import gdn_conv_prep as oracle
@@ -20,6 +21,7 @@ _HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 8}
 _SMALL = {"L": 5, "HV": 4, "W": 4}
 _PACKED = {"L": 23, "HV": 4, "W": 4, "N": 9, "S": 8}  # lengths 2, 0, 5, 3, 1, 6, 4, 2
 _FINAL = {"output_final_state": True}
+_BF16 = {"T": "bfloat16", "initial_state": "bfloat16"}
 # Key heads, K, value heads of a key head, V.
 _KEY_HEADS = ((2, 16, 2, 8), (1, 8, 1, 8), (3, 24, 1, 40), (2, 5, 3, 7), (2, 16, 4, 4), (1, 1, 3, 1), (16, 128, 2, 128))
 
@@ -36,19 +38,19 @@ def cases() -> Iterator[Case]:
             f"width_{width}-{'-'.join(optional) or 'plain'}-{index or 'one_sequence'}",
             dims,
             _HEADS | _FINAL,
-            {"T": "bfloat16", "weight": "bfloat16", "cu_seqlens": index},
+            _BF16 | {"weight": "bfloat16", "cu_seqlens": index},
             present=(*optional, "cu_seqlens") if index else optional,
             fill={"cu_seqlens": "cu_seqlens"},
         )
     for length, state in product((0, 1, 2, 3, 67), ((), ("initial_state",))):
         dims = {"L": length, "HV": 4, "W": 4, "S": 1}
         name = f"rows_{length}{'-initial_state' if state else ''}"
-        yield Case(name, dims, _HEADS | _FINAL, {"T": "bfloat16"}, present=state)
+        yield Case(name, dims, _HEADS | _FINAL, _BF16, present=state)
     yield Case(
         "long_sequences",
         {"L": 23 * 40, "HV": 4, "W": 4, "N": 9, "S": 8},
         _HEADS | _FINAL,
-        {"T": "bfloat16"},
+        _BF16,
         present=("bias", "initial_state", "cu_seqlens"),
         fill={"cu_seqlens": "cu_seqlens_x40"},
     )
@@ -56,7 +58,7 @@ def cases() -> Iterator[Case]:
         "many_sequences",
         {"L": 902, "HV": 2, "W": 4, "N": 301, "S": 300},  # 2, 0, 5, 3, 1, 6, 4, ...: 899 rows, and 3 past the last
         {"num_k_heads": 1, "head_k_dim": 8, "head_v_dim": 8} | _FINAL,
-        {"T": "bfloat16"},
+        _BF16,
         present=("initial_state", "cu_seqlens"),
         fill={"cu_seqlens": "cu_seqlens"},
     )
@@ -74,7 +76,7 @@ def cases() -> Iterator[Case]:
             f"{layout}-{dtype}",
             {"L": 37, "HV": 4, "W": 4, "S": 1},
             _HEADS | _FINAL,
-            {"T": dtype, "weight": dtype},
+            {"T": dtype, "weight": dtype, "initial_state": dtype},
             present=("initial_state",),
             layout=dict.fromkeys(("x", "weight", "a", "b", "initial_state"), layout),
         )
@@ -86,6 +88,7 @@ def cases() -> Iterator[Case]:
         gates = {"a": fill, "b": fill, "dt_bias": "zeros" if fill == "wide_line" else "normal"}
         yield Case(f"gates_{fill}-g_exp_{exp}", {"L": 64, "HV": 4, "W": 4}, _HEADS | {"output_g_exp": exp}, fill=gates)
     yield from _interleaved_cases()
+    yield from pools.cases()
     # 300,000 rows: more than 2**31 elements. The last rows are zero, so that each repetition begins as the first does.
     attrs = {"num_k_heads": 16, "head_k_dim": 128, "head_v_dim": 128}
     dims = {"L": 600, "HV": 32, "W": 4}
@@ -131,7 +134,7 @@ def _interleaved(
         f"interleaved-{_key_heads(shape)}{suffix}",
         dims,
         own | _FINAL | dict(attrs or {}),
-        {"T": dtype, "weight": dtype, "a": dtype, "b": dtype},
+        {"T": dtype, "initial_state": dtype, "weight": dtype, "a": dtype, "b": dtype},
         present=present,
         fill={"x": f"z_nan-{_key_heads(shape)}"} | dict(fill or {}),
         **options,
@@ -161,7 +164,7 @@ def _zero_tail(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> 
     return values
 
 
-FILLS: dict[str, Fill] = GATE_FILLS | {"zero_tail": _zero_tail}
+FILLS: dict[str, Fill] = GATE_FILLS | pools.FILLS | {"zero_tail": _zero_tail}
 FILLS |= {f"z_nan-{_key_heads(shape)}": _z_nan(shape) for shape in _KEY_HEADS}
 
 
@@ -222,24 +225,28 @@ def _values_of_other_heads(**values: Any) -> Any:
     return q, k, v, *rest
 
 
-MUTANTS: dict[str, Mutant] = common(NAME) | {
-    "state_leaks_across_sequences": patched(NAME, oracle, "windows", _one_sequence),
-    "initial_state_ignored": changed(NAME, lambda v: {"initial_state": None}),
-    "initial_state_newest_first": changed(NAME, _newest_first),
-    "final_state_without_the_initial_one": patched(NAME, oracle, "final_state", _without_the_initial_state),
-    "final_state_one_row_early": patched(NAME, oracle, "final_state", _one_row_early),
-    "taps_reversed": changed(NAME, lambda v: {"weight": v["weight"][:, ::-1]}),
-    "oldest_tap_dropped": changed(NAME, _oldest_tap_dropped),
-    "bias_dropped": changed(NAME, lambda v: {"bias": None}),
-    "silu_dropped": patched(NAME, oracle, "silu", lambda silu: lambda c: c),
-    "rounded_before_the_norm": _rounded_before_the_norm,
-    "truncated_sum_of_squares": patched(NAME, oracle, "inverse_norm", truncated_sum),
-    "early_threshold": patched(NAME, oracle, "softplus", early_threshold),
-    "l2norm_ignored": changed(NAME, lambda v: {"l2norm": False}),
-    "dt_bias_dropped": changed(NAME, lambda v: {"dt_bias": np.zeros_like(v["dt_bias"])}),
-    "a_and_b_swapped": changed(NAME, lambda v: {"a": v["b"], "b": v["a"]}),
-    "gates_of_other_heads": changed(NAME, heads_exchanged),
-    "interleaved_read_as_plain": patched(NAME, oracle, "in_order", _first_columns),
-    "z_for_v": patched(NAME, oracle, "in_order", _z_for_v),
-    "values_of_other_heads": _values_of_other_heads,
-}
+MUTANTS: dict[str, Mutant] = (
+    common(NAME)
+    | pools.MUTANTS
+    | {
+        "state_leaks_across_sequences": patched(NAME, oracle, "windows", _one_sequence),
+        "initial_state_ignored": changed(NAME, lambda v: {"initial_state": None}),
+        "initial_state_newest_first": changed(NAME, _newest_first),
+        "final_state_without_the_initial_one": patched(NAME, oracle, "final_state", _without_the_initial_state),
+        "final_state_one_row_early": patched(NAME, oracle, "final_state", _one_row_early),
+        "taps_reversed": changed(NAME, lambda v: {"weight": v["weight"][:, ::-1]}),
+        "oldest_tap_dropped": changed(NAME, _oldest_tap_dropped),
+        "bias_dropped": changed(NAME, lambda v: {"bias": None}),
+        "silu_dropped": patched(NAME, oracle, "silu", lambda silu: lambda c: c),
+        "rounded_before_the_norm": _rounded_before_the_norm,
+        "truncated_sum_of_squares": patched(NAME, oracle, "inverse_norm", truncated_sum),
+        "early_threshold": patched(NAME, oracle, "softplus", early_threshold),
+        "l2norm_ignored": changed(NAME, lambda v: {"l2norm": False}),
+        "dt_bias_dropped": changed(NAME, lambda v: {"dt_bias": np.zeros_like(v["dt_bias"])}),
+        "a_and_b_swapped": changed(NAME, lambda v: {"a": v["b"], "b": v["a"]}),
+        "gates_of_other_heads": changed(NAME, heads_exchanged),
+        "interleaved_read_as_plain": patched(NAME, oracle, "in_order", _first_columns),
+        "z_for_v": patched(NAME, oracle, "in_order", _z_for_v),
+        "values_of_other_heads": _values_of_other_heads,
+    }
+)

@@ -141,9 +141,10 @@ def _case(
         columns = width - 1 + tokens - 1
     pool = 2 * batch * max(tokens, 1) + 1 if tokens or not index else _POOL
     present = (*present, *(() if interleaved else ("z",)), *(("state_indices",) if index else ()))
-    of_slots = {"state_indices": "slots_accepted" if accepted else "slots", "num_accepted": f"accepted_{tokens}"}
+    of_slots = {}
     if index:
-        of_slots |= {"recurrent_state": "odd_nan"} | ({} if tokens else {"conv_state": "odd_nan"})
+        of_slots = {"state_indices": "slots_accepted" if accepted else "slots", "recurrent_state": "odd_nan"}
+        of_slots |= {"num_accepted": f"accepted_{tokens}"} if tokens else {"conv_state": "odd_nan"}
     return Case(
         name,
         {
@@ -156,7 +157,11 @@ def _case(
             "slots": pool,
         },
         {"num_k_heads": heads, "head_k_dim": key, "head_v_dim": value, "interleaved": interleaved} | dict(attrs or {}),
-        {"T" if name == "x" else name: dtype for name, dtype in (dtypes or {}).items()} | {"state_indices": index},
+        {
+            "T" if name == "x" else name: dtype
+            for name, dtype in {"state_indices": index, **(dtypes or {})}.items()
+            if dtype
+        },
         present=(*present, "num_accepted") if accepted else present,
         fill=of_slots | dict(fill or {}),
         **options,

@@ -16,6 +16,20 @@ def sequences(length: int, cu_seqlens: jax.Array | None) -> tuple[jax.Array, jax
     return number, row - jnp.where(number < 0, 0, starts[number])
 
 
+def states_before(
+    pool: jax.Array,
+    state_indices: jax.Array | None,
+    has_initial_state: jax.Array | None,
+    cu_seqlens: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the slot of each sequence, past the last for none, and what it finds there [S, C, n]: zeros for none."""
+    count = 1 if cu_seqlens is None else len(cu_seqlens) - 1
+    slots = jnp.arange(count) if state_indices is None else state_indices
+    slots = jnp.where((slots >= 0) & (slots < len(pool)), slots, len(pool))
+    old = pool.at[slots].get(mode="fill", fill_value=0)
+    return slots, old if has_initial_state is None else jnp.where(has_initial_state[:, None, None], old, 0)
+
+
 def final_state(
     x: jax.Array,
     channels: Callable[[jax.Array], jax.Array],
@@ -26,7 +40,7 @@ def final_state(
 ) -> jax.Array:
     """Return the last `before` inputs of each sequence, oldest first [S, C, before]; of no sequence if not `wanted`.
 
-    `channels` takes rows of x to their C channels.
+    `channels` takes rows of x to their C channels. The result has the dtype of `state`, or else of x.
     """
     starts = jnp.array([0, len(x)]) if cu_seqlens is None else cu_seqlens
     count = len(starts) - 1 if wanted else 0
@@ -37,5 +51,5 @@ def final_state(
     rows = starts[1:, None] - before + jnp.arange(before)  # [S, before]
     missing = starts[:-1, None] - rows  # how far before the sequence; at most 0 inside it
     kept = jnp.take_along_axis(state, jnp.maximum(before - missing, 0)[:, None], axis=2, mode="clip")
-    last = channels(x.at[rows].get(mode="clip")).transpose(0, 2, 1)
+    last = channels(x.at[rows].get(mode="clip")).transpose(0, 2, 1).astype(state.dtype)
     return jnp.where((missing > 0)[:, None], kept, last)

@@ -9,7 +9,7 @@ from jax import lax
 
 from polyfuse.reference._jax.compilation import jit
 from polyfuse.reference._jax.projection import channels_of
-from polyfuse.reference._jax.sequences import final_state, sequences
+from polyfuse.reference._jax.sequences import final_state, sequences, states_before
 from polyfuse.reference.jax.gdn_post_conv import gates, normalised
 from polyfuse.spec import Capability
 
@@ -28,6 +28,9 @@ def gdn_conv_prep(
     bias: jax.Array | None = None,
     initial_state: jax.Array | None = None,
     cu_seqlens: jax.Array | None = None,
+    state_pool: jax.Array | None = None,
+    state_indices: jax.Array | None = None,
+    has_initial_state: jax.Array | None = None,
     num_k_heads: int,
     head_k_dim: int,
     head_v_dim: int,
@@ -36,21 +39,29 @@ def gdn_conv_prep(
     output_g_exp: bool = False,
     output_final_state: bool = False,
     interleaved: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]."""
-    length, heads_v = len(x), len(A_log)
+    activation: str | None = "silu",
+) -> tuple[jax.Array, ...]:
+    """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]; and the pool, if there is one."""
+    length, heads_v, before = len(x), len(A_log), weight.shape[1] - 1
     width = num_k_heads * head_k_dim
     channels = channels_of(num_k_heads, head_k_dim, interleaved)
     rows = channels(x)
-    y = jax.nn.silu(_conv(rows, weight, bias, initial_state, cu_seqlens))
+    state = initial_state
+    if state_pool is not None:
+        slots, state = states_before(state_pool, state_indices, has_initial_state, cu_seqlens)
+    c = _conv(rows, weight, bias, state, cu_seqlens)
+    y = jax.nn.silu(c) if activation else c
     q, k, v = jnp.split(y, (width, 2 * width), axis=1)
     q, k = (part.reshape(length, num_k_heads, head_k_dim) for part in (q, k))
     v = v.reshape(length, heads_v, head_v_dim)
     if l2norm:
         q, k = (normalised(part, l2norm_eps) for part in (q, k))
     q, k, v = (part.astype(x.dtype) for part in (q, k, v))
-    state = final_state(x, channels, initial_state, cu_seqlens, weight.shape[1] - 1, output_final_state)
-    return q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp), state
+    results = q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp)
+    if state_pool is None:
+        return *results, final_state(x, channels, state, cu_seqlens, before, output_final_state)
+    new = final_state(x, channels, state, cu_seqlens, state_pool.shape[2], True)
+    return *results, jnp.zeros((0, rows.shape[1], before), x.dtype), state_pool.at[slots].set(new, mode="drop")
 
 
 def _conv(
@@ -60,16 +71,15 @@ def _conv(
     state: jax.Array | None,
     cu_seqlens: jax.Array | None,
 ) -> jax.Array:
-    """c [L, C] in float32."""
+    """c [L, C] in float32. A state may have more columns than the conv looks back."""
     before = weight.shape[1] - 1
     number, age = (part[:, None] for part in sequences(len(x), cu_seqlens))
     c = x.astype(jnp.float32) * weight[:, before].astype(jnp.float32)
     for lag in range(1, before + 1):
-        tap = lax.pad(x, jnp.zeros((), x.dtype), ((lag, -lag, 0), (0, 0, 0)))
+        tap = lax.pad(x, jnp.zeros((), x.dtype), ((lag, -lag, 0), (0, 0, 0))).astype(jnp.float32)
         earlier = jnp.zeros_like(tap)
         if state is not None:
-            kept = state[number[:, 0], :, before + age[:, 0] - lag]
+            kept = state[number[:, 0], :, state.shape[2] + age[:, 0] - lag].astype(jnp.float32)
             earlier = jnp.where((number >= 0) & (number < len(state)), kept, earlier)
-        tap = jnp.where(age < lag, earlier, tap)
-        c += tap.astype(jnp.float32) * weight[:, before - lag].astype(jnp.float32)
+        c += jnp.where(age < lag, earlier, tap) * weight[:, before - lag].astype(jnp.float32)
     return c if bias is None else c + bias.astype(jnp.float32)

@@ -1,7 +1,7 @@
 """`gdn_conv_prep` as one Pallas kernel; the formula is the docstring of `polyfuse.spec.gdn_conv_prep`.
 
 The kernel of `gdn_post_conv`, which computes y here where it loads it there. Where each row's sequence begins is found
-before it, and the final state beside it, in jax.numpy.
+before it, and the final state beside it, in jax.numpy; there too a pool's states are gathered and scattered.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from polyfuse.reference._jax.compilation import jit
 from polyfuse.reference._jax.projection import channels_of
-from polyfuse.reference._jax.sequences import final_state, sequences
+from polyfuse.reference._jax.sequences import final_state, sequences, states_before
 from polyfuse.reference.pallas.gdn_post_conv import CAPABILITY as CAPABILITY
 from polyfuse.reference.pallas.gdn_post_conv import fused
 
@@ -31,6 +31,9 @@ def gdn_conv_prep(
     bias: jax.Array | None = None,
     initial_state: jax.Array | None = None,
     cu_seqlens: jax.Array | None = None,
+    state_pool: jax.Array | None = None,
+    state_indices: jax.Array | None = None,
+    has_initial_state: jax.Array | None = None,
     num_k_heads: int,
     head_k_dim: int,
     head_v_dim: int,
@@ -39,17 +42,21 @@ def gdn_conv_prep(
     output_g_exp: bool = False,
     output_final_state: bool = False,
     interleaved: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]."""
+    activation: str | None = "silu",
+) -> tuple[jax.Array, ...]:
+    """q, k [L, H, K], v [L, HV, V], g, beta [L, HV], final_state [S, C, W - 1]; and the pool, if there is one."""
     number, age = sequences(len(x), cu_seqlens)
     sources = {"x": x, "weight": weight, "age": age, "number": number}
     if bias is not None:
         sources["bias"] = bias
-    if initial_state is not None:
-        sources["state"] = initial_state
+    state = initial_state
+    if state_pool is not None:
+        slots, state = states_before(state_pool, state_indices, has_initial_state, cu_seqlens)
+    if state is not None:
+        sources["state"] = state
     per_head = x.shape[1] // num_k_heads if interleaved else 0
     results = fused(
-        partial(_load, heads=num_k_heads, size=head_k_dim, per_head=per_head),
+        partial(_load, heads=num_k_heads, size=head_k_dim, per_head=per_head, activation=activation),
         _specs,
         sources,
         (a, b, A_log, dt_bias),
@@ -63,8 +70,11 @@ def gdn_conv_prep(
         output_g_exp=output_g_exp,
     )
     channels = channels_of(num_k_heads, head_k_dim, interleaved)
-    state = final_state(x, channels, initial_state, cu_seqlens, weight.shape[1] - 1, output_final_state)
-    return *results, state
+    before = weight.shape[1] - 1
+    if state_pool is None:
+        return *results, final_state(x, channels, state, cu_seqlens, before, output_final_state)
+    new = final_state(x, channels, state, cu_seqlens, state_pool.shape[2], True)
+    return *results, jnp.zeros((0, len(weight), before), x.dtype), state_pool.at[slots].set(new, mode="drop")
 
 
 def _specs(sources: dict[str, jax.Array], rows: int) -> dict[str, pl.BlockSpec]:
@@ -96,6 +106,7 @@ def _load(
     heads: int,
     size: int,
     per_head: int,
+    activation: str | None,
 ) -> jax.Array:
     """y in float32, of some channels of a program's rows. `per_head` is 0 where x is not interleaved."""
     x_ref, weight_ref, state_ref = refs["x"], refs["weight"], refs.get("state")
@@ -108,13 +119,13 @@ def _load(
     c = 0.0
     for lag in range(before, -1, -1):
         inside = age >= lag
-        tap = plgpu.load(x_ref.at[row - lag, place], mask=mask & inside, other=0)
+        tap = plgpu.load(x_ref.at[row - lag, place], mask=mask & inside, other=0).astype(jnp.float32)
         if state_ref is not None and lag:
             kept = mask & ~inside & (number >= 0) & (number < state_ref.shape[0])
-            earlier = plgpu.load(state_ref.at[number, column, before + age - lag], mask=kept, other=0)
-            tap = jnp.where(inside, tap, earlier)
+            earlier = plgpu.load(state_ref.at[number, column, state_ref.shape[2] + age - lag], mask=kept, other=0)
+            tap = jnp.where(inside, tap, earlier.astype(jnp.float32))
         part = plgpu.load(weight_ref.at[column, before - lag], mask=known, other=0)
-        c += tap.astype(jnp.float32) * part.astype(jnp.float32)
+        c += tap * part.astype(jnp.float32)
     if "bias" in refs:
         c += plgpu.load(refs["bias"].at[column], mask=known, other=0).astype(jnp.float32)
-    return jnp.where(mask, c / (1 + jnp.exp(-c)), 0.0)
+    return jnp.where(mask, c / (1 + jnp.exp(-c)) if activation else c, 0.0)

@@ -41,6 +41,8 @@ def cells() -> Iterator[tuple[str, str, dict[str, object]]]:
             yield "gdn_in_proj", name, {}
         for empty in ("hidden", "N1", "N2"):
             yield "gdn_in_proj", f"lead_2x3-{strategy}", {empty: 0}
+    for name in ("lead_", "lead_0", "lead_3x0", "lead_2x3", "width_0", "gate_sliced-bfloat16", "gate_column_strided"):
+        yield "gated_rms_norm", name, {}
     for name in ("no_rows", "no_rows-no_segments", "no_segments", "empty_around", "float32-segments"):
         yield "segment_attention", name, {}
 

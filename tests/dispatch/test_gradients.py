@@ -45,7 +45,7 @@ def test_a_gradient_raises(op: str, backend: str) -> None:
             loss(arguments[name].requires_grad_())
         return
     for differentiated in (jax.grad(loss), jax.grad(jax.jit(loss)), jax.jit(jax.grad(loss))):
-        with pytest.raises(Unsupported, match=f"{op}: {backend}: a gradient through a backend that has no backward"):
+        with pytest.raises(Unsupported, match=f"{op}: {backend}: a gradient is asked for: no backward"):
             differentiated(arguments[name])
     assert np.isfinite(loss(arguments[name]))
 
@@ -64,7 +64,7 @@ def test_a_gradient_of_an_optional_jax_array_raises_too(backend: str) -> None:
     def loss(up: jax.Array) -> jax.Array:
         return polyfuse.silu_mul_block_quant(jnp.ones((2, 128)), up=up, backend=backend).scale.sum()
 
-    with pytest.raises(Unsupported, match=f"silu_mul_block_quant: {backend}: a gradient through a backend"):
+    with pytest.raises(Unsupported, match=f"silu_mul_block_quant: {backend}: a gradient is asked for: no backward"):
         jax.grad(loss)(jnp.ones((2, 128)))
 
 

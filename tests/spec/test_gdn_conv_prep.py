@@ -1,4 +1,4 @@
-"""`interleaved` of `gdn_conv_prep`: what it binds, costs and refuses."""
+"""`interleaved`, pools of states and `activation` of `gdn_conv_prep`: what they bind, cost and refuse."""
 
 import re
 from typing import Any
@@ -56,3 +56,58 @@ def test_channels_do_not_include_z() -> None:
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=re.escape(f"{NAME}: {message}")):
         call(**changes)
+
+
+def pool(columns: int = 3, slots: int = 5, **changes: Any) -> Call:
+    return call(state_pool=zeros(slots, 42, columns), **changes)
+
+
+def test_a_pool_is_updated_in_place_of_a_final_state() -> None:
+    bound = pool(columns=7)
+    assert [(output.name, output.shape) for output in bound.updated] == [("state_pool", (5, 42, 7))]
+    assert bound.outputs[5].shape == (0, 42, 3)
+    # Of a sequence the last 3 columns are read, and all 7 are written.
+    assert SPEC.cost(bound).bytes_read - SPEC.cost(call()).bytes_read == 42 * 3 * 4
+    assert SPEC.cost(bound).bytes_written - SPEC.cost(call()).bytes_written == 42 * 7 * 4
+
+
+def test_a_final_state_has_the_dtype_of_the_initial_one() -> None:
+    state = np.zeros((1, 42, 3), np.float16)
+    assert call(initial_state=state, output_final_state=True).outputs[5].dtype == "float16"
+    assert call(output_final_state=True).outputs[5].dtype == "float32"
+
+
+def test_activation_may_be_none() -> None:
+    assert call(activation=None).attrs["activation"] is None
+    assert call().attrs["activation"] == "silu"
+    with pytest.raises(SpecError, match="activation: expected one of silu, got 'gelu'"):
+        call(activation="gelu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"initial_state": zeros(1, 42, 3)}, "initial_state: expected None beside a state_pool, got an array; try"),
+        ({"output_final_state": True}, "output_final_state: expected False beside a state_pool, which is updated"),
+        ({"columns": 2}, "state_pool: expected n >= W - 1=3 in [slots, 2*num_k_heads*head_k_dim + "),
+        ({"cu_seqlens": np.zeros(7, np.int32)}, "state_pool: expected slots >= 6 in [slots, "),
+        ({"slots": 0, "state_indices": np.zeros(1, np.int32)}, "state_pool: expected slots >= 1 in [slots, "),
+        ({"state_indices": np.zeros(2, np.int32)}, "state_indices: expected S=1 in [S], got [2]"),
+        ({"has_initial_state": np.zeros(1, np.int32)}, "has_initial_state: expected dtype bool, got int32"),
+    ],
+)
+def test_what_does_not_fit_a_pool_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(f"{NAME}: {message}")):
+        pool(**changes)
+
+
+@pytest.mark.parametrize("name", ["state_indices", "has_initial_state"])
+def test_what_needs_a_pool_is_refused_without_one(name: str) -> None:
+    with pytest.raises(SpecError, match=f"{name}: expected None without a state_pool, got an array"):
+        call(**{name: np.zeros(1, np.int32 if name == "state_indices" else bool)})
+
+
+def test_six_sequences_fit_a_pool_of_five_slots_that_are_named() -> None:
+    """-1 names none."""
+    indices = np.array([0, 1, 2, 3, 4, -1], np.int32)
+    assert pool(cu_seqlens=np.zeros(7, np.int32), state_indices=indices).dims["S"] == 6

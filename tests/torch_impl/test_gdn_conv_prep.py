@@ -23,7 +23,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 HEADS = {"num_k_heads": 16, "head_k_dim": 128, "head_v_dim": 128, "output_final_state": True}
 ODD = {"num_k_heads": 3, "head_k_dim": 25, "head_v_dim": 41, "output_final_state": True}
 SMALL = {"num_k_heads": 2, "head_k_dim": 6, "head_v_dim": 4, "output_final_state": True}
-BF16: dict[str, str] = dict.fromkeys(("T", "weight", "a", "b", "A_log", "dt_bias"), "bfloat16")
+BF16: dict[str, str] = dict.fromkeys(("T", "initial_state", "weight", "a", "b", "A_log", "dt_bias"), "bfloat16")
 TOKENS_ADJACENT: dict[str, str] = dict.fromkeys(("x", "a", "b"), "token_stride_1")
 STATE, PACKED = ("bias", "initial_state"), ("bias", "initial_state", "cu_seqlens")
 FILL = {"cu_seqlens": "cu_seqlens"}
@@ -45,7 +45,8 @@ def arguments(values: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
 def packed(length: int, heads_v: int, dtype: str, attrs: dict[str, Any], width: int = 4) -> dict[str, Any]:
     """A call with 8 sequences of 2, 0, 5, 3, 1, 6, 4, 2 rows, and rows past the last."""
     dims = {"L": length, "HV": heads_v, "W": width, "N": 9, "S": 8}
-    return make_inputs(SPEC, Case("packed", dims, attrs, {"T": dtype}, present=PACKED, fill=FILL))
+    dtypes = {"T": dtype, "initial_state": dtype}
+    return make_inputs(SPEC, Case("packed", dims, attrs, dtypes, present=PACKED, fill=FILL))
 
 
 def bits(x: torch.Tensor) -> bytes:
@@ -53,10 +54,12 @@ def bits(x: torch.Tensor) -> bytes:
 
 
 def assert_right(args: dict[str, Any], values: dict[str, Any]) -> None:
-    results, wanted = gdn_conv_prep(**args), exact(**values)
-    for output, result in zip(bind(SPEC, values).outputs, results, strict=True):
+    results, wanted, call = gdn_conv_prep(**args), exact(**values), bind(SPEC, values)
+    for output, result in zip(call.outputs, results, strict=True):
         assert compare(output.name, to_numpy(result), wanted[output.name], output.dtype) is None
         assert result.stride() == (output.strides or result.contiguous().stride())
+    for output in call.updated:
+        assert compare(output.name, to_numpy(args[output.name]), wanted[output.name], output.dtype) is None
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -64,7 +67,7 @@ def assert_right(args: dict[str, Any], values: dict[str, Any]) -> None:
 def test_equals_the_oracle_and_leaves_its_inputs(case: Case, device: str) -> None:
     values = make_inputs(SPEC, case)
     args = arguments(values, device)
-    before = {k: bits(v) for k, v in args.items() if isinstance(v, torch.Tensor)}
+    before = {k: bits(v) for k, v in args.items() if isinstance(v, torch.Tensor) and k not in SPEC.updated}
     assert_right(args, values)
     assert {k: bits(args[k]) for k in before} == before
 
@@ -195,7 +198,8 @@ def test_nan_stays_in_its_sequence() -> None:
 def test_results_share_no_memory(l2norm: bool, dtype: str) -> None:
     """With one row and a state of one input every part is contiguous: still none may be a view of another."""
     dims = {"L": 1, "HV": 2, "W": 2, "S": 1}
-    args = arguments(make_inputs(SPEC, Case("one", dims, SMALL | {"l2norm": l2norm}, {"T": dtype}, present=STATE)))
+    dtypes = {"T": dtype, "initial_state": dtype}
+    args = arguments(make_inputs(SPEC, Case("one", dims, SMALL | {"l2norm": l2norm}, dtypes, present=STATE)))
     everything = [x for x in args.values() if isinstance(x, torch.Tensor)] + list(gdn_conv_prep(**args))
     assert len({x.untyped_storage().data_ptr() for x in everything}) == 14
 

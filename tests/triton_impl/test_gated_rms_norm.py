@@ -128,6 +128,14 @@ def test_only_what_cannot_be_read_in_place_is_copied(monkeypatch: pytest.MonkeyP
         assert len(copied) == copies, layouts
 
 
+def test_rows_of_one_element_with_more_strides_than_a_program_counts_in() -> None:
+    args = arguments(Case("narrow", {"...": (2, 2, 2, 2, 2), "V": 1}, layout={"gate": "sliced"}))
+    apart = args["x"].new_zeros(*args["x"].shape[:-1], 5)[..., :1].copy_(args["x"])
+    assert apart.stride(-2) == 5
+    one = apart.as_strided(apart.shape, (*apart.stride()[:-1], 7))
+    assert bits(gated_rms_norm(**args | {"x": one})) == bits(gated_rms_norm(**args))
+
+
 @pytest.mark.parametrize("far", ["x", "gate"])
 def test_offsets_past_2_31(far: str, tmp_path: Path) -> None:
     """Rows 2**30 elements apart, in a sparse file."""

@@ -30,7 +30,11 @@ def arguments(**changed: Any) -> dict[str, Any]:
     """Six packed sequences of 44 rows, one of them empty, with initial states."""
     dims = {"L": 44, "HV": 4, "W": 4, "N": 7, "S": 6}
     case = Case(
-        "packed", dims, HEADS | {"output_final_state": True}, {"T": "bfloat16"}, present=("initial_state", "bias")
+        "packed",
+        dims,
+        HEADS | {"output_final_state": True},
+        {"T": "bfloat16", "initial_state": "bfloat16"},
+        present=("initial_state", "bias"),
     )
     values = make_inputs(OPS[OP], case)
     arrays = {k: from_numpy(v, "torch", DEVICE) for k, v in values.items() if isinstance(v, np.ndarray)}
@@ -162,17 +166,21 @@ import re
 from tests.triton_impl.hopper import compile_for_hopper
 from polyfuse.triton_impl.gdn_conv_prep import _kernel, _tile
 
-absent_ones = ("bias_ptr", "state_ptr", "cu_ptr")
-for sequences, absent, interleaved in ((1, absent_ones, False), (8, (), False), (1, absent_ones, True), (8, (), True)):
+pool = ("slots_ptr", "valid_ptr")
+absent_ones = ("bias_ptr", "state_ptr", "cu_ptr", *pool)
+for sequences, absent, interleaved in (
+    (1, absent_ones, False), (8, pool, False), (1, absent_ones, True), (8, pool, True), (8, (), False)
+):
     rows, *tile = _tile(4096, sequences, 16, 128, 32, 128)
     types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names}
     types |= {"weight_ptr": "*i64", "g_ptr": "*fp32", "beta_ptr": "*fp32", "cu_ptr": "*i32", "eps": "fp32"}
+    types |= {"slots_ptr": "*i32", "valid_ptr": "*u8"}
     constants = dict(weight_tap=1, a_column=1, b_column=1, weight_channel=1, H=16, K=128, HV=32, V=128, W=4)
     constants |= dict(GROUP=2) if interleaved else dict(GROUP=32, a_group=1, b_group=1)
-    constants |= dict(L2NORM=True, G_EXP=False, INTERLEAVED=interleaved) | dict.fromkeys(absent)
-    constants |= dict(state_channel=1) if not absent else dict(state_sequence=0, state_channel=0, state_tap=0)
+    constants |= dict(L2NORM=True, G_EXP=False, ACTIVATE=True, INTERLEAVED=interleaved) | dict.fromkeys(absent)
+    constants |= dict(state_slot=0, state_channel=0, state_tap=0) if "state_ptr" in absent else dict(state_channel=1)
     constants |= dict(zip(("HEADS", "HEADS_V", "GATE_TOKENS", "CHANNELS"), tile))
-    aligned = [n for n in types if n.endswith(("_ptr", "_row", "_sequence", "state_tap")) and n not in constants]
+    aligned = [n for n in types if n.endswith(("_ptr", "_row", "_slot", "state_tap")) and n not in constants]
     code, spilled = compile_for_hopper(_kernel, types, constants, aligned, warps=4)
     stores = re.findall(r"st\\.global\\S*?\\.(v4\\.b32|\\w+) ", code)
     wide = len(re.findall(r"ld\\.global\\S*v4\\.b32", code))

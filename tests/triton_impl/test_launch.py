@@ -123,6 +123,7 @@ def test_every_op_launches_what_triton_would(run_uninterpreted: Callable[[str], 
         "gdn_post_conv 27 30",
         "gdn_conv_prep 42 50",
         "gated_rms_norm 12 20",
+        "gated_delta_rule 24 26",
         "pos_embed_interpolate 16 24",
         "in_proj 23 30",
     ]

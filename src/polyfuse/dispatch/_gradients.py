@@ -1,4 +1,4 @@
-"""A JAX function without a backward pass raises where a gradient through it is asked for."""
+"""A JAX call without a backward pass raises where a gradient through it is asked for."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -6,8 +6,10 @@ from typing import Any, NoReturn
 from polyfuse.spec import Unsupported
 
 
-def without_gradients(op: str, backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def without_gradients(op: str, backend: str, reason: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function; `jax.grad` and its kin through it raise `Unsupported`, also through `jax.jit` around it.
+
+    `reason` says why there is no gradient.
 
     JAX would differentiate what the function is made of, such as the roundings of a quantiser, and give zeros.
     """
@@ -27,8 +29,8 @@ def without_gradients(op: str, backend: str, function: Callable[..., Any]) -> Ca
         @opaque.defjvp
         def _(primals: Any, tangents: Any) -> NoReturn:
             raise Unsupported(
-                f"{op}: {backend}: a gradient through a backend that has no backward; try jax.lax.stop_gradient, or "
-                "another backend"
+                f"{op}: {backend}: a gradient is asked for: {reason}; try jax.lax.stop_gradient, or a call or backend "
+                "that has one"
             )
 
         return opaque(list(arrays.values()))

@@ -10,7 +10,7 @@ from polyfuse.dispatch._arrays import family_of, is_traced
 from polyfuse.dispatch._gradients import without_gradients
 from polyfuse.dispatch._registry import Implementation, on_change, registry
 from polyfuse.dispatch._select import as_names, context, resolve
-from polyfuse.spec import OPS, OpSpec, SpecError
+from polyfuse.spec import OPS, Call, OpSpec, SpecError
 
 CACHE_LIMIT = 4096
 
@@ -114,7 +114,7 @@ class Calls:
             got = list(names or ())
             raise SpecError(f"{self.spec.name}: backend: expected backends of one array family, got {got}")
         if target == "jax":
-            usable = [(name, self._guarded(name, implementation)) for name, implementation in usable]
+            usable = [(name, self._guarded(name, implementation, call)) for name, implementation in usable]
         name, implementation = usable[0]
         return Plan(
             usable=tuple(usable),
@@ -127,11 +127,12 @@ class Calls:
             updated=tuple(self.names.index(output.name) for output in call.updated),
         )
 
-    def _guarded(self, backend: str, implementation: Implementation) -> Implementation:
-        """The implementation, with a function that refuses gradients if it claims none."""
-        if implementation.capability.differentiable:
+    def _guarded(self, backend: str, implementation: Implementation, call: Call) -> Implementation:
+        """The implementation, with a function that refuses gradients if none flows through this call."""
+        reason = implementation.capability.no_backward(call)
+        if reason is None:
             return implementation
-        function = without_gradients(self.spec.name, backend, implementation.function)
+        function = without_gradients(self.spec.name, backend, reason, implementation.function)
         return Implementation(function, implementation.capability)
 
 

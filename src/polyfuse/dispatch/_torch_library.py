@@ -132,8 +132,11 @@ def register(op: Calls) -> None:
 
     def refusing(*flat: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in flat):
+            given = dict(zip(op.names, _decode(op, flat), strict=True))
+            if all(given[name] is None for name in spec.updated):
+                backward()
             raise Unsupported(
-                f"{spec.name}: an input requires grad: an op that updates its arguments has no backward; try "
+                f"{spec.name}: an input requires grad: {', '.join(spec.updated)} is updated in place: no backward; try "
                 "torch.no_grad(), or detach"
             )
         with torch._C._AutoDispatchBelowAutograd():

@@ -36,6 +36,9 @@ def gdn_conv_prep(
     bias: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    state_pool: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
     num_k_heads: int,
     head_k_dim: int,
     head_v_dim: int,
@@ -44,10 +47,10 @@ def gdn_conv_prep(
     output_g_exp: bool = False,
     output_final_state: bool = False,
     interleaved: bool = False,
+    activation: str | None = "silu",
 ) -> tuple[torch.Tensor, ...]:
-    """q, k, v, g, beta, each rounded once, and final_state."""
+    """q, k, v, g, beta, each rounded once, and final_state. Writes the pool."""
     rows, heads_v, (channels, taps) = len(x), len(A_log), weight.shape
-    before = taps - 1
     if interleaved:
         x = _in_order(x, num_k_heads, head_k_dim, channels)
     q = torch.empty((rows, num_k_heads, head_k_dim), dtype=x.dtype)
@@ -56,15 +59,23 @@ def gdn_conv_prep(
     g = torch.empty((rows, heads_v), dtype=torch.float32)
     beta = torch.empty_like(g)
     starts = np.array([0, rows]) if cu_seqlens is None else cu_seqlens.long().contiguous().numpy()
-    sequences = len(starts) - 1 if initial_state is not None else 0
+    old, owned, slots = initial_state, [], []
+    if state_pool is not None:
+        numbers = range(len(starts) - 1) if state_indices is None else state_indices.tolist()
+        owned = [i for i, slot in enumerate(numbers) if 0 <= slot < len(state_pool)]
+        slots = [numbers[i] for i in owned]
+        old = _from_slots(state_pool, owned, slots, has_initial_state, len(starts) - 1)
     # Each sequence's inputs become rows, as those of x are.
-    state = x.new_empty(0, channels) if initial_state is None else initial_state.transpose(1, 2).reshape(-1, channels)
-    inputs = (*rows_of(x), *rows_of(state)[:2])
+    columns = taps - 1 if old is None else old.shape[2]
+    sequences = 0 if old is None else len(starts) - 1
+    state = x.new_empty(0, channels) if old is None else old.transpose(1, 2).reshape(-1, channels)
+    inputs = (*rows_of(x), *rows_of(state))
     if rows:
         number, age = _places(rows, starts, cu_seqlens is None)
         _kernel(
             *inputs,
             sequences,
+            columns,
             number,
             age,
             weight.detach().float().contiguous().numpy(),
@@ -76,6 +87,7 @@ def gdn_conv_prep(
             rows,
             (num_k_heads * head_k_dim, num_k_heads * head_k_dim, heads_v * head_v_dim),
             head_k_dim,
+            activation is not None,
             l2norm,
             np.float32(max(l2norm_eps, FP32_TINY)),  # never 0: a zero vector must give zero
             output_g_exp,
@@ -84,10 +96,24 @@ def gdn_conv_prep(
             beta.view(-1).numpy(),
             chunks_for(rows),
         )
-    kept = x.new_empty((len(starts) - 1 if output_final_state else 0, before, channels))
+    wanted = output_final_state or state_pool is not None
+    kept = state.new_empty((len(starts) - 1 if wanted else 0, columns, channels))
     if kept.numel():
-        _keep(*inputs, sequences, starts, channels, before, bits(kept))
-    return q, k, v, g, beta, kept.transpose(1, 2)
+        _keep(*inputs, sequences, starts, channels, columns, bits(kept))
+    kept = kept.transpose(1, 2)
+    if state_pool is None:
+        return q, k, v, g, beta, kept
+    state_pool[slots] = kept[owned]
+    return q, k, v, g, beta, x.new_empty((0, taps - 1, channels)).transpose(1, 2)
+
+
+def _from_slots(
+    pool: torch.Tensor, owned: list[int], slots: list[int], has_initial_state: torch.Tensor | None, sequences: int
+) -> torch.Tensor:
+    """The states [S, C, n] of the sequences, zeros for those that own no slot or have no initial state."""
+    states = pool.new_zeros((sequences, *pool.shape[1:]))
+    states[owned] = pool[slots]
+    return states if has_initial_state is None else states.masked_fill_(~has_initial_state[:, None, None], 0)
 
 
 def _in_order(x: torch.Tensor, heads: int, head_width: int, channels: int) -> torch.Tensor:
@@ -114,21 +140,22 @@ def _recall(
     kind: int,
     state: Any,
     state_stride: int,
-    at: int,
-    end: int,
+    state_kind: int,
+    first: int,
+    columns: int,
     window: Any,
 ) -> None:
-    """The inputs before a row, that of row t to t % W; `at` to `end` are the words of a row to take."""
-    row, age, number, sequences = places
-    taps, columns = window.shape[0], (end - at) // units(kind)
+    """The inputs before a row, that of row t to t % W; of a row are taken so many columns from the first."""
+    row, age, number, sequences, kept = places
+    taps = window.shape[0]
     for lag in range(1, taps):
         earlier = window[(row - lag) % taps, :columns]
         if age >= lag:
-            place = (row - lag) * x_stride
-            decode(kind, x[place + at : place + end], earlier)
+            at = (row - lag) * x_stride + first * units(kind)
+            decode(kind, x[at : at + columns * units(kind)], earlier)
         elif 0 <= number < sequences:
-            place = ((number + 1) * (taps - 1) + age - lag) * state_stride
-            decode(kind, state[place + at : place + end], earlier)
+            at = ((number + 1) * kept + age - lag) * state_stride + first * units(state_kind)
+            decode(state_kind, state[at : at + columns * units(state_kind)], earlier)
         else:
             earlier[:] = np.float32(0.0)
 
@@ -152,7 +179,9 @@ def _kernel(
     kind: int,
     state: Any,
     state_stride: int,
+    state_kind: int,
     sequences: int,
+    kept: int,
     number: Any,
     age: Any,
     weight: Any,
@@ -168,6 +197,7 @@ def _kernel(
     rows: int,
     widths: Any,
     head_width: int,
+    activate: bool,
     l2norm: bool,
     eps: Any,
     output_g_exp: bool,
@@ -200,13 +230,15 @@ def _kernel(
                     factors[tap, :columns] = weight[first + column : first + column + columns, tap]
                 for row in range(first_row, end_row):
                     if row == first_row or age[row] == 0:
-                        places = (row, age[row], number[row], sequences)
-                        _recall(places, x, x_stride, kind, state, state_stride, at, end, window)
+                        places = (row, age[row], number[row], sequences, kept)
+                        states = (state, state_stride, state_kind)
+                        _recall(places, x, x_stride, kind, *states, first + column, columns, window)
                     decode(kind, x[row * x_stride + at : row * x_stride + end], window[row % taps, :columns])
                     c[:] = bias[first + column : first + column + columns]
                     for tap in range(taps):
                         _multiply_add(window[(row + 1 + tap) % taps, :columns], factors[tap, :columns], c)
-                    _silu(c)
+                    if activate:
+                        _silu(c)
                     if part < 2 and l2norm:
                         for head in range(columns // head_width):
                             normalise(c[head * head_width : (head + 1) * head_width], eps)
@@ -222,21 +254,27 @@ def _keep(
     kind: int,
     state: Any,
     state_stride: int,
+    state_kind: int,
     sequences: int,
     starts: Any,
     channels: int,
     before: int,
     kept: Any,
 ) -> None:
-    """The last `before` inputs of each sequence, bit for bit."""
-    width = channels * units(kind)
+    """The last `before` inputs of each sequence, bit for bit unless the states have another dtype than x."""
+    width, x_width = channels * units(state_kind), channels * units(kind)
     for i in prange(starts.size - 1):
         for j in range(before):
             age = starts[i + 1] - starts[i] - before + j
             target = kept[(i * before + j) * width : (i * before + j + 1) * width]
             if age >= 0:
                 place = (starts[i] + age) * x_stride
-                target[:] = x[place : place + width]
+                if kind == state_kind:
+                    target[:] = x[place : place + x_width]
+                else:
+                    row = np.empty(channels, np.float32)
+                    decode(kind, x[place : place + x_width], row)
+                    encode(state_kind, row, target)
             elif i < sequences:
                 place = ((i + 1) * before + age) * state_stride
                 target[:] = state[place : place + width]
