@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 pytest.importorskip("transformers")
@@ -17,6 +16,7 @@ pytest.importorskip("transformers")
 import transformers
 
 import polyfuse
+from polyfuse.bench.model import PARTS as PARTS_OF_RESULTS
 from polyfuse.bench.model import ModelBench, run_model_bench
 from polyfuse.bench.model.conv import measure_conv
 from polyfuse.bench.model.layer import launches, measure_layer
@@ -26,6 +26,7 @@ from polyfuse.bench.subjects.gated_delta_net import PARTS
 from polyfuse.bench.subjects.text import MODELS, TextModel
 from polyfuse.bench.timing import Clock
 from polyfuse.cli import main
+from polyfuse.cli.bench.model import command
 from polyfuse.configs import model_configs
 
 OPS = "gdn_in_proj", "gdn_conv_prep", "gated_delta_rule", "gated_rms_norm", "gdn_decode", "silu_mul_block_quant"
@@ -108,6 +109,7 @@ def test_layers(run):
         assert sum(row["parts"].values()) == pytest.approx(row["us"], abs=0.01)
         assert (row["host_us"] is not None) == (row["phase"] == "decode")
         assert row["launches"] is None
+        assert row["captured"] is False
 
 
 def test_output(run):
@@ -140,6 +142,11 @@ def test_a_line_for_each_row_as_it_comes(run):
     assert sum(line.startswith("layer, ") for line in lines) == len(data["layer"])
     assert sum(line.startswith("gdn_in_proj, ") for line in lines) == len(data["strategies"])
     assert sum(line.startswith("conv, ") for line in lines) == len(data["conv"])
+
+
+def test_every_part_can_be_asked_for():
+    (option,) = [option for option in command.params if option.name == "parts"]
+    assert tuple(option.type.choices) == PARTS_OF_RESULTS
 
 
 def test_one_part(tmp_path):
@@ -194,6 +201,21 @@ def test_parts_are_timed_alone(subject, clock, variant, phase, times):
     assert "forward" not in vars(subject.layer.out_proj)
 
 
+def test_a_layer_that_no_graph_holds_is_timed_by_events(dense, monkeypatch):
+    def fails(self, function):
+        raise RuntimeError("operation not permitted while capturing")
+
+    monkeypatch.setattr(Clock, "device_us", fails)
+    monkeypatch.setattr(Clock, "event_us", lambda self, function, rounds: 2.0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="not permitted"):
+        measure_layer(dense, "prefill", 1, 4, "accelerated")
+    monkeypatch.setattr(dense, "captures", True)
+    with torch.no_grad():
+        row = measure_layer(dense, "prefill", 1, 4, "accelerated")
+    assert (row.captured, row.us) == (False, 2.0)
+    assert row.parts == dict.fromkeys(PARTS["prefill"], 2.0) | {"rest": -8.0}
+
+
 def test_ops_of_an_accelerated_layer(subject, clock, calls):
     with torch.no_grad():
         measure_layer(subject, "prefill", 1, 16, "accelerated")
@@ -230,7 +252,7 @@ def test_what_is_left_of_an_untouched_layer_computes_nothing_that_is_a_part(subj
 
 def test_launches_are_those_of_a_cuda_device(monkeypatch):
     assert launches(lambda: 1 / 0, "cpu") is None
-    made = [DeviceType.CPU, DeviceType.CUDA, DeviceType.CUDA]
+    made = ["CPU", "CUDA", "CUDA"]
 
     class Profile:
         def __init__(self, activities):
@@ -243,7 +265,7 @@ def test_launches_are_those_of_a_cuda_device(monkeypatch):
             calls.append("end")
 
         def events(self):
-            return [SimpleNamespace(device_type=kind) for kind in made]
+            return [SimpleNamespace(device_type=SimpleNamespace(name=kind)) for kind in made]
 
     calls = []
     monkeypatch.setattr("polyfuse.bench.model.layer.profile", Profile)

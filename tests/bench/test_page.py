@@ -76,8 +76,8 @@ def test_a_call_that_lacks_a_variant():
 
 
 def test_a_layer_by_its_parts():
-    prefill = {"phase": "prefill", "batch": 1, "tokens": 64, "host_us": None, "launches": None}
-    decode = {"phase": "decode", "batch": 16, "tokens": 1, "host_us": 301.6, "launches": 31}
+    prefill = {"phase": "prefill", "batch": 1, "tokens": 64, "captured": False, "host_us": None, "launches": None}
+    decode = {"phase": "decode", "batch": 16, "tokens": 1, "captured": True, "host_us": 301.6, "launches": 31}
     rows = [
         prefill | {"variant": "untouched", "us": 9.0, "parts": {"conv to rule": 4.0, "rest": 5.0}},
         prefill | {"variant": "accelerated", "us": 2.0, "parts": {"rest": 2.0}},
@@ -86,8 +86,8 @@ def test_a_layer_by_its_parts():
     first, second = layers({"layer": rows}).split("\n\n")
     assert first.splitlines()[0] == "| one layer |  | all, us | conv to rule, us | rest, us |"
     assert first.splitlines()[2:] == [
-        "| prefill of 64 tokens | untouched | 9.00 | 4.00 | 5.00 |",
-        "| prefill of 64 tokens | accelerated | 2.00 | - | 2.00 |",
+        "| prefill of 64 tokens | untouched, not captured | 9.00 | 4.00 | 5.00 |",
+        "| prefill of 64 tokens | accelerated, not captured | 2.00 | - | 2.00 |",
     ]
     assert second.splitlines()[0] == "| one layer |  | all, us | rest, us | host, us | launches |"
     assert second.splitlines()[2:] == ["| decode of 16 sequences | accelerated | 3.00 | 3.00 | 302 | 31 |"]

@@ -213,7 +213,8 @@ def layers(data: Result) -> str:
         for row in rows:
             times = (short(row["parts"].get(part)) for part in parts)
             counts = ("-" if row[key] is None else round(row[key]) for key in host)
-            lines.append((size_of(row), row["variant"], short(row["us"]), *times, *counts))
+            variant = row["variant"] if row["captured"] else f"{row['variant']}, not captured"
+            lines.append((size_of(row), variant, short(row["us"]), *times, *counts))
         columns = ("one layer", "", "all, us", *(f"{part}, us" for part in parts), *host.values())
         tables.append(table(columns, lines, texts=2))
     return "\n\n".join(tables)

@@ -1,16 +1,16 @@
 """One Gated DeltaNet layer by its parts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from polyfuse.bench.baseline import untouched
 from polyfuse.bench.subjects.gated_delta_net import PARTS, Call
 from polyfuse.bench.subjects.text import TextModel
+from polyfuse.bench.timing import Clock
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class LayerRow:
 
     `parts` are microseconds of each part timed alone, on the layer's own tensors: those that `PARTS` names, the MLP,
     and `rest`, what is left of the whole. It can be less than nothing, as a part alone may find its operands in a
-    cache. For decode, `host_us` is how long the host takes to queue an eager call of the layer, and `launches` how many
-    kernels, copies and fills that call gives to a CUDA device.
+    cache. Times are those of graph replays if `captured`, else between two events, or wall times without events: FLA
+    may read the device in a call, which no graph can hold. For decode, `host_us` is how long the host takes to queue an
+    eager call of the layer, and `launches` how many kernels, copies and fills that call gives to a CUDA device.
     """
 
     phase: str
@@ -29,6 +30,7 @@ class LayerRow:
     variant: str
     us: float
     parts: Mapping[str, float]
+    captured: bool
     host_us: float | None = None
     launches: int | None = None
 
@@ -43,21 +45,32 @@ def measure_layer(subject: TextModel, phase: str, batch: int, tokens: int, varia
     host_us = counted = None
     with subject.variant(variant):
         call = partial(subject.layer, x, subject.cache(batch) if phase == "decode" else None)
-        whole = clock.device_us(call)
-        times = {part: clock.device_us(alone) for part, alone in parts.calls(phase, variant, call).items()}
+        whole, captured, time = _timed(clock, call, subject.captures)
+        times = {part: time(alone) for part, alone in parts.calls(phase, variant, call).items()}
         if untouched(variant):
             with parts.what_is_left(phase, variant, call):
-                times[PARTS[phase][1]] = clock.device_us(call)
+                times[PARTS[phase][1]] = time(call)
         if phase == "decode":
             host_us = round(clock.queue_us(call, calls=clock.repeats(10), rounds=5), 3)
             counted = launches(call, subject.device)
         us = {part: times[part] for part in PARTS[phase] if part in times}
         if subject.fp8:
-            us["MLP"] = clock.device_us(partial(subject.mlp, x))
+            us["MLP"] = time(partial(subject.mlp, x))
             whole += us["MLP"]
     us["rest"] = whole - sum(us.values())
-    rounded = {part: round(time, 3) for part, time in us.items()}
-    return LayerRow(phase, batch, tokens, variant, round(whole, 3), rounded, host_us, counted)
+    rounded = {part: round(value, 3) for part, value in us.items()}
+    return LayerRow(phase, batch, tokens, variant, round(whole, 3), rounded, captured, host_us, counted)
+
+
+def _timed(clock: Clock, call: Call, captures: bool) -> tuple[float, bool, Callable[[Call], float]]:
+    """Device time of a call, whether a graph could hold it, and what takes the time of its parts in the same way."""
+    try:
+        return clock.device_us(call), captures, clock.device_us
+    except RuntimeError:
+        if not captures:
+            raise
+    by_events = partial(clock.event_us, rounds=7)
+    return by_events(call), False, by_events
 
 
 def launches(call: Call, device: str) -> int | None:
@@ -67,4 +80,4 @@ def launches(call: Call, device: str) -> int | None:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         call()
         torch.cuda.synchronize(device)
-    return sum(event.device_type == DeviceType.CUDA for event in seen.events()) or None
+    return sum(event.device_type.name == "CUDA" for event in seen.events() or ()) or None

@@ -131,12 +131,13 @@ def _layer_table(rows: list[dict[str, Any]], title: str) -> Table:
 
     parts = list(dict.fromkeys(part for row in rows for part in row["parts"]))
     host = ["host", "launches"] if rows[0]["phase"] == "decode" else []
-    table = Table("", "variant", "all", *parts, *host, title=title)
+    table = Table("", "variant", "captured", "all", *parts, *host, title=title)
     for row in rows:
         cells = [_number(row["parts"].get(part), 1) for part in parts]
         if host:
             cells += [_number(row["host_us"], 1), _number(row["launches"], 0)]
-        table.add_row(size_of(row), row["variant"], _number(row["us"], 1), *cells)
+        captured = "yes" if row["captured"] else "no"
+        table.add_row(size_of(row), row["variant"], captured, _number(row["us"], 1), *cells)
     return table
 
 
