@@ -256,8 +256,11 @@ class Chunk:
         replaced = -keys.T @ self.w  # of the state before, by what the chunk reads of it
         kept = self.before[-1] * np.eye(len(replaced)) + replaced
         decayed = self.before[-1] * self.state.T
-        errors = np.concatenate([self.d_variance, self._rounded(self.state)])  # of d and of the state as an operand
-        reach = np.concatenate([keys, replaced.T])  # what of the state each of them changes
+        # Of d, of the state as an operand, and of d times its decay; and what of the state each of them changes.
+        errors = np.concatenate(
+            [self.d_variance, self._rounded(self.state), self._rounded(self.after[:, None] * self.d)]
+        )
+        reach = np.concatenate([keys, replaced.T, self.k])
         own = self.units.state**2 * (decayed**2 + self.d.T**2 @ keys**2) + self.d.T**2 @ self._rounded(keys)
         return (
             np.tensordot(np.tensordot(covariance, kept, (1, 1)), kept, (1, 1))

@@ -26,7 +26,8 @@ The state is fp32 or wider, and so are all sums; o is rounded once. A backend ma
     S             exp(G[last]) * S + (decay[last] * k)^T d
 
 Of 16-bit q, k and v the operands of these products (A, beta v, beta exp(G) k, u, w, S, d, exp(G) q, P, decay k) may
-each be rounded to the dtype once, as matrix units need it, but never the state that the next chunk begins with.
+each be rounded to the dtype once, as matrix units need it, but never the state that the next chunk begins with. So may
+decay[last] * d in place of decay k; and A beta and v - exp(G) * k S, whose product is d, in place of what u and w need.
 """
 
 from collections.abc import Mapping

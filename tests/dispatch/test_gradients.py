@@ -45,7 +45,7 @@ def test_a_gradient_raises(op: str, backend: str) -> None:
             loss(arguments[name].requires_grad_())
         return
     for differentiated in (jax.grad(loss), jax.grad(jax.jit(loss)), jax.jit(jax.grad(loss))):
-        with pytest.raises(Unsupported, match=f"{op}: {backend}: a gradient is asked for: no backward"):
+        with pytest.raises(Unsupported, match=f"{op}: {backend}: a gradient is asked for: .*no backward"):
             differentiated(arguments[name])
     assert np.isfinite(loss(arguments[name]))
 
