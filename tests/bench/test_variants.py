@@ -102,11 +102,17 @@ def tiny():
 def test_without_any_package():
     variants, (first, second) = choose_variants(modeling)
     assert variants == ["untouched", "accelerated"]
-    assert first.startswith(
-        "Transformers finds no flash-linear-attention: untouched models have the PyTorch delta rule"
-    )
+    assert first == "flash-linear-attention is not installed: untouched models run Transformers' PyTorch delta rule"
     assert second == "no variant 'accelerated + fla': polyfuse-fla is not installed"
     assert packages_called(modeling) == []
+
+
+def test_a_package_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setattr(
+        "polyfuse.bench.subjects.variants.version", lambda name: {"flash-linear-attention": "0.6"}[name]
+    )
+    _, (note, _) = choose_variants(modeling)
+    assert note.startswith("flash-linear-attention 0.6 is installed, but Transformers cannot import it here: ")
 
 
 def test_with_the_package(fla):
@@ -139,7 +145,7 @@ def test_another_package_has_a_variant_too(monkeypatch):
     monkeypatch.setattr(modeling, "causal_conv1d_fn", decorate(own))
     variants, notes = choose_variants(modeling)
     assert variants == ["untouched", "untouched + causal_conv1d", "accelerated"]
-    assert "finds no flash-linear-attention" in notes[0]
+    assert notes[0].startswith("flash-linear-attention is not installed")
     with rules_of("untouched", modeling, "cpu"):
         assert modeling.causal_conv1d_fn is own
     with rules_of("untouched + causal_conv1d", modeling, "cpu"):

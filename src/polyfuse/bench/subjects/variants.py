@@ -8,6 +8,7 @@ Polyfuse's own backends.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from inspect import getclosurevars, unwrap
 from typing import Any
 from unittest.mock import patch
@@ -37,8 +38,7 @@ def choose_variants(names: Any) -> tuple[list[str], list[str]]:
     variants = [UNTOUCHED, *([WITH.join([UNTOUCHED, *found])] if found else []), ACCELERATED]
     if FLA not in found:
         notes.append(
-            "Transformers finds no flash-linear-attention: untouched models have the PyTorch delta rule, "
-            "which is slower than what most users have"
+            f"flash-linear-attention {_why_no_package()}: untouched models run Transformers' PyTorch delta rule"
         )
     if reason := _why_no_backend():
         notes.append(f"no variant '{ACCELERATED_FLA}': {reason}")
@@ -81,6 +81,15 @@ def _plain_functions(names: Any) -> dict[str, Any]:
     functions = {name: getattr(names, name) for name in FUNCTIONS}
     calling = {name for name, function in functions.items() if _package(implementation(function)) != "transformers"}
     return {name: unwrap(_inner(functions[name])) for name in calling}
+
+
+def _why_no_package() -> str:
+    """Why Transformers does not call flash-linear-attention."""
+    try:
+        found = version("flash-linear-attention")
+    except PackageNotFoundError:
+        return "is not installed"
+    return f"{found} is installed, but Transformers cannot import it here"
 
 
 def _why_no_backend() -> str:
