@@ -154,13 +154,13 @@ def _undefined(parts: Rows, state: F64) -> tuple[Flags, Flags]:
     q, k, v, g, beta = parts
     decay = np.where(np.isneginf(g), 0.0, g)  # -infinity is a decay like another
 
-    def touched(kind: Callable[[F64], Flags]) -> Flags:
+    def touched(kind: Callable[[F64], Any]) -> Any:
         """By row, the columns of the state that a number of this kind reaches there."""
-        heads: Flags = kind(k).any(-1) | kind(decay) | kind(beta)
+        heads = kind(k).any(-1) | kind(decay) | kind(beta)
         return heads[:, :, None] | kind(v)
 
     infinite = _so_far([np.isinf(state).any(-2), *touched(np.isinf)])
-    undefined = infinite[1:] | np.isinf(q).any(-1)[:, :, None]
+    undefined = infinite[1:] | np.isinf(q).any(-1, keepdims=True)
     not_finite = touched(lambda x: ~np.isfinite(x))
     for start in range(0, len(q), CHUNK):
         rows = slice(start, start + CHUNK)
@@ -206,7 +206,7 @@ class Chunk:
         self.before, self.after = np.exp(total), self.decay[-1]
         values, keys = beta[:, None] * v, (beta * self.before)[:, None] * k
         mixed = np.tril(beta[:, None] * self.decay * (k @ k.T), -1)
-        inverse = np.linalg.inv(np.eye(len(k)) + mixed)
+        inverse: Any = np.linalg.inv(np.eye(len(k)) + mixed)
         u, self.w = inverse @ values, inverse @ keys
         self.d = u - self.w @ state
         self.p = self.decay * (q @ k.T)

@@ -14,8 +14,8 @@ sequence's last row: the initial state of the call that goes on.
 keeps its state. Without it all rows are one sequence. No row depends on another sequence: whatever that holds, NaN and
 infinity included. Rows before the first boundary and past the last one give zero.
 
-The state is fp32 or wider, and so are all sums; o is rounded once. A backend may take a chunk of rows together, up to
-64 counted from the sequence's start. With G the running sum of g in the chunk, and S the state before it:
+The state is fp32 or wider, and so are all sums; o is rounded once. A backend may take chunks of 64 rows, counted from
+the sequence's start. With G the running sum of g in the chunk, and S the state before it:
 
     decay[i, j]   exp(G[i] - G[j]) for j <= i, else 0
     A             inverse of I + the part below the diagonal of beta[i] * decay[i, j] * k[i] . k[j]
@@ -26,8 +26,8 @@ The state is fp32 or wider, and so are all sums; o is rounded once. A backend ma
     S             exp(G[last]) * S + (decay[last] * k)^T d
 
 Of 16-bit q, k and v the operands of these products (A, beta v, beta exp(G) k, u, w, S, d, exp(G) q, P, decay k) may
-each be rounded to the dtype once, as matrix units need it, but never the state that the next chunk begins with. So may
-decay[last] * d in place of decay k; and A beta and v - exp(G) * k S, whose product is d, in place of what u and w need.
+each be rounded to the dtype once, as matrix units need it, but never the state that the next chunk begins with. The
+same holds where factors stand elsewhere, as in d = (A beta) (v - exp(G) (k S)).
 """
 
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ from polyfuse.spec.segment_attention import HALF_STEP, ROUNDOFF
 
 NAME = "gated_delta_rule"
 
-CHUNK = 64  # the most rows that a backend takes together, counted from the start of their sequence
+CHUNK = 64  # rows that a backend may take together, counted from the start of their sequence
 LEAST_G = -120.0  # exp of it is 0 in float32, as of anything below
 
 
@@ -144,7 +144,7 @@ SPEC = OpSpec(
             8,
             "magnitude: the root of the sum of the squares of the products. A sum of 128 products that rounds to "
             "nearest errs by the root of 128 roundings of half of its size; the inverse and its products with the rest "
-            "are such sums",
+            "are such sums. It is an error of the operand that the sum becomes",
         ),
         ErrorBound(
             "decays",

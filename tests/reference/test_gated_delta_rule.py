@@ -190,15 +190,21 @@ def spoiled(name: str, value: float, where: Any) -> dict[str, Exact]:
     return oracle(NAME).intervals(**values | {name: changed})
 
 
+def place(name: str, row: int) -> tuple[Any, Any]:
+    """An element of that row, and the value heads and columns [HV, V] that depend on it."""
+    touched = np.zeros((2, 4), bool)
+    reach: dict[str, Any] = {"k": slice(None), "v": (1, 2), "g": 1, "beta": 1}
+    touched[reach[name]] = True
+    return {"k": (row, 0, 2), "v": (row, 1, 2), "g": (row, 1), "beta": (row, 1)}[name], touched
+
+
 def anything(exact: Exact) -> Any:
     return np.isneginf(exact.low) & np.isposinf(exact.high)
 
 
 @pytest.mark.parametrize("name", ["k", "v", "g", "beta"])
 def test_a_nan_is_a_nan_from_its_row_on_and_leaves_its_chunk_undefined(name: str) -> None:
-    where = {"k": (BAD, 0, 2), "v": (BAD, 1, 2), "g": (BAD, 1), "beta": (BAD, 1)}[name]
-    touched = np.zeros((2, 4), bool)  # value heads and columns
-    touched[{"k": slice(None), "v": (1, 2), "g": 1, "beta": 1}[name]] = True
+    where, touched = place(name, BAD)
     exact = spoiled(name, nan, where)
     o, state = exact["o"], exact["final_state"]
     assert np.isnan(o.value[BAD:, touched]).all()
@@ -212,9 +218,7 @@ def test_a_nan_is_a_nan_from_its_row_on_and_leaves_its_chunk_undefined(name: str
 
 @pytest.mark.parametrize("name", ["k", "v", "g", "beta"])
 def test_what_depends_on_an_infinity_is_undefined(name: str) -> None:
-    where = {"k": (65, 0, 2), "v": (65, 1, 2), "g": (65, 1), "beta": (65, 1)}[name]
-    touched = np.zeros((2, 4), bool)
-    touched[{"k": slice(None), "v": (1, 2), "g": 1, "beta": 1}[name]] = True
+    where, touched = place(name, 65)
     exact = spoiled(name, inf, where)
     o, state = exact["o"], exact["final_state"]
     assert np.isfinite(o.low[:64]).all()
