@@ -1,7 +1,7 @@
 """The oracle of `gated_delta_rule`; the formula is the docstring of `polyfuse.spec.gated_delta_rule`."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from polyfuse.reference._numerics import F64, Array, Exact, to_f64
 from polyfuse.reference._oracle import Error, Oracle
+from polyfuse.reference.gdn_conv_prep import pool_after, slots_of, states_before
 from polyfuse.spec import Capability
 from polyfuse.spec.gated_delta_rule import CHUNK, LEAST_G, SPEC
 from polyfuse.spec.segment_attention import DEVIATIONS
@@ -33,15 +34,22 @@ def formula(
     cu_seqlens: Array | None,
     scale: float | None,
     output_final_state: bool,
-) -> tuple[F64, F64]:
-    """o [L, HV, V], final_state [F, HV, K, V]."""
+    state_pool: Array | None,
+    state_indices: Array | None,
+    has_initial_state: Array | None,
+) -> tuple[F64, ...]:
+    """o [L, HV, V], final_state [F, HV, K, V], and a state_pool [slots, HV, K, V] if one is given."""
     q, k = (per_value_head(part, v.shape[1]) for part in (q, k))
     rows = [to_f64(part) for part in (q, k, v, g, beta)]
-    states = first_states(initial_state, cu_seqlens, k, v)
+    before = states_before(q, initial_state, cu_seqlens, state_pool, state_indices, has_initial_state)
+    states = first_states(before, cu_seqlens, k, v)
     o = np.zeros(v.shape)
     for number, own in enumerate(sequences(len(q), cu_seqlens)):
         o[own], states[number] = recurrence([part[own] for part in rows], states[number])
-    return factor(scale, q.shape[-1]) * o, states if output_final_state else states[:0]
+    results = factor(scale, q.shape[-1]) * o, states if output_final_state else states[:0]
+    if state_pool is None:
+        return results
+    return *results, pool_after(state_pool, slots_of(q, cu_seqlens, state_pool, state_indices), states)
 
 
 def recurrence(parts: Rows, state: F64) -> tuple[F64, F64]:
@@ -120,7 +128,9 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     heads_v = given.v.shape[1]
     q, k = (to_f64(per_value_head(part, heads_v)) for part in (given.q, given.k))
     rows = [q, k, *(to_f64(part) for part in (given.v, given.g, given.beta))]
-    states = first_states(given.initial_state, given.cu_seqlens, k, rows[2])
+    pool = given.state_pool, given.state_indices, given.has_initial_state
+    before = states_before(q, given.initial_state, given.cu_seqlens, *pool)
+    states = first_states(before, given.cu_seqlens, k, rows[2])
     units, scale = Units.of(given.q.dtype, error), factor(given.scale, q.shape[-1])
     allowed = {"o": np.zeros(given.v.shape), "final_state": np.zeros(states.shape)}
     for number, own in enumerate(sequences(len(q), given.cu_seqlens)):
@@ -134,9 +144,18 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
         undefined, last_undefined = _undefined(parts, states[number])
         o[undefined] = np.inf
         last.swapaxes(1, 2)[last_undefined] = np.inf
+    last = allowed["final_state"]
     if not given.output_final_state:
-        allowed["final_state"] = allowed["final_state"][:0]
-    return {name: _open(exact[name], far) for name, far in allowed.items()}
+        allowed["final_state"] = last[:0]
+    results = {name: _open(exact[name], far) for name, far in allowed.items()}
+    if given.state_pool is not None:
+        slots = slots_of(q, given.cu_seqlens, given.state_pool, given.state_indices)
+        far, kept = np.zeros(given.state_pool.shape), np.ones(given.state_pool.shape, bool)
+        for number, slot in enumerate(slots):
+            if slot is not None:
+                far[slot], kept[slot] = last[number], False
+        results["state_pool"] = replace(_open(exact["state_pool"], far), kept=kept)
+    return results
 
 
 def _open(value: F64, far: F64) -> Exact:

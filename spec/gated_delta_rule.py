@@ -10,6 +10,15 @@ Per sequence and value head, with a state S [K, V] that begins as `initial_state
 Value head j reads key head j // (HV / H). `scale` is 1 / sqrt(K) if it is not given. `final_state` is S after each
 sequence's last row: the initial state of the call that goes on.
 
+`state_pool` [slots, HV, K, V] holds the states of many sequences, and is updated in place of a final_state:
+
+    sequence i owns the slot state_indices[i], or slot i without them; -1, or any number that is no slot, is none
+    before    S is what its slot holds; zero where has_initial_state[i] is False or there is no slot
+    after     the slot holds S, rounded once to the dtype of the pool
+
+An empty sequence so keeps its slot, or clears it where has_initial_state is False; a slot that no sequence owns keeps
+every bit. Two sequences that own one slot are an error that is not looked for.
+
 `cu_seqlens` [S + 1] packs S sequences: sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1], and may be empty: it then
 keeps its state. Without it all rows are one sequence. No row depends on another sequence: whatever that holds, NaN and
 infinity included. Rows before the first boundary and past the last one give zero.
@@ -34,6 +43,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
+from polyfuse.spec._pools import POOL_ARGUMENTS, check_pool
 from polyfuse.spec._types import (
     FLOATS,
     FP32_ROUNDOFF,
@@ -64,11 +74,12 @@ def _check(call: Call) -> None:
         fail(NAME, "scale", "a finite number > 0", scale)
     if call.dims.get("N", 2) < 2:
         fail(NAME, "cu_seqlens", "at least 2 elements", call.dims["N"])
+    check_pool(call, _sequences(call))
 
 
 def _derive(call: Call) -> Mapping[str, Any]:
     """The sizes of the states, and what rounding an operand to T costs, in the units of an error bound."""
-    sequences = call.dims["N"] - 1 if "cu_seqlens" in call.dtypes else 1
+    sequences = _sequences(call)
     dtype = call.dtypes["T"]
     return {
         "S": sequences,
@@ -76,6 +87,10 @@ def _derive(call: Call) -> Mapping[str, Any]:
         "operand_steps": ROUNDOFF.get(dtype, 0.0) / FP32_ROUNDOFF,
         "operand_flushes": HALF_STEP.get(dtype, FP32_TINY) / FP32_TINY,
     }
+
+
+def _sequences(call: Call) -> Any:
+    return call.dims["N"] - 1 if "cu_seqlens" in call.dtypes else 1
 
 
 def _cost(call: Call) -> Cost:
@@ -92,7 +107,11 @@ def _cost(call: Call) -> Cost:
     if "initial_state" in call.dtypes:
         read += d["S"] * state
     per_row = 6 * d["K"] * d["V"] + CHUNK * (3 * d["K"] + 2 * d["V"])
-    return Cost(read, values + d["F"] * state, d["L"] * d["HV"] * per_row)
+    written = values + d["F"] * state
+    if "state_pool" in call.dtypes:
+        pooled = d["S"] * d["HV"] * d["K"] * d["V"] * itemsize(call.dtypes["state_pool"])
+        read, written = read + pooled, written + pooled
+    return Cost(read, written, d["L"] * d["HV"] * per_row)
 
 
 SPEC = OpSpec(
@@ -121,6 +140,15 @@ SPEC = OpSpec(
         TensorSpec(
             "cu_seqlens", ("N",), INTS, "where each of the S = N - 1 sequences begins, and the end", optional=True
         ),
+        TensorSpec(
+            "state_pool",
+            ("slots", "HV", "K", "V"),
+            FLOATS,
+            "states of sequences, in place of initial_state and final_state; any strides",
+            optional=True,
+            updated=True,
+        ),
+        *POOL_ARGUMENTS,
     ),
     attrs=(
         AttrSpec("scale", "float", None, "what o is multiplied by, > 0; None is K ** -0.5"),
@@ -168,6 +196,7 @@ SPEC = OpSpec(
             "64 rows, at random. A flushed product counts |k| |d| or |S| times",
             flushes=1,
         ),
+        ErrorBound("state_pool", 0, "the errors of final_state, and one rounding to the dtype of the pool"),
     ),
     edge_cases=(
         "Errors of different roundings add up as the root of the sum of their squares, of which 3 times is granted: "

@@ -33,6 +33,7 @@ All arithmetic is fp32 or wider with one rounding per output: c and y are not ro
 from collections.abc import Mapping
 from typing import Any
 
+from polyfuse.spec._pools import POOL_ARGUMENTS, check_pool
 from polyfuse.spec._types import FLOATS, INTS, AttrSpec, Call, Cost, ErrorBound, OpSpec, OutputSpec, TensorSpec
 from polyfuse.spec._validate import fail, itemsize
 from polyfuse.spec.gdn_post_conv import (
@@ -65,26 +66,10 @@ def _check(call: Call) -> None:
         fail(NAME, "weight", f"a width of 2 to {MAX_WIDTH} in [{_CHANNELS}, W]", call.dims["W"])
     if call.dims.get("N", 2) < 2:
         fail(NAME, "cu_seqlens", "at least 2 elements", call.dims["N"])
-
-    _check_pool(call)
-
-
-def _check_pool(call: Call) -> None:
-    if "state_pool" not in call.dtypes:
-        for name in ("state_indices", "has_initial_state"):
-            if name in call.dtypes:
-                fail(NAME, name, "None without a state_pool", "an array")
-        return
-    if "initial_state" in call.dtypes:
-        fail(NAME, "initial_state", "None beside a state_pool", "an array", "to write it into the sequences' slots")
-    if call.attrs["output_final_state"]:
-        fail(NAME, "output_final_state", "False beside a state_pool, which is updated", True)
-    slots, columns, before = call.dims["slots"], call.dims["n"], call.dims["W"] - 1
-    if columns < before:
-        fail(NAME, "state_pool", f"n >= W - 1={before} in [slots, {_CHANNELS}, n]", columns)
-    least = 1 if "state_indices" in call.dtypes else _sequences(call)
-    if slots < least:
-        fail(NAME, "state_pool", f"slots >= {least} in [slots, {_CHANNELS}, n]", slots)
+    check_pool(call, _sequences(call))
+    before = call.dims["W"] - 1
+    if call.dims.get("n", before) < before:
+        fail(NAME, "state_pool", f"n >= W - 1={before} in [slots, {_CHANNELS}, n]", call.dims["n"])
 
 
 def _derive(call: Call) -> Mapping[str, Any]:
@@ -159,10 +144,7 @@ SPEC = OpSpec(
             optional=True,
             updated=True,
         ),
-        TensorSpec("state_indices", ("S",), INTS, "each sequence's slot of the pool, -1 for none", optional=True),
-        TensorSpec(
-            "has_initial_state", ("S",), ("bool",), "False: the sequence begins from zeros, not its slot", optional=True
-        ),
+        *POOL_ARGUMENTS,
     ),
     attrs=(
         *POST_CONV.attrs,

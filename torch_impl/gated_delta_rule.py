@@ -9,6 +9,7 @@ import torch
 
 from polyfuse.spec import Capability
 from polyfuse.spec.gated_delta_rule import CHUNK, LEAST_G
+from polyfuse.torch_impl._pools import Slots
 
 CAPABILITY = Capability()
 
@@ -24,8 +25,11 @@ def gated_delta_rule(
     cu_seqlens: torch.Tensor | None = None,
     scale: float | None = None,
     output_final_state: bool = False,
+    state_pool: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """o [L, HV, V], rounded once, and final_state [F, HV, K, V]."""
+    """o [L, HV, V], rounded once, and final_state [F, HV, K, V]. A pool is updated."""
     rows, heads_v, width_v = v.shape
     width = q.shape[2]
     # Made on the device: a tensor of host values would be copied there, which a graph cannot hold.
@@ -51,6 +55,10 @@ def gated_delta_rule(
 
     shape = (count, heads_v, width, width_v)
     first = torch.zeros(shape, device=v.device) if initial_state is None else initial_state
+    owned = None
+    if state_pool is not None:
+        owned = Slots(state_pool, state_indices, count)
+        first = owned.read(has_initial_state).float()
     last = torch.zeros(shape, device=v.device)
     o = torch.zeros(slots * CHUNK + 1, heads_v, width_v, device=v.device)
     state = torch.zeros(shape[1:], device=v.device)
@@ -63,6 +71,8 @@ def gated_delta_rule(
         state = torch.where(used[slot], decay[slot] * state + kept[slot].mT @ d, state)
         # What follows in the same sequence writes over it.
         last.index_copy_(0, number, state[None])
+    if owned is not None:
+        owned.write(last)
     return o.index_select(0, places).to(v.dtype), last if output_final_state else last[:0]
 
 

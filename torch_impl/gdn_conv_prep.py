@@ -4,6 +4,7 @@ import torch
 
 from polyfuse.spec import Capability
 from polyfuse.torch_impl._gdn import gates, heads, sigmoid
+from polyfuse.torch_impl._pools import Slots
 
 CAPABILITY = Capability(differentiable=True)
 
@@ -39,7 +40,7 @@ def gdn_conv_prep(
     state, columns = initial_state, before
     if state_pool is not None:
         sequences, columns = 1 if cu_seqlens is None else len(cu_seqlens) - 1, state_pool.shape[2]
-        owned = _Slots(state_pool, state_indices, sequences)
+        owned = Slots(state_pool, state_indices, sequences)
         state = owned.read(has_initial_state)
     inputs, first, last = _with_states(x, state, cu_seqlens, columns)
     c = _conv(inputs, weight, bias, first, columns - before, len(x))
@@ -52,37 +53,6 @@ def gdn_conv_prep(
     final_state = _states(inputs, last if output_final_state else last[:0, :before])
     final_state = final_state.to(dtype if initial_state is None else initial_state.dtype)
     return q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp), final_state
-
-
-class _Slots:
-    """The slots [S] of a pool that the sequences own. Nothing is read back to the host."""
-
-    def __init__(self, pool: torch.Tensor, indices: torch.Tensor | None, sequences: int) -> None:
-        self.indices = indices
-        if indices is None:
-            self.states = pool[:sequences]
-            return
-        self.pool, self.owns = pool, (indices >= 0) & (indices < len(pool))  # [S]
-        # A sequence without a slot does what one does that has a slot: both write the same there.
-        self.same_as = torch.where(self.owns, torch.arange(sequences, device=pool.device), self.owns.int().argmax())
-        self.slots = indices.long().clamp(0, len(pool) - 1)[self.same_as]
-        self.states = pool.index_select(0, self.slots)
-
-    def read(self, has_initial_state: torch.Tensor | None) -> torch.Tensor:
-        """What the sequences find in their slots [S, C, n]: zeros without one, or without an initial state."""
-        valid = has_initial_state
-        if self.indices is not None:
-            valid = self.owns if valid is None else self.owns & valid
-        return self.states if valid is None else self.states.masked_fill(~valid[:, None, None], 0)
-
-    def write(self, new: torch.Tensor) -> None:
-        """Put the sequences' new states [S, C, n] into their slots."""
-        if self.indices is None:
-            self.states.copy_(new)
-            return
-        # Where no sequence has a slot, all of them write what they found in one.
-        new = torch.where(self.owns[self.same_as][:, None, None], new.to(self.pool.dtype)[self.same_as], self.states)
-        self.pool.index_copy_(0, self.slots, new)
 
 
 def _in_order(x: torch.Tensor, num_k_heads: int, head_k_dim: int, values: int) -> torch.Tensor:

@@ -194,19 +194,22 @@ def _prepare(
     tl.store(decay_ptr + here * 2 + 1, tl.exp(total - G), mask=live)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "slots"])
 def _scan(
     q_ptr,  # [length, H, K]
     k_ptr,  # [length, H, K]
     v_ptr,  # [length, HV, V]
     cu_ptr,  # [sequences + 1] or None
     initial_ptr,  # [slots, HV, K, V] or None
+    index_ptr,  # [sequences], each one's slot of a pool, or None
+    has_ptr,  # [sequences], whether each one begins with what its slot holds, or None
     t_ptr,  # as in _prepare
     p_ptr,
     decay_ptr,
     o_ptr,  # [length, HV, V]
-    final_ptr,  # [slots, HV, K, V], written if FINAL
+    final_ptr,  # [slots, HV, K, V], written if FINAL; a pool is the initial one too
     length,
+    slots,
     scale,
     q_row,
     q_head,
@@ -239,22 +242,28 @@ def _scan(
     program = tl.program_id(0)
     first_value = program % BLOCKS * BLOCK_V
     head = (program // BLOCKS % HV).to(tl.int64)
-    slot = (program // (BLOCKS * HV)).to(tl.int64)  # of the states
-    begin = (slot * 0).to(tl.int32)
+    sequence = (program // (BLOCKS * HV)).to(tl.int64)
+    slot = sequence  # of the states
+    if index_ptr is not None:
+        slot = tl.load(index_ptr + sequence).to(tl.int64)
+    begin = (sequence * 0).to(tl.int32)
     end = begin + length
     if cu_ptr is not None:
-        begin = tl.load(cu_ptr + slot).to(tl.int32)
-        end = tl.load(cu_ptr + slot + 1).to(tl.int32)
+        begin = tl.load(cu_ptr + sequence).to(tl.int32)
+        end = tl.load(cu_ptr + sequence + 1).to(tl.int32)
 
     i = tl.arange(0, ROWS)
     key = tl.arange(0, PADDED_K)[None, :]
     value = first_value + tl.arange(0, BLOCK_V)
-    state_mask = (value[:, None] < V) & (key < K)
+    state_mask = (value[:, None] < tl.where((slot >= 0) & (slot < slots), V, 0)) & (key < K)
     state = tl.zeros([BLOCK_V, PADDED_K], tl.float32)
     if initial_ptr is not None:
         initial_ptr += slot * initial_slot + head * initial_head
         place = value[:, None].to(tl.int64) * initial_value + key.to(tl.int64) * initial_key
-        state = widen(tl.load(initial_ptr + place, mask=state_mask, other=0.0))
+        known = state_mask
+        if has_ptr is not None:
+            known &= key < tl.where(tl.load(has_ptr + sequence) != 0, K, 0)
+        state = widen(tl.load(initial_ptr + place, mask=known, other=0.0))
 
     key_head = head // (HV // H)
     q_ptr += begin.to(tl.int64) * q_row + key_head * q_head
@@ -299,6 +308,8 @@ def _scan(
         o_ptr += ROWS * HV * V
 
     if FINAL:
+        # No other program reads or writes these elements, and this one has read them.
+        tl.debug_barrier()
         final_ptr += slot * final_slot + head * final_head
         place = value[:, None].to(tl.int64) * final_value + key.to(tl.int64) * final_key
         tl.store(final_ptr + place, round_to(state, final_ptr.dtype.element_ty), mask=state_mask)
@@ -336,8 +347,11 @@ def gated_delta_rule(
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     output_final_state: bool = False,
+    state_pool: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns o [L, HV, V], rounded once from fp32, and final_state [F, HV, K, V].
+    """Returns o [L, HV, V], rounded once from fp32, and final_state [F, HV, K, V]. A pool is updated.
 
     q, k or v is copied first if its last stride is not 1.
     """
@@ -346,8 +360,7 @@ def gated_delta_rule(
     states = sequences if output_final_state else 0
     o = v.new_empty(length, heads, V)
     final = torch.empty(states, heads, K, V, dtype=torch.float32, device=v.device)
-    if not o.numel() or not K:
-        final.copy_(initial_state) if initial_state is not None and states else final.zero_()
+    if not heads * K * V or not (length or states or state_pool is not None):
         return o.zero_(), final
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
@@ -359,23 +372,28 @@ def gated_delta_rule(
     dims = key_heads, heads, K, V
     dtype = DTYPES[v.dtype]
     strides = *q.stride()[:2], *k.stride()[:2]
-    _launch_prepare(
-        (slots * heads, 1, 1),
-        (q, k, g, beta, cu_seqlens),
-        (*made, o),
-        (length, sequences),
-        (*strides, *g.stride(), *beta.stride(), *dims, dtype),
-        tiling.prepare_warps,
-    )
+    if length:
+        _launch_prepare(
+            (slots * heads, 1, 1),
+            (q, k, g, beta, cu_seqlens),
+            (*made, o),
+            (length, sequences),
+            (*strides, *g.stride(), *beta.stride(), *dims, dtype),
+            tiling.prepare_warps,
+        )
+    pooled = state_pool is not None
+    first, last = (state_pool, state_pool) if pooled else (initial_state, final)
+    named = [x if x is None else x.contiguous() for x in (state_indices, has_initial_state)]
     far = tl.int64 if max(q.stride(0), k.stride(0), v.stride(0), heads * V) * ROWS.value >= 2**31 else tl.int32
-    state_strides = (0, 0, 0, 0) if initial_state is None else initial_state.stride()
+    state_strides = (0, 0, 0, 0) if first is None else first.stride()
     _launch(
         (sequences * heads * -(-V // tiling.block_v), 1, 1),
-        (q, k, v, cu_seqlens, initial_state),
-        (*made, o, final),
-        (length, K**-0.5 if scale is None else scale),
+        (q, k, v, cu_seqlens, first, *named),
+        (*made, o, last),
+        (length, len(last) if pooled else sequences, K**-0.5 if scale is None else scale),
         (
-            *(*strides, *v.stride()[:2], *state_strides, *final.stride(), *dims, tiling.block_v, output_final_state),
+            *(*strides, *v.stride()[:2], *state_strides, *last.stride(), *dims, tiling.block_v),
+            output_final_state or pooled,
             *(dtype, far, tiling.stages),
         ),
         tiling.warps,

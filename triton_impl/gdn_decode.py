@@ -5,6 +5,8 @@ that belong to it, and the recurrent states of these value heads. No other progr
 It reads each before it writes one: a barrier stands in between, because a thread may read what another one writes.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ import triton.language as tl
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import INTERPRETED, round_to, widen
 from polyfuse.triton_impl._gdn import log_decay, sigmoid, silu
-from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._launch import Launcher, Plan, Plans
 
 NAME = "gdn_decode"
 
@@ -434,6 +436,7 @@ def _kernel(
 
 
 _launch = Launcher(NAME, _kernel)
+VECTORS = 5, 6, 7, 10, 12  # the places of A_log, dt_bias, norm_weight, conv_bias and num_accepted
 
 
 def gdn_decode(
@@ -460,24 +463,27 @@ def gdn_decode(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Returns out, rounded once; both states are updated."""
-    lead, value_heads, width = x.shape[:-1], A_log.shape[0], conv_weight.shape[1]
-    out = torch.empty((*lead, value_heads * head_v_dim), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    z = z if z is None or z.stride(-1) == 1 else z.contiguous()
-    tokens, kept = lead[1] if len(lead) == 2 else 1, conv_state.shape[2]
-    block = triton.next_power_of_2(head_v_dim)
-    inputs = (
-        *(x, z, a, b, conv_weight, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous()),
-        *(conv_state, recurrent_state),
-        None if conv_bias is None else conv_bias.contiguous(),
-        state_indices,
-        None if num_accepted is None else num_accepted.contiguous(),
-    )
+    out = torch.empty((*x.shape[:-1], len(A_log) * head_v_dim), dtype=x.dtype, device=x.device)
+    if out.numel():
+        inputs = (
+            *(x, z, a, b, conv_weight, A_log, dt_bias, norm_weight, conv_state, recurrent_state),
+            *(conv_bias, state_indices, num_accepted),
+        )
+        _plans(inputs, num_k_heads, head_k_dim, head_v_dim, l2norm_eps, norm_eps, scale)(inputs, out)
+    return out
+
+
+def _plan(
+    inputs: tuple[Any, ...], H: int, K: int, V: int, l2norm_eps: float, norm_eps: float, scale: float | None
+) -> Plan:
+    """How a call with these inputs, in the order of the kernel's parameters, is launched."""
+    x, z, a, b, conv_weight, A_log, _, _, conv_state, recurrent_state, _, state_indices, _ = inputs
+    lead, HV = x.shape[:-1], A_log.shape[0]
+    x, z = (part if part is None or part.stride(-1) == 1 else part.contiguous() for part in (x, z))
+    contiguous = [i for i, part in enumerate(inputs[:2]) if part is not None and part.stride(-1) != 1]
+    *gate_strides, group = _gate_layout(a, b, lead, H, HV)
     eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
-    numbers = head_k_dim**-0.5 if scale is None else scale, eps, norm_eps
-    *gate_strides, group = _gate_layout(a, b, lead, num_k_heads, value_heads)
+    numbers = K**-0.5 if scale is None else scale, eps, norm_eps
     fixed = (
         *_steps(x, lead),
         *((0, 0) if z is None else _steps(z, lead)),
@@ -486,10 +492,14 @@ def gdn_decode(
         *((0, 0) if state_indices is None else _steps(state_indices, lead)),
         *conv_state.stride(),
         *recurrent_state.stride(),
-        *(group, tokens, num_k_heads, head_k_dim, value_heads, head_v_dim, width, kept, min(TILE, block), AHEAD),
+        *(group, lead[1] if len(lead) == 2 else 1, H, K, HV, V, conv_weight.shape[1], conv_state.shape[2]),
+        *(min(TILE, triton.next_power_of_2(V)), AHEAD),
     )
-    _launch((lead[0] * num_k_heads, 1, 1), inputs, (out,), numbers, fixed, WARPS)
-    return out
+    grid = lead[0] * H, 1, 1
+    return Plan(_launch, grid, inputs, numbers, fixed, WARPS, (*contiguous, *VECTORS))
+
+
+_plans = Plans(_plan)
 
 
 def _steps(tensor: torch.Tensor, lead: torch.Size) -> tuple[int, int]:

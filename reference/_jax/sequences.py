@@ -22,12 +22,14 @@ def states_before(
     has_initial_state: jax.Array | None,
     cu_seqlens: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the slot of each sequence, past the last for none, and what it finds there [S, C, n]: zeros for none."""
+    """Return the slot of each sequence, past the last for none, and what it finds there [S, ...]: zeros for none."""
     count = 1 if cu_seqlens is None else len(cu_seqlens) - 1
     slots = jnp.arange(count) if state_indices is None else state_indices
     slots = jnp.where((slots >= 0) & (slots < len(pool)), slots, len(pool))
     old = pool.at[slots].get(mode="fill", fill_value=0)
-    return slots, old if has_initial_state is None else jnp.where(has_initial_state[:, None, None], old, 0)
+    if has_initial_state is not None:
+        old = jnp.where(jnp.expand_dims(has_initial_state, tuple(range(1, old.ndim))), old, 0)
+    return slots, old
 
 
 def final_state(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from polyfuse.reference._jax.compilation import jit
-from polyfuse.reference._jax.sequences import sequences
+from polyfuse.reference._jax.sequences import sequences, states_before
 from polyfuse.spec import Capability
 
 CAPABILITY = Capability()
@@ -26,8 +26,11 @@ def gated_delta_rule(
     cu_seqlens: jax.Array | None = None,
     scale: float | None = None,
     output_final_state: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """o [L, HV, V], rounded once, and final_state [F, HV, K, V]."""
+    state_pool: jax.Array | None = None,
+    state_indices: jax.Array | None = None,
+    has_initial_state: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    """o [L, HV, V], rounded once, final_state [F, HV, K, V], and a state_pool [slots, HV, K, V] if one is given."""
     rows, heads_v, width_v = v.shape
     width = q.shape[2]
     count = 1 if cu_seqlens is None else len(cu_seqlens) - 1
@@ -37,6 +40,10 @@ def gated_delta_rule(
     outside = (number < 0) | (number >= count)
     number = jnp.where(outside, count, number)  # of no state: what is written there is dropped
     states = jnp.zeros((count, heads_v, width, width_v), jnp.float32) if initial_state is None else initial_state
+    slots = None
+    if state_pool is not None:
+        slots, states = states_before(state_pool, state_indices, has_initial_state, cu_seqlens)
+        states = states.astype(jnp.float32)
 
     def step(states: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         """The states of all sequences after a row, and its o [HV, V]."""
@@ -50,4 +57,7 @@ def gated_delta_rule(
 
     states, o = lax.scan(step, states, (number, q, k, v, g, beta))
     o = jnp.where(outside[:, None, None], 0, o)
-    return o.astype(v.dtype), states if output_final_state else states[:0]
+    results = o.astype(v.dtype), states if output_final_state else states[:0]
+    if state_pool is None:
+        return results
+    return *results, state_pool.at[slots].set(states.astype(state_pool.dtype), mode="drop")

@@ -288,6 +288,9 @@ def gated_delta_rule(
     *,
     initial_state: Array | None = None,
     cu_seqlens: Array | None = None,
+    state_pool: Array | None = None,
+    state_indices: Array | None = None,
+    has_initial_state: Array | None = None,
     scale: float | None = None,
     output_final_state: bool = False,
     backend: str | Sequence[str] | None = None,
@@ -295,7 +298,24 @@ def gated_delta_rule(
     """The gated delta rule over the rows of packed sequences, with their states."""
     return named(
         GatedDeltaRuleResult,
-        run("gated_delta_rule", (q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state), backend),
+        run(
+            "gated_delta_rule",
+            (
+                q,
+                k,
+                v,
+                g,
+                beta,
+                initial_state,
+                cu_seqlens,
+                state_pool,
+                state_indices,
+                has_initial_state,
+                scale,
+                output_final_state,
+            ),
+            backend,
+        ),
     )
 
 

@@ -43,8 +43,8 @@ import torch  # noqa: E402
 
 from polyfuse._torch.projections import Projection  # noqa: E402
 from polyfuse.triton_impl import _launch  # noqa: E402
-from polyfuse.triton_impl.gated_rms_norm import gated_rms_norm  # noqa: E402
 from polyfuse.triton_impl.gated_delta_rule import gated_delta_rule  # noqa: E402
+from polyfuse.triton_impl.gated_rms_norm import gated_rms_norm  # noqa: E402
 from polyfuse.triton_impl.gdn_conv_prep import gdn_conv_prep  # noqa: E402
 from polyfuse.triton_impl.gdn_in_proj import fused  # noqa: E402
 from polyfuse.triton_impl.gdn_post_conv import gdn_post_conv  # noqa: E402

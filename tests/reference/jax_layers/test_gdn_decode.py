@@ -65,7 +65,8 @@ def test_vmap_over_pools(jax_layer: Any) -> None:
     tested = [trial(name, seed) for seed in (1, 2)]
     attrs = {"num_k_heads": 1, "head_k_dim": 16, "head_v_dim": 16}
     both = {
-        key: jnp.stack([one, other]) for (key, one), other in zip(arrays(tested[0]).items(), arrays(tested[1]).values())
+        key: jnp.stack([one, other])
+        for (key, one), other in zip(arrays(tested[0]).items(), arrays(tested[1]).values(), strict=True)
     }
     results = jax.vmap(lambda values: jax_layer.function(**values, **attrs))(both)
     for i, each in enumerate(tested):
