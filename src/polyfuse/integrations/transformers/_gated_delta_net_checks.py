@@ -78,9 +78,9 @@ def why_not(module: Any) -> str:
 
 
 def _looks(module: Any) -> tuple[Any, ...] | None:
-    """All that `_why_not` looks at, as objects that are cheap to compare; None where there are hooks to be looked at."""
+    """All that `_why_not` looks at, as objects that are cheap to compare; None where there are hooks to look at."""
     children, parameters = module._modules, module._parameters
-    names = vars(sys.modules[type(module).__module__])
+    names = vars(sys.modules[(known_class(module) or type(module)).__module__])
     looks = [type(module), type(module).forward, module.activation, module.conv_kernel_size]
     looks += [names.get(name) for name in FUNCTIONS]
     for name in _WEIGHTS:
