@@ -7,7 +7,9 @@ import triton.language as tl
 from polyfuse.triton_impl._common import INTERPRETED, round_to, widen
 
 # Of products in fp32. Three products in tf32 err as little as one in fp32, and have matrix units on an NVIDIA GPU.
-PRECISION = tl.constexpr("ieee" if torch.version.cuda is None else "tf32x3")
+FP32 = tl.constexpr("ieee" if torch.version.cuda is None else "tf32x3")
+# Of products whose results are rounded to bf16: one in tf32 has eight times its precision.
+TO_BF16 = tl.constexpr("ieee" if torch.version.cuda is None else "tf32")
 
 
 @triton.jit
@@ -25,8 +27,8 @@ def rounded_operand(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc=None):
-    """a b + acc in fp32."""
+def dot(a, b, acc=None, PRECISION: tl.constexpr = FP32):
+    """a b + acc in fp32, or of fp32 operands in PRECISION."""
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -38,7 +40,7 @@ def _diagonal(M, B: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _corners(M):
+def _corners(M, PRECISION: tl.constexpr):
     """(I + M)^-1 of strictly lower triangular M [B, 16, 16].
 
     Inverts blocks of 2, 4, 8 rows and so on, each from the inverses of its two halves. No powers of M are summed: they
@@ -49,13 +51,13 @@ def _corners(M):
     inverse = tl.where(i == j, 1.0, tl.where(i >> 1 == j >> 1, -M, 0.0))
     for level in tl.static_range(1, 4):
         below = tl.where((i >> level + 1 == j >> level + 1) & (i >> level > j >> level), M, 0.0)
-        product = dot(inverse, below)
-        inverse -= dot(product, inverse)
+        product = dot(inverse, below, None, PRECISION)
+        inverse -= dot(product, inverse, None, PRECISION)
     return inverse
 
 
 @triton.jit
-def _merged(inverse, M, B: tl.constexpr, N: tl.constexpr):
+def _merged(inverse, M, B: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
     """The blocks [B, 2*N, 2*N] on the diagonal of (I + M)^-1, from those of half their size."""
     row = tl.arange(0, 2)[None, :, None, None, None]
     column = tl.arange(0, 2)[None, None, None, :, None]
@@ -67,15 +69,15 @@ def _merged(inverse, M, B: tl.constexpr, N: tl.constexpr):
         first = tl.reshape(first, [N, N])
         second = tl.reshape(second, [N, N])
         M = tl.reshape(M, [N, N])
-    below = dot(second, M)
-    below = -dot(below, first)
+    below = dot(second, M, None, PRECISION)
+    below = -dot(below, first, None, PRECISION)
     below = tl.reshape(below, [B, N, N])
     below = tl.where(row > column, below[:, None, :, None, :], 0.0)
     return tl.reshape(tl.where(row == column, halves[:, :, :, None, :], below), [B, 2 * N, 2 * N])
 
 
 @triton.jit
-def unit_inverse(M):
-    """(I + M)^-1 of strictly lower triangular M [64, 64]."""
-    inverse = _merged(_corners(_diagonal(M, 4, 16)), M, 2, 16)
-    return tl.reshape(_merged(inverse, M, 1, 32), [64, 64])
+def unit_inverse(M, PRECISION: tl.constexpr):
+    """(I + M)^-1 of strictly lower triangular M [64, 64], by products in PRECISION."""
+    inverse = _merged(_corners(_diagonal(M, 4, 16), PRECISION), M, 2, 16, PRECISION)
+    return tl.reshape(_merged(inverse, M, 1, 32, PRECISION), [64, 64])

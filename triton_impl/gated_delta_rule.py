@@ -21,7 +21,7 @@ import triton.language as tl
 from polyfuse.spec import Capability
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._launch import Launcher
-from polyfuse.triton_impl._products import dot, load_operand, rounded_operand, unit_inverse
+from polyfuse.triton_impl._products import FP32, TO_BF16, dot, load_operand, rounded_operand, unit_inverse
 
 NAME = "gated_delta_rule"
 
@@ -122,7 +122,7 @@ def _prepare(
     tl.store(decay_ptr + here * 2, tl.exp(G), mask=live)
     tl.store(decay_ptr + here * 2 + 1, tl.exp(total - G), mask=live)
     M = tl.where(past & (i[:, None] != i[None, :]), beta[:, None] * dot(k, tl.trans(k)) * decay, 0.0)
-    t = unit_inverse(M) * beta[None, :]
+    t = unit_inverse(M, TO_BF16 if tl.bfloat16 == DTYPE else FP32) * beta[None, :]
     tl.store(t_ptr + tile, round_to(t, DTYPE), mask=live[:, None])
 
 
@@ -159,6 +159,7 @@ def _scan(
     final_value,
     H: tl.constexpr,
     HV: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of q and k: K, or more that are zero
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -210,7 +211,7 @@ def _scan(
     step = tl.full([], ROWS, tl.int64)
     for rows in tl.range(end - begin, 0, -ROWS, num_stages=STAGES):  # that are left
         live = (i < rows)[:, None]
-        keys = live & (key < K)[None, :]
+        keys = live & (key < COLUMNS)[None, :]
         values = live & (column < V - first_value)
         v = tl.load(v_ptr + (far * v_row + column), mask=values, other=0.0)
         k = load_operand(k_ptr + (far * k_row + key[None, :]), keys)
@@ -261,9 +262,23 @@ class Tiling(NamedTuple):
 
 
 def _tiling(K: int, V: int, itemsize: int) -> Tiling:
-    """Not measured yet. Blocks of 32 columns are 128 programs for 32 heads of 128, about as many as an H200 runs."""
-    stages = 2 if K * itemsize <= 512 else 1  # so that the tiles fit in shared memory
-    return Tiling(4, min(32, max(16, triton.next_power_of_2(V))), 4, stages)
+    """What an H200 was fastest with for heads of 128: 128 programs scan 32 heads, about as many as there are SMs."""
+    stages = 3 if K * itemsize <= 256 else 2 if K * itemsize <= 512 else 1  # so that the tiles fit in shared memory
+    return Tiling(2 if itemsize == 2 else 4, min(32, max(16, triton.next_power_of_2(V))), 4, stages)
+
+
+def _operand(x: torch.Tensor) -> torch.Tensor:
+    """q or k as `_scan` takes it, whose products read memory while the next tiles are on their way there.
+
+    Of 16-bit numbers only whole blocks of 16 bytes travel so. With others Triton 3.6 reads what is overwritten already:
+    they are copied, with zeros behind each head's columns.
+    """
+    step, head, column = x.stride()
+    width = x.shape[2]
+    fits = step % 16 == head % 16 == width % 16 == 0 and x.data_ptr() % 16 == 0
+    if column == 1 and (fits or x.element_size() == 4):
+        return x
+    return torch.nn.functional.pad(x, (0, -width % 16)) if x.element_size() == 2 else x.contiguous()
 
 
 def gated_delta_rule(
@@ -290,16 +305,18 @@ def gated_delta_rule(
     states = sequences if output_final_state else 0
     o = v.new_empty(length, heads, V)
     final = torch.empty(states, heads, K, V, dtype=torch.float32, device=v.device)
-    if not heads * K * V or not (length or states or state_pool is not None):
-        return o.zero_(), final
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    if not o.numel() or not K:
+        final.copy_(initial_state) if initial_state is not None and states else final.zero_()
+        if state_pool is None or not state_pool.numel():
+            return o.zero_(), final
+    q, k, v = _operand(q), _operand(k), v if v.stride(2) == 1 else v.contiguous()
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     tiling = _tiling(K, V, v.element_size())
     t, p = (v.new_empty(heads, length, ROWS.value) for _ in range(2))
     decay = torch.empty(heads, length, 2, dtype=torch.float32, device=v.device)
     made = t, p, decay
     slots = -(-length // ROWS.value) if cu_seqlens is None else length // ROWS.value + sequences + 2
-    dims = key_heads, heads, K, V
+    columns = q.shape[2]
     dtype = DTYPES[v.dtype]
     strides = *q.stride()[:2], *k.stride()[:2]
     if length:
@@ -308,7 +325,7 @@ def gated_delta_rule(
             (q, k, g, beta, cu_seqlens),
             (*made, o),
             (length, sequences),
-            (*strides, *g.stride(), *beta.stride(), *dims, dtype),
+            (*strides, *g.stride(), *beta.stride(), key_heads, heads, columns, V, dtype),
             tiling.prepare_warps,
         )
     pooled = state_pool is not None
@@ -316,16 +333,13 @@ def gated_delta_rule(
     named = [x if x is None else x.contiguous() for x in (state_indices, has_initial_state)]
     far = tl.int64 if max(x.stride(0) for x in (q, k, v)) * ROWS.value >= 2**31 else tl.int32
     state_strides = (0, 0, 0, 0) if first is None else first.stride()
+    fixed = *strides, *v.stride()[:2], *state_strides, *last.stride(), key_heads, heads, columns, K, V
     _launch(
         (sequences * heads * -(-V // tiling.block_v), 1, 1),
         (q, k, v, cu_seqlens, first, *named),
         (*made, o, last),
         (length, len(last) if pooled else sequences, K**-0.5 if scale is None else scale),
-        (
-            *(*strides, *v.stride()[:2], *state_strides, *last.stride(), *dims, tiling.block_v),
-            output_final_state or pooled,
-            *(dtype, far, tiling.stages),
-        ),
+        (*fixed, tiling.block_v, output_final_state or pooled, dtype, far, tiling.stages),
         tiling.warps,
     )
     return o, final
