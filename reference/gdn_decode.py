@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,16 @@ LARGEST_EXPONENT = 128.0  # where float32's exponential is infinite, and sigmoid
 
 Slots = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+
+
+class Token(NamedTuple):
+    """One token of each sequence: q, k [B, HV, K, 1], v [B, HV, 1, V], and exp(g), beta [B, HV, 1, 1]."""
+
+    q: F64
+    k: F64
+    v: F64
+    decay: F64
+    beta: F64
 
 
 def formula(
@@ -53,7 +63,7 @@ def formula(
     q, k, v = split_heads(silu(c), num_k_heads, head_k_dim, head_v_dim)
     q, k = q * inverse_norm(q, l2norm_eps), k * inverse_norm(k, l2norm_eps)
     decay, beta = gates(a, b, A_log, dt_bias)
-    S = state_before(recurrent_state, slots, num_accepted)
+    S = state_before(recurrent_state, slots, state_indices, num_accepted)
     o, states = delta_rule(S, by_token(slots, q, k, v, decay, beta), factor(scale, head_k_dim))
     n = o.reshape(v.shape) * inverse_rms(o.reshape(v.shape), norm_eps)
     out = n * to_f64(norm_weight) * silu(gate.reshape(v.shape))
@@ -106,20 +116,21 @@ def gates(a: Array, b: Array, A_log: Array, dt_bias: Array) -> tuple[F64, F64]:
     return np.exp(-np.exp(to_f64(A_log)) * softplus(x)), sigmoid(to_f64(b).reshape(-1, len(A_log)))
 
 
-def by_token(slots: Slots, q: F64, k: F64, v: F64, decay: F64, beta: F64) -> list[tuple[F64, ...]]:
-    """For each token q, k [B, HV, K, 1], v [B, HV, 1, V], and decay, beta [B, HV, 1, 1]."""
+def by_token(slots: Slots, q: F64, k: F64, v: F64, decay: F64, beta: F64) -> list[Token]:
+    """The parts of each token: value head j has key head j // (HV / H)."""
     group = v.shape[1] // q.shape[1]
     q, k = (part.repeat(group, axis=1)[..., None] for part in (q, k))
     parts = (q, k, v[:, :, None], decay[..., None, None], beta[..., None, None])
     batch, tokens = slots.shape
-    return [tuple(part.reshape(batch, tokens, *part.shape[1:])[:, t] for part in parts) for t in range(tokens)]
+    return [Token(*(part.reshape(batch, tokens, *part.shape[1:])[:, t] for part in parts)) for t in range(tokens)]
 
 
-def state_before(state: Array, slots: Slots, num_accepted: Array | None) -> F64:
+def state_before(state: Array, slots: Slots, state_indices: Array | None, num_accepted: Array | None) -> F64:
     """S of each sequence before its first token, 0 where it has no slot: [B, HV, K, V]."""
     S = np.zeros((len(slots), *state.shape[1:]))
-    for b in range(len(slots)):
-        slot = slots[b, 0 if num_accepted is None else _last_accepted(num_accepted, b, slots)]
+    for b, slot in enumerate(slots[:, 0]):
+        if slot >= 0 and num_accepted is not None and state_indices is not None:
+            slot = state_indices[b, _last_accepted(num_accepted, b, slots)]
         if slot >= 0:
             S[b] = to_f64(state[slot])
     return S
@@ -135,7 +146,7 @@ def factor(scale: float | None, width: int) -> float:
     return 1 / np.sqrt(width) if scale is None else scale
 
 
-def delta_rule(S: F64, tokens: list[tuple[F64, ...]], scale: float) -> tuple[F64, F64]:
+def delta_rule(S: F64, tokens: list[Token], scale: float) -> tuple[F64, F64]:
     """o [B, T, HV, V], and S after each token [B, T, HV, K, V]."""
     results = []
     for token in tokens:
@@ -192,13 +203,14 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     before = inputs_before(given.conv_state, slots, given.num_accepted, given.conv_weight.shape[1])
     q, k, v = _heads(windows(before, inputs, slots), given, error)
     decay, beta = _gates(given, error)
-    S = state_before(given.recurrent_state, slots, given.num_accepted)
+    S = state_before(given.recurrent_state, slots, given.state_indices, given.num_accepted)
     parts = (q, k, v, decay, beta)
     values = by_token(slots, *(part.value for part in parts))
     errors = by_token(slots, *(np.fmax(part.high - part.value, part.value - part.low) for part in parts))
     o, states = _delta_rule(S, values, errors, factor(given.scale, given.head_k_dim), error)
-    o = Exact(*(end.reshape(v.value.shape) for end in (o.value, o.low, o.high)))
-    out = _gated(o, gate.reshape(v.value.shape), given, error)
+    shape = v.value.shape
+    o = Exact(o.value.reshape(shape), o.low.reshape(shape), o.high.reshape(shape))
+    out = _gated(o, gate.reshape(shape), given, error)
     live = (slots >= 0).reshape(-1, 1, 1)
     low, high = (np.where(live, end, 0.0).reshape(exact["out"].shape) for end in (out.low, out.high))
     ends, written = zip(*(stored(given.recurrent_state, end, slots) for end in (states.low, states.high)), strict=True)
@@ -219,12 +231,14 @@ def _kept(exact: Exact, kept: Mask) -> Exact:
 
 def _heads(window: F64, given: Any, error: Error) -> tuple[Exact, Exact, Exact]:
     """q, k [L, H, K] and v [L, HV, V] with their intervals."""
-    y = activated(window, SimpleNamespace(weight=given.conv_weight, bias=given.conv_bias), error)
+    y = activated(window, SimpleNamespace(weight=given.conv_weight, bias=given.conv_bias, activation="silu"), error)
     ends = [
         split_heads(part, given.num_k_heads, given.head_k_dim, given.head_v_dim) for part in (y.value, y.low, y.high)
     ]
     q, k, v = (Exact(*part) for part in zip(*ends, strict=True))
-    return *(normalised(part, given.l2norm_eps, *error("q, k")) for part in (q, k)), v
+    relative, flush = error("q, k")
+    q, k = (normalised(part, given.l2norm_eps, relative, flush) for part in (q, k))
+    return q, k, v
 
 
 def _gates(given: Any, error: Error) -> tuple[Exact, Exact]:
@@ -237,9 +251,7 @@ def _gates(given: Any, error: Error) -> tuple[Exact, Exact]:
     return found["g"], found["beta"]
 
 
-def _delta_rule(
-    S: F64, values: list[tuple[F64, ...]], errors: list[tuple[F64, ...]], scale: float, error: Error
-) -> tuple[Exact, Exact]:
+def _delta_rule(S: F64, values: list[Token], errors: list[Token], scale: float, error: Error) -> tuple[Exact, Exact]:
     """o [B, T, HV, V] and S after each token with their intervals, from each token's values and their errors."""
     of_S, results = np.zeros_like(S), []
     for token, of_token in zip(values, errors, strict=True):
@@ -251,9 +263,7 @@ def _delta_rule(
     return Exact.around(o, of_o), Exact.around(S, of_S)
 
 
-def _step_errors(
-    S: F64, of_S: F64, token: tuple[F64, ...], of_token: tuple[F64, ...], scale: float, error: Error
-) -> tuple[F64, F64]:
+def _step_errors(S: F64, of_S: F64, token: Token, of_token: Token, scale: float, error: Error) -> tuple[F64, F64]:
     """The errors of o and of the new S, of an S with an error.
 
     An error of exp(g) or of d is one for all of S or of a column, and so changes their products with k and q as wholes.

@@ -9,11 +9,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def round_to(value, dtype: tl.constexpr):
-    """fp32 `value` as `dtype`, to nearest even. The interpreter's own cast to bf16 truncates."""
+    """fp32 `value` as `dtype`, to nearest even. The interpreter's own cast to bf16 truncates, and is wrong for subnormals."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), float("nan"))
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(value == value, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value.to(dtype)
 
 

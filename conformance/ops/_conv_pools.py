@@ -9,8 +9,9 @@ import numpy as np
 from polyfuse.conformance.case import Case
 from polyfuse.conformance.fills import Fill, boundaries
 from polyfuse.conformance.mutations import Mutant, changed, patched, right
+from polyfuse.conformance.ops import _pools as pools
 from polyfuse.reference import gdn_conv_prep as oracle
-from polyfuse.reference._numerics import F64, Array, to_f64
+from polyfuse.reference._numerics import F64, Array
 from polyfuse.spec.gdn_conv_prep import NAME
 
 _HEADS = {"num_k_heads": 1, "head_k_dim": 8, "head_v_dim": 4}
@@ -22,8 +23,6 @@ _DTYPES = (  # of x, of a state
     ("float16", "float32"),
     ("bfloat16", "float16"),
 )
-_SLOTS = 11
-_OPTIONS = ("state_indices", "has_initial_state")
 
 
 def cases() -> Iterator[Case]:
@@ -36,9 +35,9 @@ def cases() -> Iterator[Case]:
     for layout, sequences in product(("row_strided", "column_strided", "last_two_swapped"), (8, 4)):
         dtypes = {"T": "bfloat16", "weight": "bfloat16", "state_pool": "bfloat16"}
         yield _case(f"{layout}-{sequences}", sequences, 4, dtypes=dtypes, layout={"state_pool": layout})
-    for present, sequences in product(((), _OPTIONS[:1], _OPTIONS[1:]), (8, 4)):
+    for present, sequences in product(((), pools.OPTIONS[:1], pools.OPTIONS[1:]), (8, 4)):
         yield _case(f"with_{'-'.join(present) or 'nothing'}-{sequences}", sequences, 5, present=present)
-    for present in ((), _OPTIONS):
+    for present in ((), pools.OPTIONS):
         yield _case(f"one_sequence-{'-'.join(present) or 'nothing'}", 1, 4, present=present, length=9)
     yield _case("no_slot_named", 4, 4, fill={"state_indices": "none"})
     yield _case("no_rows", 4, 4, length=0, fill={"cu_seqlens": "zeros"})
@@ -78,7 +77,7 @@ def _case(
     length: int | None = None,
     attrs: Mapping[str, Any] | None = None,
     dtypes: Mapping[str, str] | None = None,
-    present: tuple[str, ...] = _OPTIONS,
+    present: tuple[str, ...] = pools.OPTIONS,
     fill: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Case:
@@ -90,7 +89,8 @@ def _case(
         length = 3 * sequences if sequences > 4 else 16
     return Case(
         f"pool-{name}",
-        {"L": length, "HV": heads_v, "W": width, "N": sequences + 1, "S": sequences, "slots": _SLOTS, "n": columns},
+        {"L": length, "HV": heads_v, "W": width, "N": sequences + 1, "S": sequences}
+        | {"slots": pools.SLOTS, "n": columns},
         attrs,
         {"T": "bfloat16", "state_pool": "bfloat16"} | dict(dtypes or {}),
         present=("state_pool", *present, *(("cu_seqlens",) if sequences > 1 else ())),
@@ -105,76 +105,13 @@ def _case(
     )
 
 
-def _named(sequences: int) -> list[int]:
-    """The slots of so many sequences, out of order; the third has none."""
-    return [-1 if i == 2 else (4 * i + 2) % _SLOTS for i in range(sequences)]
-
-
-def _slots(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
-    return np.array(_named(shape[0]), np.float64)
-
-
-def _none(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
-    return np.full(shape, -1.0)
-
-
-def _two_of_three(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
-    return np.arange(shape[0]) % 3 != 1.0
-
-
-def _nan_but(slots: list[int]) -> Fill:
-    """Normal values in these slots, and NaN in the others."""
-
-    def fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
-        values = rng.standard_normal(shape)
-        values[[slot for slot in range(shape[0]) if slot not in slots]] = np.nan
-        return values
-
-    return fill
-
-
-FILLS: dict[str, Fill] = {"slots": _slots, "none": _none, "two_of_three": _two_of_three, "cu_seqlens_x6": boundaries(6)}
-FILLS |= {f"nan_but_named_{n}": _nan_but(_named(n)) for n in (1, 4, 8)}
-FILLS |= {f"nan_but_first_{n}": _nan_but(list(range(n))) for n in (1, 4, 8)}
-
-
-def _pool_changed(change: Any) -> Mutant:
-    """The op with its pool changed: `change(before, after, slots)`, both pools in float64, gives what it then holds."""
-
-    def wrong(pool_after: Any) -> Any:
-        return lambda pool, slots, new: change(to_f64(pool), pool_after(pool, slots, new), slots)
-
-    return patched(NAME, oracle, "pool_after", wrong)
-
-
-def _unowned_zeroed(before: F64, after: F64, slots: list[int | None]) -> F64:
-    after[[slot for slot in range(len(after)) if slot not in slots]] = 0
-    return after
+FILLS: dict[str, Fill] = pools.FILLS | {"cu_seqlens_x6": boundaries(6)}
 
 
 def _only_the_window_written(before: F64, after: F64, slots: list[int | None]) -> F64:
     """Of W = 4: the columns before the last three stay as they are."""
     after[..., :-3] = before[..., :-3]
     return after
-
-
-def _last_slot_for_none(slots_of: Any) -> Any:
-    return lambda x, cu_seqlens, pool, indices: [
-        len(pool) - 1 if slot is None else slot for slot in slots_of(x, cu_seqlens, pool, indices)
-    ]
-
-
-def _in_order(slots_of: Any) -> Any:
-    return lambda x, cu_seqlens, pool, indices: slots_of(x, cu_seqlens, pool, None)
-
-
-def _none_written(pool_after: Any) -> Any:
-    """A sequence without a slot writes to the last one, as a negative index of NumPy does."""
-
-    def wrong(pool: Array, slots: list[int | None], new: F64) -> F64:
-        return pool_after(pool, [len(pool) - 1 if slot is None else slot for slot in slots], new)
-
-    return wrong
 
 
 def _oldest_columns_read(windows: Any) -> Any:
@@ -208,16 +145,10 @@ def _written_through_the_dtype_of_x(**values: Any) -> tuple[Array, ...]:
     return *results[:5], *states
 
 
-MUTANTS: dict[str, Mutant] = {
-    "pool_not_updated": _pool_changed(lambda before, after, slots: before),
-    "pool_slot_of_another_zeroed": _pool_changed(_unowned_zeroed),
-    "pool_written_for_no_slot": patched(NAME, oracle, "pool_after", _none_written),
-    "pool_read_and_written_for_no_slot": patched(NAME, oracle, "slots_of", _last_slot_for_none),
-    "pool_in_order_of_sequences": patched(NAME, oracle, "slots_of", _in_order),
+MUTANTS: dict[str, Mutant] = pools.mistakes(NAME, oracle) | {
     "pool_oldest_columns_read": patched(NAME, oracle, "windows", _oldest_columns_read),
     "pool_old_columns_lost": _old_columns_lost,
-    "pool_only_the_window_written": _pool_changed(_only_the_window_written),
-    "has_initial_state_ignored": changed(NAME, lambda v: {"has_initial_state": None}),
+    "pool_only_the_window_written": pools.pool_changed(NAME, oracle, _only_the_window_written),
     "state_through_the_dtype_of_x": changed(NAME, _through_the_dtype_of_x),
     "state_written_through_the_dtype_of_x": _written_through_the_dtype_of_x,
     "silu_where_none_is_asked_for": changed(NAME, lambda v: {"activation": "silu"}),

@@ -54,7 +54,7 @@ def _exact(x: F64) -> F64:
     return x
 
 
-def _in(dtype: str, mutant: Mutant) -> Mutant:
+def in_dtype(dtype: str, mutant: Mutant) -> Mutant:
     """A mutant for one dtype, right for the others."""
     kept = changed(NAME, lambda values: {})
     return lambda **values: (mutant if dtype_name(values["q"].dtype) == dtype else kept)(**values)
@@ -62,7 +62,7 @@ def _in(dtype: str, mutant: Mutant) -> Mutant:
 
 def _operands(bits: int, dtype: str) -> Mutant:
     """The chunked form with operands of so many bits."""
-    return _in(dtype, patched(NAME, oracle, "recurrence", chunked(to_bits(bits))))
+    return in_dtype(dtype, patched(NAME, oracle, "recurrence", chunked(to_bits(bits))))
 
 
 def _stepped(change: Callable[..., tuple[F64, F64]]) -> Mutant:
@@ -208,8 +208,8 @@ MUTANTS: dict[str, Mutant] = common(NAME) | {
 }
 for _dtype in FLOATS:
     MUTANTS |= {
-        f"bfloat16_state_each_row_in_{_dtype}": _in(_dtype, _stepped(_bfloat16_state)),
-        f"bfloat16_state_between_chunks_in_{_dtype}": _in(
+        f"bfloat16_state_each_row_in_{_dtype}": in_dtype(_dtype, _stepped(_bfloat16_state)),
+        f"bfloat16_state_between_chunks_in_{_dtype}": in_dtype(
             _dtype, patched(NAME, oracle, "recurrence", chunked(_exact, stored=to_bits(8)))
         ),
     }

@@ -1,4 +1,4 @@
-"""Conformance of `gated_delta_rule`: cases and fills; the wrong implementations have a file of their own."""
+"""Conformance of `gated_delta_rule`: cases, fills, and wrong implementations that must be rejected."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -8,7 +8,9 @@ import numpy as np
 
 from polyfuse.conformance.case import Case
 from polyfuse.conformance.fills import Fill, normal
-from polyfuse.conformance.ops._gated_delta_rule_mutants import MUTANTS as MUTANTS
+from polyfuse.conformance.mutations import Mutant
+from polyfuse.conformance.ops import _gated_delta_rule_mutants as mutants
+from polyfuse.conformance.ops import _gated_delta_rule_pools as pools
 from polyfuse.reference._numerics import F64
 from polyfuse.spec import FLOATS
 
@@ -69,6 +71,7 @@ def cases() -> Iterator[Case]:
     yield from _vectors()
     yield from _layouts()
     yield from _not_finite()
+    yield from pools.cases()
 
 
 def _gates() -> Iterator[Case]:
@@ -194,7 +197,7 @@ def _with(usual: Fill, value: float, rows: Any, inside: bool = True) -> Fill:
 _OUTSIDE = np.r_[: _ENDS[0], _ENDS[-1] : 200]
 _BAD_ROW = 40  # in the middle of a chunk of a sequence of 65 rows
 
-FILLS: dict[str, Fill] = {
+FILLS: dict[str, Fill] = pools.FILLS | {
     "unit": unit,
     "parallel": _parallel,
     "long": _long,
@@ -214,3 +217,5 @@ FILLS: dict[str, Fill] = {
 }
 for _name, _usual in (("unit", unit), ("decay", _decay), ("gate", _gate), ("normal", normal)):
     FILLS |= {f"{_name}-nan": _with(_usual, np.nan, _BAD_ROW), f"{_name}-inf": _with(_usual, np.inf, _BAD_ROW)}
+
+MUTANTS: dict[str, Mutant] = mutants.MUTANTS | pools.MUTANTS

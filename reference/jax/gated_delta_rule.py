@@ -42,7 +42,7 @@ def gated_delta_rule(
     states = jnp.zeros((count, heads_v, width, width_v), jnp.float32) if initial_state is None else initial_state
     slots = None
     if state_pool is not None:
-        slots, states = states_before(state_pool, state_indices, has_initial_state, cu_seqlens)
+        slots, states = states_before(None, state_pool, state_indices, has_initial_state, cu_seqlens)
         states = states.astype(jnp.float32)
 
     def step(states: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:

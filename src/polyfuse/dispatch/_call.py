@@ -1,7 +1,7 @@
 """From a public function's arguments to a running backend: plan, call, and what is known of the calls so far."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -64,7 +64,7 @@ def _execute(op: Calls, plan: Plan, args: tuple[Any, ...]) -> Any:
     if plan.convert_to:
         result = _converted_back(op, plan, given, args, result)
     if plan.updated and plan.convert_back == "torch":
-        _count_versions(given[i] for i in plan.updated)
+        _count_versions([given[i] for i in plan.updated])
     return result
 
 
@@ -91,11 +91,10 @@ def _converted_back(op: Calls, plan: Plan, given: tuple[Any, ...], args: tuple[A
     return converted if len(converted) > 1 else converted[0]
 
 
-def _count_versions(tensors: Iterable[Any]) -> None:
+def _count_versions(tensors: Sequence[Any]) -> None:
     """Let autograd know that a kernel wrote to these tensors."""
-    from torch.autograd.graph import increment_version
-
-    increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+    counted = [tensor for tensor in tensors if not tensor.is_inference()]
+    sys.modules["torch.autograd.graph"].increment_version(counted)
 
 
 def _next_willing(

@@ -5,6 +5,7 @@ import sys
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -65,7 +66,55 @@ def plain_norm(module: Any, activations: tuple[str, ...] = ("silu", "sigmoid")) 
 
 
 def why_not(module: Any) -> str:
-    """What of a layer itself, as it is now, keeps it from the ops; "" for nothing."""
+    """What of a layer itself, as it is now, keeps it from the ops; "" for nothing.
+
+    It is looked at closely where it has changed since it was last found to be plain.
+    """
+    looks = _looks(module)
+    if looks is not None and _plain.get(module) == looks:
+        return ""
+    found = _why_not(module)
+    if not found:
+        _plain[module] = looks
+    return found
+
+
+def _looks(module: Any) -> tuple[Any, ...] | None:
+    """All that `_why_not` looks at, as objects that are cheap to compare; None where there are hooks to look at."""
+    children, parameters = module._modules, module._parameters
+    names = vars(sys.modules[(known_class(module) or type(module)).__module__])
+    looks = [type(module), type(module).forward, module.activation, module.conv_kernel_size]
+    looks += [names.get(name) for name in FUNCTIONS]
+    for name in _WEIGHTS:
+        weight = parameters.get(name)
+        looks += (type(weight), weight is None or weight.is_meta)
+    for name in _CHILDREN:
+        child = children.get(name)
+        if child is None:
+            looks.append(None)
+            continue
+        own, weights = vars(child), child._parameters
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "_old_forward" in own:
+            return None
+        weight, bias = weights.get("weight"), weights.get("bias")
+        looks += (
+            type(child),
+            type(child).forward,
+            own.get("forward"),
+            type(weight),
+            type(bias),
+            weight is None or weight.is_meta,
+        )
+    return tuple(looks)
+
+
+_WEIGHTS = "A_log", "dt_bias"
+_CHILDREN = "conv1d", "in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"
+_plain: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def _why_not(module: Any) -> str:
+    """What `why_not` says, from all parts of a layer."""
     cls = known_class(module)
     if cls is None or not _has_known_forward(cls.__module__, cls.__name__):
         return "its forward has another signature"
