@@ -70,6 +70,8 @@ def why_not(module: Any) -> str:
 
     It is looked at closely where it has changed since it was last found to be plain.
     """
+    if torch.compiler.is_compiling():  # what is remembered of one layer would be guarded, and compile each anew
+        return _why_not(module)
     looks = _looks(module)
     if looks is not None and _plain.get(module) == looks:
         return ""
