@@ -57,10 +57,12 @@ def projections(module: Any) -> list[Any]:
     return [module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a]
 
 
-def plain_norm(module: Any) -> bool:
-    """Whether a layer's gated norm is Transformers' own, with nothing around it."""
+def plain_norm(module: Any, activations: tuple[str, ...] = ("silu", "sigmoid")) -> bool:
+    """Whether a layer's gated norm is Transformers' own with one of these gates, and nothing around it."""
     norm = module.norm
-    return type(norm).__name__ in NORMS and norm.activation in ("silu", "sigmoid") and not oddity(norm)
+    if type(norm).__name__ not in NORMS or oddity(norm):
+        return False
+    return norm.activation in activations and norm.variance_epsilon > 0
 
 
 def why_not(module: Any) -> str:
@@ -68,6 +70,8 @@ def why_not(module: Any) -> str:
 
     It is looked at closely where it has changed since it was last found to be plain.
     """
+    if torch.compiler.is_compiling():  # what is remembered of one layer would be guarded, and compile each anew
+        return _why_not(module)
     looks = _looks(module)
     if looks is not None and _plain.get(module) == looks:
         return ""
@@ -130,10 +134,16 @@ def _why_not(module: Any) -> str:
         return "its projections have biases"
     names = vars(sys.modules[cls.__module__])
     for name in FUNCTIONS:
-        function = names.get(name)
-        if isinstance(function, FunctionType) and not function.__globals__["__name__"].startswith("transformers."):
+        if _is_foreign(names.get(name)):
             return f"calls a replaced {name}"
     return ""
+
+
+def _is_foreign(function: Any) -> bool:
+    """Whether something in the place of one of `FUNCTIONS` is neither Transformers' own nor put there by kernels."""
+    if isinstance(function, FunctionType):
+        return not function.__globals__["__name__"].startswith("transformers.")
+    return function is not None and not type(function).__module__.startswith("kernels.")
 
 
 def why_not_call(module: Any, hidden_states: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str:
