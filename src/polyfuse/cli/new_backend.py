@@ -94,7 +94,7 @@ def _describe(spec: OpSpec, array: str) -> dict[str, Any]:
     lines = [line for line in docstring(spec).splitlines() if not line.startswith("    backend: ")]
     dtypes = {t.name: literal(t.dtypes) for t in spec.tensors if not t.host_unless}
     dtypes |= {a.name: literal(a.values) for a in spec.attrs if a.kind == "dtype"}
-    choices = {a.name: literal(a.values) for a in spec.attrs if a.kind == "enum"}
+    choices = {a.name: literal((*a.values, None) if a.optional else a.values) for a in spec.attrs if a.kind == "enum"}
     choices |= {a.name: literal((False, True)) for a in spec.attrs if a.kind == "bool"}
     return {
         "name": spec.name,
