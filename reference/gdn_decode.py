@@ -231,7 +231,8 @@ def _kept(exact: Exact, kept: Mask) -> Exact:
 
 def _heads(window: F64, given: Any, error: Error) -> tuple[Exact, Exact, Exact]:
     """q, k [L, H, K] and v [L, HV, V] with their intervals."""
-    y = activated(window, SimpleNamespace(weight=given.conv_weight, bias=given.conv_bias, activation="silu"), error)
+    conv = SimpleNamespace(weight=given.conv_weight, bias=given.conv_bias, activation="silu")
+    y = activated(window, conv, error)
     ends = [
         split_heads(part, given.num_k_heads, given.head_k_dim, given.head_v_dim) for part in (y.value, y.low, y.high)
     ]

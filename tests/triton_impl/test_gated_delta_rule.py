@@ -159,12 +159,15 @@ from tests.triton_impl.hopper import compile_for_hopper
 import triton.language as tl
 from polyfuse.triton_impl import _products, gated_delta_rule as module
 
-_products.PRECISION = tl.constexpr("tf32x3")  # as where torch has CUDA
+for name, precision in (("FP32", "tf32x3"), ("TO_BF16", "tf32")):  # as where torch has CUDA
+    setattr(_products, name, tl.constexpr(precision))
+    setattr(module, name, tl.constexpr(precision))
 tiling = module._tiling(128, 128, 2)
-sizes = dict(H=16, HV=32, K=128, V=128, DTYPE=tl.bfloat16)
+sizes = dict(H=16, HV=32, COLUMNS=128, K=128, V=128, DTYPE=tl.bfloat16)
 scan = dict(BLOCK_V=tiling.block_v, OFFSET=tl.int32, STAGES=tiling.stages, initial_value=1, final_value=1)
 for present in (False, True):
-    absent = {} if present else dict.fromkeys(("cu_ptr", "initial_ptr"))
+    absent = dict.fromkeys(("index_ptr", "has_ptr"))
+    absent |= {} if present else dict.fromkeys(("cu_ptr", "initial_ptr"))
     for kernel, warps, more in (
         (module._prepare, tiling.prepare_warps, dict(g_head=1, beta_head=1)),
         (module._scan, tiling.warps, dict(scan, FINAL=present)),
@@ -173,7 +176,7 @@ for present in (False, True):
         floats = "g_ptr beta_ptr decay_ptr initial_ptr final_ptr".split()
         types |= dict.fromkeys(floats, "*fp32") | {"cu_ptr": "*i32"}
         constants = {n: x for n, x in (sizes | more | absent).items() if n in kernel.arg_names}
-        aligned = [n for n in kernel.arg_names if n not in constants and n not in ("length", "sequences", "scale")]
+        aligned = [n for n in kernel.arg_names if n not in constants and n not in ("length", "sequences", "slots", "scale")]
         code, _ = compile_for_hopper(kernel, types, constants, aligned, warps)
         print(code.count("wgmma.mma_async"), "cp.async.cg.shared" in code, bool(re.search(r"st.global\\S*v4", code)))
 """
@@ -181,5 +184,5 @@ for present in (False, True):
 
 @pytest.mark.slow
 def test_compiles_for_hopper(run_uninterpreted: Callable[[str], list[str]]) -> None:
-    """Products on matrix units of 64 rows, tiles fetched ahead and stored 16 bytes at a time; without a GPU."""
-    assert run_uninterpreted(COMPILE) == ["16 False True", "32 True True"] * 2
+    """The scan has products on matrix units of 64 rows, tiles fetched ahead and stores of 16 bytes; without a GPU."""
+    assert run_uninterpreted(COMPILE) == ["0 False True", "32 True True"] * 2

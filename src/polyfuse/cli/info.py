@@ -31,15 +31,18 @@ def command() -> None:
 
     out, device = console(), default_device()
     out.print(f"device: {device}   " + "   ".join(f"{k} {v}" for k, v in versions().items()), soft_wrap=True)
-    table = Table("backend", "arrays", "from", *OPS, title="Backends")
     broken: Broken = {}
+    columns: dict[str, list[str]] = {"": ["arrays", "from", *OPS]}
     for name in registry().names():
         try:
             backend = registry().get(name)
         except BackendError:  # one of the registry's problems, which are printed below
             continue
         verdicts = [_verdict(backend, op, device, broken) for op in OPS]
-        table.add_row(name, backend.family, escape(backend.origin), *verdicts)
+        columns[name] = [backend.family, escape(backend.origin), *verdicts]
+    table = Table(*columns, title="Backends")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     out.print(table)
     for name, text in registry().problems:
         out.print(f"[red]backend {escape(name)} cannot be used:[/] {escape(text)}")

@@ -78,6 +78,50 @@ def test_a_sequence_goes_on_from_its_final_state(jax_layer: Any, cut: int) -> No
     np.testing.assert_allclose(end, last, rtol=1e-5, atol=1e-6)
 
 
+def pooled(name: str, seed: int = 0) -> tuple[Trial, dict[str, jax.Array]]:
+    """A case with a pool, and its arrays."""
+    [case] = [case for case in all_cases(OP) if case.name == f"pool-{name}"]
+    trial = Trial(OP, case, seed)
+    return trial, {name: jnp.asarray(x) for name, x in trial.inputs()[0].items() if isinstance(x, np.ndarray)}
+
+
+@pytest.mark.parametrize("name", ["float32-float32", "bfloat16-float16"])
+def test_a_pool_is_an_initial_and_a_final_state(jax_layer: Any, name: str) -> None:
+    values = pooled(name)[1]
+    pool, indices, valid = (values.pop(name) for name in ("state_pool", "state_indices", "has_initial_state"))
+    read = valid & (indices >= 0)
+    states = jnp.where(read[:, None, None, None], pool[indices], 0).astype(jnp.float32)
+    wanted, last = jax_layer.call(values | {"initial_state": states, "output_final_state": True})
+    given = {"state_pool": pool, "state_indices": indices, "has_initial_state": valid}
+    o, nothing, after = jax_layer.call(values | given)
+    assert nothing.shape == (0, *pool.shape[1:])
+    np.testing.assert_array_equal(o, wanted)
+    owned = np.asarray(indices >= 0)
+    np.testing.assert_array_equal(after[indices[owned]], last[owned].astype(pool.dtype))
+    others = np.setdiff1d(np.arange(len(pool)), indices[owned])
+    assert np.asarray(after[others]).tobytes() == np.asarray(pool[others]).tobytes()
+
+
+def test_a_donated_pool_is_used_again(jax_layer: Any) -> None:
+    """In place after all: the new states lie where the old ones did."""
+    trial, values = pooled("out_of_range-int32")
+    pool = values.pop("state_pool")
+    address = pool.unsafe_buffer_pointer()
+    step = jax.jit(lambda pool: jax_layer.function(**values, state_pool=pool), donate_argnums=0)
+    results = step(pool)
+    assert pool.is_deleted()
+    assert results[2].unsafe_buffer_pointer() == address
+    assert trial.check(results, trial.inputs()[1]) is None
+
+
+def test_vmap_over_pools(jax_layer: Any) -> None:
+    trials, arrays = zip(*(pooled("with_state_indices", seed) for seed in (1, 2)), strict=True)
+    both = {name: jnp.stack([values[name] for values in arrays]) for name in arrays[0]}
+    results = jax.vmap(lambda values: jax_layer.function(**values))(both)
+    for i, trial in enumerate(trials):
+        assert trial.check([np.asarray(result[i]) for result in results], trial.inputs()[1]) is None
+
+
 def test_vmap(jax_layer: Any) -> None:
     run = jax.jit(partial(op, jax_layer.function))
     *rows, state = arguments(15, 1)
