@@ -22,7 +22,7 @@ from polyfuse.spec import fail
 
 Model = TypeVar("Model", bound=nn.Module)
 
-States = tuple[torch.Tensor | None, torch.Tensor | None]
+States = tuple[torch.Tensor, torch.Tensor]  # of conv and recurrence, one for each sequence
 
 
 def gated_delta_nets(model: nn.Module) -> dict[str, Any]:
@@ -75,20 +75,21 @@ def _fused(
     if packed is not None and batch > 1:
         fail("gated_delta_net", "hidden_states", "packed sequences (cu_seq_lens_q) in one row", f"{batch} rows")
     sequences = batch if packed is None else len(packed) - 1
-    held = None if cache is None else cache.layers[module.layer_idx].conv_states[0]  # after a reset too
+    index = module.layer_idx
+    held = None if cache is None else cache.layers[index].conv_states[0]  # after a reset too
     if held is not None and len(held) != sequences:
         fail("gated_delta_net", "hidden_states", f"{len(held)} sequences, as the cache holds", sequences)
-    states = _states(cache, module.layer_idx)
+    states = _states(cache, index) if cache is not None and cache.has_previous_state(index) else None
 
     if mask is not None:
         hidden_states = _names(module).apply_mask_to_padding_states(hidden_states, mask)
     rows = hidden_states.flatten(0, 1)
-    if tokens == 1 and packed is None and states[1] is not None and plain_norm(module, ("silu",)):
+    if tokens == 1 and packed is None and states is not None and plain_norm(module, ("silu",)):
         mixed = _decode(module, rows, states)
     else:
         if packed is None and batch > 1:
             packed = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=rows.device)
-        if cache is not None and states[0] is None:
+        if cache is not None and states is None:
             states = _new_states(module, cache, sequences, rows)
         mixed = _prefill(module, rows, states, packed)
     return module.out_proj(mixed.reshape(batch, tokens, -1))
@@ -113,10 +114,10 @@ def _decode(module: Any, rows: torch.Tensor, states: States) -> torch.Tensor:
     )
 
 
-def _prefill(module: Any, rows: torch.Tensor, states: States, packed: torch.Tensor | None) -> torch.Tensor:
+def _prefill(module: Any, rows: torch.Tensor, states: States | None, packed: torch.Tensor | None) -> torch.Tensor:
     """All rows of one sequence or several packed ones [rows, hidden], up to the output projection: rows * HV * V."""
     x, z, b, a = _project(module, rows)
-    conv_state, recurrent_state = states
+    conv_state, recurrent_state = (None, None) if states is None else states
     *inputs, _ = polyfuse.gdn_conv_prep(
         x,
         module.conv1d.weight.squeeze(1),
@@ -144,9 +145,12 @@ def _project(module: Any, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     [rows, H, HV / H].
     """
     qkvz, ba = polyfuse.gdn_in_proj(rows, **projection_weights(module))
-    if not is_interleaved(module):
-        return *qkvz.split([module.conv_dim, module.value_dim], dim=-1), *ba.chunk(2, dim=-1)
-    return qkvz, None, *ba.unflatten(-1, (module.num_k_heads, -1)).chunk(2, dim=-1)
+    if is_interleaved(module):
+        b, a = ba.unflatten(-1, (module.num_k_heads, -1)).chunk(2, dim=-1)
+        return qkvz, None, b, a
+    x, z = qkvz.split([module.conv_dim, module.value_dim], dim=-1)
+    b, a = ba.chunk(2, dim=-1)
+    return x, z, b, a
 
 
 def _gate(module: Any, x: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
@@ -168,9 +172,7 @@ def _heads(module: Any) -> dict[str, Any]:
 
 
 def _states(cache: Any, layer_idx: int) -> States:
-    """The conv states and the recurrent states that a cache holds of a layer, if it does."""
-    if cache is None or not cache.has_previous_state(layer_idx):
-        return None, None
+    """The conv states and the recurrent states that a cache holds of a layer."""
     layer = cache.layers[layer_idx]
     return layer.conv_states[0], layer.recurrent_states[0]
 
