@@ -20,6 +20,7 @@ LARGEST_EXPONENT = 128.0  # where float32's exponential is infinite, and sigmoid
 
 Slots = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+Token = tuple[F64, F64, F64, F64, F64]  # q, k, v, exp(g) and beta
 
 
 def formula(
@@ -106,13 +107,13 @@ def gates(a: Array, b: Array, A_log: Array, dt_bias: Array) -> tuple[F64, F64]:
     return np.exp(-np.exp(to_f64(A_log)) * softplus(x)), sigmoid(to_f64(b).reshape(-1, len(A_log)))
 
 
-def by_token(slots: Slots, q: F64, k: F64, v: F64, decay: F64, beta: F64) -> list[tuple[F64, ...]]:
+def by_token(slots: Slots, q: F64, k: F64, v: F64, decay: F64, beta: F64) -> list[Token]:
     """For each token q, k [B, HV, K, 1], v [B, HV, 1, V], and decay, beta [B, HV, 1, 1]."""
     group = v.shape[1] // q.shape[1]
     q, k = (part.repeat(group, axis=1)[..., None] for part in (q, k))
     parts = (q, k, v[:, :, None], decay[..., None, None], beta[..., None, None])
-    batch, tokens = slots.shape
-    return [tuple(part.reshape(batch, tokens, *part.shape[1:])[:, t] for part in parts) for t in range(tokens)]
+    q, k, v, decay, beta = (part.reshape(*slots.shape, *part.shape[1:]) for part in parts)
+    return [(q[:, t], k[:, t], v[:, t], decay[:, t], beta[:, t]) for t in range(slots.shape[1])]
 
 
 def state_before(state: Array, slots: Slots, num_accepted: Array | None) -> F64:
@@ -135,7 +136,7 @@ def factor(scale: float | None, width: int) -> float:
     return 1 / np.sqrt(width) if scale is None else scale
 
 
-def delta_rule(S: F64, tokens: list[tuple[F64, ...]], scale: float) -> tuple[F64, F64]:
+def delta_rule(S: F64, tokens: list[Token], scale: float) -> tuple[F64, F64]:
     """o [B, T, HV, V], and S after each token [B, T, HV, K, V]."""
     results = []
     for token in tokens:
@@ -197,8 +198,9 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     values = by_token(slots, *(part.value for part in parts))
     errors = by_token(slots, *(np.fmax(part.high - part.value, part.value - part.low) for part in parts))
     o, states = _delta_rule(S, values, errors, factor(given.scale, given.head_k_dim), error)
-    o = Exact(*(end.reshape(v.value.shape) for end in (o.value, o.low, o.high)))
-    out = _gated(o, gate.reshape(v.value.shape), given, error)
+    shape = v.value.shape
+    o = Exact(o.value.reshape(shape), o.low.reshape(shape), o.high.reshape(shape))
+    out = _gated(o, gate.reshape(shape), given, error)
     live = (slots >= 0).reshape(-1, 1, 1)
     low, high = (np.where(live, end, 0.0).reshape(exact["out"].shape) for end in (out.low, out.high))
     ends, written = zip(*(stored(given.recurrent_state, end, slots) for end in (states.low, states.high)), strict=True)
@@ -225,7 +227,8 @@ def _heads(window: F64, given: Any, error: Error) -> tuple[Exact, Exact, Exact]:
         split_heads(part, given.num_k_heads, given.head_k_dim, given.head_v_dim) for part in (y.value, y.low, y.high)
     ]
     q, k, v = (Exact(*part) for part in zip(*ends, strict=True))
-    return *(normalised(part, given.l2norm_eps, *error("q, k")) for part in (q, k)), v
+    q, k = (normalised(part, given.l2norm_eps, *error("q, k")) for part in (q, k))
+    return q, k, v
 
 
 def _gates(given: Any, error: Error) -> tuple[Exact, Exact]:
@@ -238,9 +241,7 @@ def _gates(given: Any, error: Error) -> tuple[Exact, Exact]:
     return found["g"], found["beta"]
 
 
-def _delta_rule(
-    S: F64, values: list[tuple[F64, ...]], errors: list[tuple[F64, ...]], scale: float, error: Error
-) -> tuple[Exact, Exact]:
+def _delta_rule(S: F64, values: list[Token], errors: list[Token], scale: float, error: Error) -> tuple[Exact, Exact]:
     """o [B, T, HV, V] and S after each token with their intervals, from each token's values and their errors."""
     of_S, results = np.zeros_like(S), []
     for token, of_token in zip(values, errors, strict=True):
@@ -252,9 +253,7 @@ def _delta_rule(
     return Exact.around(o, of_o), Exact.around(S, of_S)
 
 
-def _step_errors(
-    S: F64, of_S: F64, token: tuple[F64, ...], of_token: tuple[F64, ...], scale: float, error: Error
-) -> tuple[F64, F64]:
+def _step_errors(S: F64, of_S: F64, token: Token, of_token: Token, scale: float, error: Error) -> tuple[F64, F64]:
     """The errors of o and of the new S, of an S with an error.
 
     An error of exp(g) or of d is one for all of S or of a column, and so changes their products with k and q as wholes.

@@ -97,7 +97,8 @@ def _function(spec: OpSpec) -> str:
 
 def _parameters(spec: OpSpec, kinds: dict[str, str]) -> list[str]:
     lines: list[str] = []
-    nullable = {field.name for field in (*spec.tensors, *spec.attrs) if field.optional}
+    fields: tuple[TensorSpec | AttrSpec, ...] = (*spec.tensors, *spec.attrs)
+    nullable = {field.name for field in fields if field.optional}
     for name, default in spec.parameters.items():
         if name not in spec.positional and "*" not in lines:
             lines.append("*")

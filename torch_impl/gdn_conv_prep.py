@@ -67,9 +67,9 @@ def _with_states(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The inputs of all sequences in one tensor: each sequence's rows stand behind the `before` inputs that precede it.
 
-    Its dtype holds the numbers of x and those of the states. Returned are that tensor; the places [L] in it at which the
-    `before` inputs before each row begin, None if these are 0, 1, ...; and the places [S, before] of the last inputs of
-    each sequence.
+    Its dtype holds the numbers of x and those of the states. Returned are that tensor; the places [L] in it at which
+    the `before` inputs before each row begin, None if these are 0, 1, ...; and the places [S, before] of the last
+    inputs of each sequence.
     """
     window = torch.arange(before, device=x.device)
     if state is not None:

@@ -54,7 +54,8 @@ def gdn_decode(
     y = _silu(c).transpose(1, 2).flatten(0, 1)
     q, k, v = heads(y, num_k_heads, head_k_dim, heads_v, head_v_dim, l2norm_eps, torch.float32)
     q, k = (part.repeat_interleave(heads_v // num_k_heads, dim=1)[..., None] for part in (q, k))
-    decay, beta = gates(*(part.reshape(batch * tokens, heads_v) for part in (a, b)), A_log, dt_bias, True)
+    a, b = (part.reshape(batch * tokens, heads_v) for part in (a, b))
+    decay, beta = gates(a, b, A_log, dt_bias, True)
     parts = (q, k, v[:, :, None], decay[..., None, None], beta[..., None, None])
     by_token = zip(*(part.unflatten(0, (batch, tokens)).unbind(1) for part in parts), strict=True)
 

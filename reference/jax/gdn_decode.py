@@ -64,7 +64,8 @@ def gdn_decode(
     q, k = (normalised(part.reshape(batch, tokens, num_k_heads, head_k_dim), l2norm_eps) for part in (q, k))
     q, k = (jnp.repeat(part, group, axis=2)[..., None] for part in (q, k))
     v = v.reshape(batch, tokens, heads_v, 1, head_v_dim)
-    of_rows = gates(*(part.reshape(batch * tokens, heads_v) for part in (a, b)), A_log, dt_bias, True)
+    a, b = (part.reshape(batch * tokens, heads_v) for part in (a, b))
+    of_rows = gates(a, b, A_log, dt_bias, True)
     decay, beta = (part.reshape(batch, tokens, heads_v, 1, 1) for part in of_rows)
 
     first = slots[:, 0] if accepted is None else jnp.take_along_axis(slots, accepted[:, None] - 1, axis=1)[:, 0]

@@ -248,7 +248,7 @@ def test_bad_calls(message: str) -> None:
         gdn_decode(**arguments(array(X), *pools([10, 20])) | BAD[message])
 
 
-BAD_TOKENS = {
+BAD_TOKENS: dict[str, dict[str, Any]] = {
     "x: expected 1 to 8 tokens T": {"tokens": 9},
     "state_indices: expected a slot for each token": {"state_indices": None},
     "conv_state: expected n = W - 1 \\+ T - 1 = 2 columns": {"columns": 3},
