@@ -329,7 +329,7 @@ def gated_delta_rule(
             tiling.prepare_warps,
         )
     pooled = state_pool is not None
-    first, last = (state_pool, state_pool) if pooled else (initial_state, final)
+    first, last = (initial_state, final) if state_pool is None else (state_pool, state_pool)
     named = [x if x is None else x.contiguous() for x in (state_indices, has_initial_state)]
     far = tl.int64 if max(x.stride(0) for x in (q, k, v)) * ROWS.value >= 2**31 else tl.int32
     state_strides = (0, 0, 0, 0) if first is None else first.stride()

@@ -22,7 +22,7 @@ from polyfuse.spec import fail
 
 Model = TypeVar("Model", bound=nn.Module)
 
-States = tuple[torch.Tensor | None, torch.Tensor | None]
+States = tuple[Any, Any]  # the conv states and the recurrent states, or None twice
 
 
 def gated_delta_nets(model: nn.Module) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _prefill(module: Any, rows: torch.Tensor, states: States, packed: torch.Tens
     return polyfuse.gated_rms_norm(mixed, gate, norm.weight, eps=norm.variance_epsilon, activation=norm.activation)
 
 
-def _project(module: Any, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+def _project(module: Any, rows: torch.Tensor) -> tuple[Any, ...]:
     """The input projections of hidden states [rows, hidden], by `polyfuse.gdn_in_proj` from the layer's own weights.
 
     As the other ops take them: x and z, or all of Qwen3-Next's first projection and None; b and a, [rows, HV] or
