@@ -94,9 +94,6 @@ def test_nan_stays_in_its_sequence_and_outside(poisoned_memory: None) -> None:
     assert same((o[:70], o[71:], final[[0, 1, 3]]), (clean[0][:70], clean[0][71:], clean[1][[0, 1, 3]]))
 
 
-NO_POOL = dict.fromkeys(("state_pool", "state_indices", "has_initial_state"))
-
-
 def test_equal_keys_that_are_not_forgotten() -> None:
     """The powers of their matrix reach 10^18; the entries of its inverse are 1, -1 and 0."""
     args = of_sequence(arguments(), 0) | {"initial_state": None}
@@ -186,7 +183,8 @@ for present in (False, True):
         floats = "g_ptr beta_ptr decay_ptr initial_ptr final_ptr".split()
         types |= dict.fromkeys(floats, "*fp32") | {"cu_ptr": "*i32"}
         constants = {n: x for n, x in (sizes | more | absent).items() if n in kernel.arg_names}
-        aligned = [n for n in kernel.arg_names if n not in constants and n not in ("length", "sequences", "slots", "scale")]
+        unaligned = {*constants, "length", "sequences", "slots", "scale"}
+        aligned = [n for n in kernel.arg_names if n not in unaligned]
         code, _ = compile_for_hopper(kernel, types, constants, aligned, warps)
         print(code.count("wgmma.mma_async"), "cp.async.cg.shared" in code, bool(re.search(r"st.global\\S*v4", code)))
 """
