@@ -150,11 +150,13 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     results = {name: _open(exact[name], far) for name, far in allowed.items()}
     if given.state_pool is not None:
         slots = slots_of(q, given.cu_seqlens, given.state_pool, given.state_indices)
-        far, kept = np.zeros(given.state_pool.shape), np.ones(given.state_pool.shape, bool)
+        after, (relative, _) = exact["state_pool"], error("state_pool")
+        sizes = np.where(np.isfinite(after), np.abs(after), 0.0)
+        far, kept = np.zeros(after.shape), np.ones(after.shape, bool)
         for number, slot in enumerate(slots):
             if slot is not None:
-                far[slot], kept[slot] = last[number], False
-        results["state_pool"] = replace(_open(exact["state_pool"], far), kept=kept)
+                far[slot], kept[slot] = last[number] + relative * sizes[slot], False
+        results["state_pool"] = replace(_open(after, far), kept=kept)
     return results
 
 

@@ -328,8 +328,7 @@ def gated_delta_rule(
             (*strides, *g.stride(), *beta.stride(), key_heads, heads, columns, V, dtype),
             tiling.prepare_warps,
         )
-    pooled = state_pool is not None
-    first, last = (state_pool, state_pool) if pooled else (initial_state, final)
+    first, last = (initial_state, final) if state_pool is None else (state_pool, state_pool)
     named = [x if x is None else x.contiguous() for x in (state_indices, has_initial_state)]
     far = tl.int64 if max(x.stride(0) for x in (q, k, v)) * ROWS.value >= 2**31 else tl.int32
     state_strides = (0, 0, 0, 0) if first is None else first.stride()
@@ -338,8 +337,8 @@ def gated_delta_rule(
         (sequences * heads * -(-V // tiling.block_v), 1, 1),
         (q, k, v, cu_seqlens, first, *named),
         (*made, o, last),
-        (length, len(last) if pooled else sequences, K**-0.5 if scale is None else scale),
-        (*fixed, tiling.block_v, output_final_state or pooled, dtype, far, tiling.stages),
+        (length, sequences if state_pool is None else last.shape[0], K**-0.5 if scale is None else scale),
+        (*fixed, tiling.block_v, output_final_state or state_pool is not None, dtype, far, tiling.stages),
         tiling.warps,
     )
     return o, final

@@ -13,6 +13,7 @@ from polyfuse.conformance.ops import _pools as pools
 from polyfuse.conformance.ops._gated_delta_rule_mutants import in_dtype
 from polyfuse.reference import gated_delta_rule as oracle
 from polyfuse.reference._numerics import F64, Array, round_to, to_f64
+from polyfuse.reference.gdn_conv_prep import slots_of
 from polyfuse.spec import FLOATS, INTS
 from polyfuse.spec.gated_delta_rule import CHUNK, NAME
 
@@ -114,7 +115,7 @@ def _with_pool(change: Callable[[dict[str, Any], Array, list[tuple[int, int]]], 
         results = right(NAME, values)
         if values["state_pool"] is None:
             return results
-        slots = oracle.slots_of(values["q"], values["cu_seqlens"], values["state_pool"], values["state_indices"])
+        slots = slots_of(values["q"], values["cu_seqlens"], values["state_pool"], values["state_indices"])
         owned = [(number, slot) for number, slot in enumerate(slots) if slot is not None]
         return *results[:2], change(values, results[2], owned)
 

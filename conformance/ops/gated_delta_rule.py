@@ -20,8 +20,8 @@ _ALL = ("initial_state", "cu_seqlens")
 
 
 def _case(name: str, ends: tuple[int, ...] = _ENDS, rows: int = 200, **changes: Any) -> Case:
-    """A case of packed sequences with states and 2 value heads for each of 2 key heads, on which `changes` are made."""
-    sizes = {"L": rows, "H": 2, "HV": 4, "K": 16, "V": 8, "N": len(ends), "S": len(ends) - 1}
+    """A case of packed sequences with states and 2 value heads of 1 key head, on which `changes` are made."""
+    sizes = {"L": rows, "H": 1, "HV": 2, "K": 16, "V": 8, "N": len(ends), "S": len(ends) - 1}
     return Case(
         name,
         sizes | changes.pop("dims", {}),
@@ -46,8 +46,9 @@ def cases() -> Iterator[Case]:
     for dtype, index, present in product(FLOATS, ("int32", "int64"), (("cu_seqlens",), _ALL)):
         name = f"{dtype}-packed-{index}{'-initial_state' if len(present) == 2 else ''}"
         yield _case(name, dtype=dtype, index=index, present=present)
+    yield from pools.cases()
     for rows, dtype in product((0, 1, 2, 63, 64, 65, 130), ("bfloat16", "float32")):
-        yield _one(f"rows_{rows}-{dtype}", rows, dtype=dtype, dims={"H": 1, "HV": 2})
+        yield _one(f"rows_{rows}-{dtype}", rows, dtype=dtype)
     yield _one("no_initial_state", 130, (), dtype="float32")
     yield _one("no_initial_state-bfloat16", 130, ())
     yield _case("final_state_off", attrs={"output_final_state": False})
@@ -57,9 +58,9 @@ def cases() -> Iterator[Case]:
     yield _case("short_sequences", (0, 2, 2, 7, 10, 11, 17, 21, 23), 25, dtype="float32")
     yield _case("starts_far_behind", (130, 131, 199), 200, dims={"H": 1, "HV": 1})
     for key, value in ((1, 1), (8, 24), (24, 72), (72, 24), (64, 40), (128, 128), (256, 32)):
-        yield _case(f"dims_k{key}-v{value}", (0, 5, 71), 71, dims={"H": 1, "HV": 2, "K": key, "V": value})
+        yield _case(f"dims_k{key}-v{value}", (0, 5, 71), 71, dims={"K": key, "V": value})
     for key, value in ((5, 7), (72, 24), (128, 16)):
-        dims = {"H": 1, "HV": 2, "K": key, "V": value}
+        dims = {"K": key, "V": value}
         yield _case(f"dims_k{key}-v{value}-float32", (0, 5, 71), 71, dtype="float32", dims=dims)
     yield _case("heads_3-of_9", (0, 40), 40, dims={"H": 3, "HV": 9})
     yield _one("no_key_columns", 3, dims={"K": 0})
@@ -71,19 +72,17 @@ def cases() -> Iterator[Case]:
     yield from _vectors()
     yield from _layouts()
     yield from _not_finite()
-    yield from pools.cases()
 
 
 def _gates() -> Iterator[Case]:
     ends = (0, 130, 150)
-    dims = {"H": 1, "HV": 2}
     for dtype, g in product(FLOATS, ("zeros", "strong", "mixed", "resets", "very_negative")):
-        yield _case(f"g_{g}-{dtype}", ends, 150, dtype=dtype, dims=dims, fill={"g": g})
+        yield _case(f"g_{g}-{dtype}", ends, 150, dtype=dtype, fill={"g": g})
     for dtype, beta in product(FLOATS, ("zeros", "ones", "small", "to_two")):
-        yield _case(f"beta_{beta}-{dtype}", ends, 150, dtype=dtype, dims=dims, fill={"beta": beta, "g": "slow"})
+        yield _case(f"beta_{beta}-{dtype}", ends, 150, dtype=dtype, fill={"beta": beta, "g": "slow"})
     # Nothing but decays and the state: in fp32 to the end, whatever the dtype.
     for dtype in FLOATS:
-        yield _case(f"state_alone-{dtype}", ends, 150, dtype=dtype, dims=dims, fill={"beta": "zeros", "g": "zeros"})
+        yield _case(f"state_alone-{dtype}", ends, 150, dtype=dtype, fill={"beta": "zeros", "g": "zeros"})
 
 
 def _vectors() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""`gated_delta_rule` in plain PyTorch with a pool of states: written in place, and only where a sequence owns a slot."""
+"""`gated_delta_rule` in plain PyTorch with a pool: written in place, and only where a sequence owns a slot."""
 
 from typing import Any
 

@@ -10,12 +10,15 @@ from polyfuse.dispatch import registry, to_numpy
 from polyfuse.reference.gated_delta_rule import formula
 from polyfuse.triton_impl import gated_delta_rule as module
 from polyfuse.triton_impl.gated_delta_rule import gated_delta_rule
+from tests.rule_pools import NO_POOL
 from tests.triton_impl.helpers import DEVICE
 
 OP = "gated_delta_rule"
 ENDS = [0, 70, 70, 71, 199]
 SLOW = ("dims_k128", "dims_k256", "decode")
 CASES = [case for case in cases(OP) if case.repeat == 1 and not case.name.startswith(SLOW)]
+# The interpreter takes up to a second for each.
+QUICK = [pytest.param(case, marks=[pytest.mark.slow] if number % 4 else []) for number, case in enumerate(CASES)]
 
 # NumPy's, from the interpreter: what an infinity gives.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -49,7 +52,7 @@ def same(results: Any, wanted: Any) -> bool:
     return all(bits(result) == bits(want) for result, want in zip(results, wanted, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_cases(case: Case) -> None:
     assert Trial(OP, case, 0).on(registry().get("triton"), DEVICE) == ("passed", "")
 
@@ -89,9 +92,6 @@ def test_nan_stays_in_its_sequence_and_outside(poisoned_memory: None) -> None:
     assert o[70:71].isnan().all()
     assert final[2].isnan().all()
     assert same((o[:70], o[71:], final[[0, 1, 3]]), (clean[0][:70], clean[0][71:], clean[1][[0, 1, 3]]))
-
-
-NO_POOL = dict.fromkeys(("state_pool", "state_indices", "has_initial_state"))
 
 
 def test_equal_keys_that_are_not_forgotten() -> None:
@@ -139,15 +139,22 @@ def test_offsets_past_2_31(apart: int, tmp_path: Path) -> None:
     assert same(gated_delta_rule(**args | far), gated_delta_rule(**args))
 
 
-def test_nothing_to_compute_is_no_launch(launches: list[tuple[int, ...]], poisoned_memory: None) -> None:
+def test_without_rows_the_states_are_one_launch(launches: list[tuple[int, ...]], poisoned_memory: None) -> None:
     args = arguments(cu_seqlens=torch.zeros(5, dtype=torch.int32, device=DEVICE))
     none: dict[str, Any] = {name: args[name][:0] for name in ("q", "k", "v", "g", "beta")}
     o, final = gated_delta_rule(**args | none)
     assert o.shape == (0, 2, 40)
     assert bits(final) == bits(args["initial_state"])
     assert not gated_delta_rule(**args | none | {"initial_state": None})[1].any()
+    assert len(launches) == 2
+
+
+def test_nothing_to_compute_is_no_launch(launches: list[tuple[int, ...]], poisoned_memory: None) -> None:
+    args = arguments(initial_state=None)
+    none: dict[str, Any] = {name: args[name][:0] for name in ("q", "k", "v", "g", "beta")}
+    assert gated_delta_rule(**args | none | {"output_final_state": False})[0].shape == (0, 2, 40)
     narrow: dict[str, Any] = {name: args[name][..., :0] for name in ("q", "k")}
-    o, final = gated_delta_rule(**args | narrow | {"initial_state": None})
+    o, final = gated_delta_rule(**args | narrow)
     assert not o.any()
     assert final.shape == (4, 2, 0, 40)
     assert launches == []
@@ -176,7 +183,8 @@ for present in (False, True):
         floats = "g_ptr beta_ptr decay_ptr initial_ptr final_ptr".split()
         types |= dict.fromkeys(floats, "*fp32") | {"cu_ptr": "*i32"}
         constants = {n: x for n, x in (sizes | more | absent).items() if n in kernel.arg_names}
-        aligned = [n for n in kernel.arg_names if n not in constants and n not in ("length", "sequences", "slots", "scale")]
+        unaligned = {*constants, "length", "sequences", "slots", "scale"}
+        aligned = [n for n in kernel.arg_names if n not in unaligned]
         code, _ = compile_for_hopper(kernel, types, constants, aligned, warps)
         print(code.count("wgmma.mma_async"), "cp.async.cg.shared" in code, bool(re.search(r"st.global\\S*v4", code)))
 """

@@ -79,7 +79,7 @@ def _converted(plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _converted_back(op: Calls, plan: Plan, given: tuple[Any, ...], args: tuple[Any, ...], result: Any) -> Any:
     """What the caller's family returns, of a call in another one; torch's updated arguments are written here."""
-    results = result if isinstance(result, tuple) else (result,)
+    results: tuple[Any, ...] = result if isinstance(result, tuple) else (result,)
     if plan.convert_to == "torch":
         results = (*results, *(args[i] for i in plan.updated))
     converted = tuple(convert(r, plan.convert_back) for r in results)
@@ -88,7 +88,7 @@ def _converted_back(op: Calls, plan: Plan, given: tuple[Any, ...], args: tuple[A
         for i, new in zip(plan.updated, converted[outputs:], strict=True):
             given[i].copy_(new)
         converted = converted[:outputs]
-    return converted if len(converted) > 1 else converted[0]
+    return converted[0] if len(converted) == 1 else converted
 
 
 def _count_versions(tensors: Sequence[Any]) -> None:

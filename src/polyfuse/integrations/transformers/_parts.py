@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from polyfuse.integrations.transformers import _fp8_mlp, _gated_delta_net, _gated_delta_net_checks, _graphs
+from polyfuse.integrations.transformers import _fp8_mlp, _gated_delta_net, _graphs
+from polyfuse.integrations.transformers._gated_delta_net_checks import why_not
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,7 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "vision": Kind(f"a vision model ({', '.join(_graphs.ENCODERS)})", _graphs.vision_models, _graphs.why_not),
-    "gated_delta_net": Kind(
-        "a Gated DeltaNet layer", _gated_delta_net.gated_delta_nets, _gated_delta_net_checks.why_not
-    ),
+    "gated_delta_net": Kind("a Gated DeltaNet layer", _gated_delta_net.gated_delta_nets, why_not),
     "fp8_mlp": Kind("an FP8 MLP", _fp8_mlp.fp8_mlps, _fp8_mlp.why_not),
 }
 
