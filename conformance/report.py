@@ -10,7 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("polyfuse", "numpy", "ml_dtypes", "torch", "triton", "jax", "jaxlib", "transformers")
+PACKAGES = (
+    *("polyfuse", "numpy", "ml_dtypes", "torch", "triton", "jax", "jaxlib", "transformers"),
+    *("flash-linear-attention", "flash-qla", "causal-conv1d"),
+)
 
 
 @dataclass(frozen=True)

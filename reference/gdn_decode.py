@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,16 @@ LARGEST_EXPONENT = 128.0  # where float32's exponential is infinite, and sigmoid
 Slots = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 Token = tuple[F64, F64, F64, F64, F64]  # q, k, v, exp(g) and beta
+
+
+class Token(NamedTuple):
+    """One token of each sequence: q, k [B, HV, K, 1], v [B, HV, 1, V], and exp(g), beta [B, HV, 1, 1]."""
+
+    q: F64
+    k: F64
+    v: F64
+    decay: F64
+    beta: F64
 
 
 def formula(
@@ -54,7 +64,7 @@ def formula(
     q, k, v = split_heads(silu(c), num_k_heads, head_k_dim, head_v_dim)
     q, k = q * inverse_norm(q, l2norm_eps), k * inverse_norm(k, l2norm_eps)
     decay, beta = gates(a, b, A_log, dt_bias)
-    S = state_before(recurrent_state, slots, num_accepted)
+    S = state_before(recurrent_state, slots, state_indices, num_accepted)
     o, states = delta_rule(S, by_token(slots, q, k, v, decay, beta), factor(scale, head_k_dim))
     n = o.reshape(v.shape) * inverse_rms(o.reshape(v.shape), norm_eps)
     out = n * to_f64(norm_weight) * silu(gate.reshape(v.shape))
@@ -108,19 +118,20 @@ def gates(a: Array, b: Array, A_log: Array, dt_bias: Array) -> tuple[F64, F64]:
 
 
 def by_token(slots: Slots, q: F64, k: F64, v: F64, decay: F64, beta: F64) -> list[Token]:
-    """For each token q, k [B, HV, K, 1], v [B, HV, 1, V], and decay, beta [B, HV, 1, 1]."""
+    """The parts of each token: value head j has key head j // (HV / H)."""
     group = v.shape[1] // q.shape[1]
     q, k = (part.repeat(group, axis=1)[..., None] for part in (q, k))
     parts = (q, k, v[:, :, None], decay[..., None, None], beta[..., None, None])
-    q, k, v, decay, beta = (part.reshape(*slots.shape, *part.shape[1:]) for part in parts)
-    return [(q[:, t], k[:, t], v[:, t], decay[:, t], beta[:, t]) for t in range(slots.shape[1])]
+    batch, tokens = slots.shape
+    return [Token(*(part.reshape(batch, tokens, *part.shape[1:])[:, t] for part in parts)) for t in range(tokens)]
 
 
-def state_before(state: Array, slots: Slots, num_accepted: Array | None) -> F64:
+def state_before(state: Array, slots: Slots, state_indices: Array | None, num_accepted: Array | None) -> F64:
     """S of each sequence before its first token, 0 where it has no slot: [B, HV, K, V]."""
     S = np.zeros((len(slots), *state.shape[1:]))
-    for b in range(len(slots)):
-        slot = slots[b, 0 if num_accepted is None else _last_accepted(num_accepted, b, slots)]
+    for b, slot in enumerate(slots[:, 0]):
+        if slot >= 0 and num_accepted is not None and state_indices is not None:
+            slot = state_indices[b, _last_accepted(num_accepted, b, slots)]
         if slot >= 0:
             S[b] = to_f64(state[slot])
     return S
@@ -193,7 +204,7 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     before = inputs_before(given.conv_state, slots, given.num_accepted, given.conv_weight.shape[1])
     q, k, v = _heads(windows(before, inputs, slots), given, error)
     decay, beta = _gates(given, error)
-    S = state_before(given.recurrent_state, slots, given.num_accepted)
+    S = state_before(given.recurrent_state, slots, given.state_indices, given.num_accepted)
     parts = (q, k, v, decay, beta)
     values = by_token(slots, *(part.value for part in parts))
     errors = by_token(slots, *(np.fmax(part.high - part.value, part.value - part.low) for part in parts))
@@ -227,7 +238,8 @@ def _heads(window: F64, given: Any, error: Error) -> tuple[Exact, Exact, Exact]:
         split_heads(part, given.num_k_heads, given.head_k_dim, given.head_v_dim) for part in (y.value, y.low, y.high)
     ]
     q, k, v = (Exact(*part) for part in zip(*ends, strict=True))
-    q, k = (normalised(part, given.l2norm_eps, *error("q, k")) for part in (q, k))
+    relative, flush = error("q, k")
+    q, k = (normalised(part, given.l2norm_eps, relative, flush) for part in (q, k))
     return q, k, v
 
 

@@ -97,8 +97,7 @@ def _function(spec: OpSpec) -> str:
 
 def _parameters(spec: OpSpec, kinds: dict[str, str]) -> list[str]:
     lines: list[str] = []
-    fields: tuple[TensorSpec | AttrSpec, ...] = (*spec.tensors, *spec.attrs)
-    nullable = {field.name for field in fields if field.optional}
+    nullable = {t.name for t in spec.tensors if t.optional} | {a.name for a in spec.attrs if a.optional}
     for name, default in spec.parameters.items():
         if name not in spec.positional and "*" not in lines:
             lines.append("*")

@@ -257,8 +257,7 @@ class Capability:
     argument's dtype, `attrs` an attribute's values, `multiples` a dimension's divisor, and `ranges` its least
     and greatest size. `defers` are calls that it claims, but not as the first choice.
     `differentiable` says that gradients flow through it (autograd or `jax.grad`) where the call updates no argument.
-    `interpreted` are the devices
-    on which it is emulated: right, but slow, so that conformance gives it small cases only.
+    `interpreted` are the devices on which it is emulated: right, but slow, so that conformance gives it small cases.
     """
 
     devices: tuple[str, ...] = ("*",)

@@ -36,7 +36,7 @@ the sequence's start. With G the running sum of g in the chunk, and S the state 
 
 Of 16-bit q, k and v the operands of these products (A, beta v, beta exp(G) k, u, w, S, d, exp(G) q, P, decay k) may
 each be rounded to the dtype once, as matrix units need it, but never the state that the next chunk begins with. The
-same holds where factors stand elsewhere, as in d = (A beta) (v - exp(G) (k S)).
+same holds where factors stand elsewhere, as in d = (A beta) (v - exp(G) (k S)), or k^T (decay[last] * d).
 """
 
 from collections.abc import Mapping

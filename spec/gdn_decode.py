@@ -284,9 +284,9 @@ SPEC = OpSpec(
     ),
     edge_cases=(
         "B == 0: an empty result, states unchanged.",
-        "Two sequences on one slot, or an index outside -1 to slots - 1, are the caller's error: nothing is read back "
-        "to the host to check it. A num_accepted outside 1 to T is taken for the nearest of these. Where it selects an "
-        "index of -1, S is read as zero.",
+        "Two sequences on one slot, an index outside -1 to slots - 1, or a num_accepted outside 1 to T of a sequence "
+        "with a slot, are the caller's error: nothing is read back to the host to check it. Where num_accepted selects "
+        "an index of -1, S is read as zero.",
         "A NaN in x, in z or in a state that is read reaches the heads of its own sequence that depend on it, and no "
         "other sequence. Slots that no sequence has may hold anything.",
         "g of -infinity resets a finite S: exp(g) is 0. Other infinities follow IEEE 754 in the formula as written.",

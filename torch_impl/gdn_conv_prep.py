@@ -37,7 +37,7 @@ def gdn_conv_prep(
     dtype, before = x.dtype, weight.shape[1] - 1
     if interleaved:
         x = _in_order(x, num_k_heads, head_k_dim, len(A_log) // num_k_heads * head_v_dim)
-    state, columns = initial_state, before
+    state, columns, owned = initial_state, before, None
     if state_pool is not None:
         sequences, columns = 1 if cu_seqlens is None else len(cu_seqlens) - 1, state_pool.shape[2]
         owned = Slots(state_pool, state_indices, sequences)
@@ -48,7 +48,7 @@ def gdn_conv_prep(
     y = c * sigmoid(c) if activation else c
     eps = l2norm_eps if l2norm else None
     q, k, v = heads(y, num_k_heads, head_k_dim, len(A_log), head_v_dim, eps, dtype)
-    if state_pool is not None:
+    if owned is not None:
         owned.write(_states(inputs, last))
     final_state = _states(inputs, last if output_final_state else last[:0, :before])
     final_state = final_state.to(dtype if initial_state is None else initial_state.dtype)
@@ -67,9 +67,9 @@ def _with_states(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The inputs of all sequences in one tensor: each sequence's rows stand behind the `before` inputs that precede it.
 
-    Its dtype holds the numbers of x and those of the states. Returned are that tensor; the places [L] in it at which
-    the `before` inputs before each row begin, None if these are 0, 1, ...; and the places [S, before] of the last
-    inputs of each sequence.
+    Its dtype holds the numbers of x and those of the states. Returned are that tensor; the places [L] in it where the
+    `before` inputs before each row begin, None if these are 0, 1, ...; and the places [S, before] of the last inputs of
+    each sequence.
     """
     window = torch.arange(before, device=x.device)
     if state is not None:

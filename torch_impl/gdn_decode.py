@@ -55,13 +55,15 @@ def gdn_decode(
     q, k, v = heads(y, num_k_heads, head_k_dim, heads_v, head_v_dim, l2norm_eps, torch.float32)
     q, k = (part.repeat_interleave(heads_v // num_k_heads, dim=1)[..., None] for part in (q, k))
     a, b = (part.reshape(batch * tokens, heads_v) for part in (a, b))
-    decay, beta = gates(a, b, A_log, dt_bias, True)
+    decay, beta = gates(a, b, A_log, dt_bias, output_g_exp=True)
     parts = (q, k, v[:, :, None], decay[..., None, None], beta[..., None, None])
     by_token = zip(*(part.unflatten(0, (batch, tokens)).unbind(1) for part in parts), strict=True)
 
-    first = slots[:, :1] if accepted is None else slots.gather(1, accepted[:, None] - 1)
-    S = recurrent_state.index_select(0, first[:, 0].clamp(min=0)).float()
-    S = torch.where(first[..., None, None] >= 0, S, 0.0)
+    first = slots[:, 0]
+    if accepted is not None and state_indices is not None:
+        first = torch.where(first < 0, first, state_indices.long().gather(1, accepted[:, None] - 1)[:, 0])
+    S = recurrent_state.index_select(0, first.clamp(min=0)).float()
+    S = torch.where(first[:, None, None, None] >= 0, S, 0.0)
     factor = head_k_dim**-0.5 if scale is None else scale
     results = []
     for token in by_token:

@@ -9,7 +9,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def round_to(value, dtype: tl.constexpr):
-    """fp32 `value` as `dtype`, to nearest even. The interpreter's own cast to bf16 truncates, subnormals wrongly."""
+    """fp32 `value` as `dtype`, to nearest even. The interpreter's own cast to bf16 is wrong."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

@@ -143,9 +143,9 @@ def _update_pool(
 ):
     """Shifts the rows of one sequence into the columns of its slot, for CHANNELS channels.
 
-    No other program reads or writes these: each sequence has a slot of its own, and the kernel that computes the
-    outputs has read what it needs before this one begins. A column may move to one that is itself still to be moved,
-    by another thread, so that all are read before the first is written.
+    No other program touches these: each sequence has a slot of its own, and the kernel that computes the outputs, whose
+    programs all read their sequence's slot, has ended before this one begins. A column may move to one that another
+    thread has still to read, so that all are read before the first is written.
     """
     BLOCKS: tl.constexpr = triton.cdiv(C, CHANNELS)
     sequence = tl.program_id(0) // BLOCKS

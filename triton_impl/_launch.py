@@ -4,6 +4,7 @@ Triton looks at each argument of a call to find what it has compiled for it, so 
 time. The compiled kernel alone takes 6 us: a `Launcher` remembers it for each kind of call.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -92,6 +93,66 @@ class Launcher:
             launch = Launch(self.op, self.kernel, device, {"num_warps": warps, **self.options})
             self.launches[kind] = launch
         return launch
+
+
+class Plan:
+    """How the calls of one kind launch a kernel: on which grid, and with what behind their tensors.
+
+    `copied` are the places of inputs that the kernel takes only where their elements lie behind one another, and that
+    do not: they are copied first.
+    """
+
+    __slots__ = ("copied", "fixed", "grid", "launch", "numbers")
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        grid: Grid,
+        inputs: Inputs,
+        numbers: Numbers,
+        fixed: tuple[Any, ...],
+        warps: int,
+        contiguous: tuple[int, ...] = (),
+    ) -> None:
+        """`contiguous` are the places of all inputs that have to be so."""
+        self.grid, self.numbers, self.fixed = grid, numbers, fixed
+        self.copied = tuple(i for i in contiguous if (x := inputs[i]) is not None and not x.is_contiguous())
+        self.launch = launcher.find(self._ready(inputs), numbers, fixed, warps)
+
+    def __call__(self, inputs: Inputs, *outputs: torch.Tensor) -> None:
+        """Launch the kernel for a call of this kind."""
+        if self.copied:
+            inputs = self._ready(inputs)
+        self.launch(self.grid, *inputs, *outputs, *self.numbers, *self.fixed)
+
+    def _ready(self, inputs: Inputs) -> Inputs:
+        return tuple(x.contiguous() if i in self.copied else x for i, x in enumerate(inputs))  # type: ignore[union-attr]
+
+
+class Plans:
+    """The plans of an op's calls, found by what their tensors are like: `make(inputs, settings)` is asked once a kind.
+
+    Calls are of one kind if their `settings` are equal, and their tensors in shape, strides, dtype, device, and in
+    whether they begin at a multiple of 16 bytes.
+    """
+
+    def __init__(self, make: Callable[..., Plan]) -> None:
+        self.make = make
+        self.plans: dict[tuple[Any, ...], Plan] = {}
+
+    def __call__(self, inputs: Inputs, *settings: Any) -> Plan:
+        """The plan of a call, whose first input is there."""
+        key = (
+            settings,
+            inputs[0].device,  # type: ignore[union-attr]
+            *[x if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0) for x in inputs],
+        )
+        plan = self.plans.get(key)
+        if plan is None:
+            if len(self.plans) >= MOST_KINDS:
+                self.plans.clear()
+            plan = self.plans[key] = self.make(inputs, *settings)
+        return plan
 
 
 def _on_device(op: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 
 from polyfuse.spec import Capability
-from polyfuse.triton_impl._common import INTERPRETED, round_to, widen
+from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._products import FP32, TO_BF16, dot, load_operand, rounded_operand, unit_inverse
 
 NAME = "gated_delta_rule"
 
@@ -32,30 +33,8 @@ CAPABILITY = Capability(
 
 ROWS = tl.constexpr(64)  # of a chunk
 LEAST_G = tl.constexpr(-120.0)  # exp(-104) is zero in fp32. Sums of it are finite, so that no difference is NaN
-# Of products in fp32. Three products in tf32 err as little as one in fp32, and have matrix units on an NVIDIA GPU.
-PRECISION = tl.constexpr("ieee" if torch.version.cuda is None else "tf32x3")
 SEARCH = tl.constexpr(256)  # entries of cu_seqlens looked at together
 NEVER = tl.constexpr(2**31 - 1)  # a slot that does not come
-
-
-@triton.jit
-def _load(ptr, mask):
-    """A tile for `tl.dot`, zero outside of the mask."""
-    value = tl.load(ptr, mask=mask, other=0.0)
-    return widen(value) if INTERPRETED else value  # bf16 arithmetic is wrong in the interpreter
-
-
-@triton.jit
-def _rounded(value, DTYPE: tl.constexpr):
-    """fp32 `value` as an operand of a `tl.dot` in DTYPE."""
-    rounded = round_to(value, DTYPE)
-    return widen(rounded) if INTERPRETED else rounded
-
-
-@triton.jit
-def _dot(a, b, acc=None):
-    """a b + acc in fp32."""
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -74,50 +53,6 @@ def _place(cu_ptr, sequences, length, slot):
     end = tl.load(cu_ptr + sequence + 1, mask=sequence < sequences, other=0).to(tl.int32)
     end = tl.where(sequence < sequences, end, length)
     return sequence, first + (slot - first // ROWS - sequence - 1) * ROWS, end
-
-
-@triton.jit
-def _diagonal(M, B: tl.constexpr, N: tl.constexpr):
-    """The blocks [B, N, N] on the diagonal of M [B*N, B*N]."""
-    own = tl.arange(0, B)[:, None, None, None] == tl.arange(0, B)[None, None, :, None]
-    return tl.sum(tl.where(own, tl.reshape(M, [B, N, B, N]), 0.0), 2)
-
-
-@triton.jit
-def _corners(M):
-    """(I + M)^-1 of strictly lower triangular M [B, 16, 16].
-
-    Inverts blocks of 2, 4, 8 rows and so on, each from the inverses of its two halves. No powers of M are summed: they
-    can overflow where the inverse is small.
-    """
-    i = tl.arange(0, 16)[None, :, None]
-    j = tl.arange(0, 16)[None, None, :]
-    inverse = tl.where(i == j, 1.0, tl.where(i >> 1 == j >> 1, -M, 0.0))
-    for level in tl.static_range(1, 4):
-        below = tl.where((i >> level + 1 == j >> level + 1) & (i >> level > j >> level), M, 0.0)
-        product = _dot(inverse, below)
-        inverse -= _dot(product, inverse)
-    return inverse
-
-
-@triton.jit
-def _merged(inverse, M, B: tl.constexpr, N: tl.constexpr):
-    """The blocks [B, 2*N, 2*N] on the diagonal of (I + M)^-1, from those of half their size."""
-    row = tl.arange(0, 2)[None, :, None, None, None]
-    column = tl.arange(0, 2)[None, None, None, :, None]
-    halves = tl.reshape(inverse, [B, 2, N, N])
-    first, second = tl.split(tl.permute(halves, [0, 2, 3, 1]))
-    M = tl.reshape(_diagonal(M, B, 2 * N), [B, 2, N, 2, N])
-    M = tl.sum(tl.sum(tl.where((row == 1) & (column == 0), M, 0.0), 3), 1)
-    if B == 1:  # products of matrices use all warps
-        first = tl.reshape(first, [N, N])
-        second = tl.reshape(second, [N, N])
-        M = tl.reshape(M, [N, N])
-    below = _dot(second, M)
-    below = -_dot(below, first)
-    below = tl.reshape(below, [B, N, N])
-    below = tl.where(row > column, below[:, None, :, None, :], 0.0)
-    return tl.reshape(tl.where(row == column, halves[:, :, :, None, :], below), [B, 2 * N, 2 * N])
 
 
 @triton.jit(do_not_specialize=["length", "sequences"])
@@ -163,35 +98,32 @@ def _prepare(
     row = begin + i.to(tl.int64)
     live = i < rows
     if (sequence < 0) | (sequence >= sequences):
-        value = tl.arange(0, triton.next_power_of_2(V))[None, :]
-        zero = tl.zeros([ROWS, triton.next_power_of_2(V)], o_ptr.dtype.element_ty)
-        tl.store(o_ptr + (row * HV + head)[:, None] * V + value, zero, mask=live[:, None] & (value < V))
+        zero = tl.zeros([ROWS, ROWS], o_ptr.dtype.element_ty)
+        for first in range(0, V, ROWS):
+            value = first + i[None, :]
+            tl.store(o_ptr + (row * HV + head)[:, None] * V + value, zero, mask=live[:, None] & (value < V))
         return
 
     key_head = head // (HV // H)
     key = tl.arange(0, triton.next_power_of_2(max(16, K)))[None, :]
     keys = live[:, None] & (key < K)
-    q = _load(q_ptr + row[:, None] * q_row + (key_head * q_head + key), keys)
-    k = _load(k_ptr + row[:, None] * k_row + (key_head * k_head + key), keys)
+    q = load_operand(q_ptr + row[:, None] * q_row + (key_head * q_head + key), keys)
+    k = load_operand(k_ptr + row[:, None] * k_row + (key_head * k_head + key), keys)
     g = tl.load(g_ptr + row * g_row + head * g_head, mask=live, other=0.0)
     beta = tl.load(beta_ptr + row * beta_row + head * beta_head, mask=live, other=0.0)
     G = tl.cumsum(tl.where(g < LEAST_G, LEAST_G, g), 0)  # where keeps NaN
     past = i[:, None] >= i[None, :]
     decay = tl.exp(tl.where(past, G[:, None] - G[None, :], 0.0))
-    p = tl.where(past, _dot(q, tl.trans(k)) * decay, 0.0)
-    M = tl.where(past & (i[:, None] != i[None, :]), beta[:, None] * _dot(k, tl.trans(k)) * decay, 0.0)
-    inverse = _corners(_diagonal(M, 4, 16))
-    inverse = _merged(inverse, M, 2, 16)
-    inverse = _merged(inverse, M, 1, 32)
-    t = tl.reshape(inverse, [ROWS, ROWS]) * beta[None, :]
-
     here = head * length + row
     tile = here[:, None] * ROWS + i[None, :]
-    tl.store(t_ptr + tile, round_to(t, DTYPE), mask=live[:, None])
+    p = tl.where(past, dot(q, tl.trans(k)) * decay, 0.0)
     tl.store(p_ptr + tile, round_to(p, DTYPE), mask=live[:, None])
     total = tl.sum(tl.where(i == tl.minimum(rows, ROWS) - 1, G, 0.0), 0)
     tl.store(decay_ptr + here * 2, tl.exp(G), mask=live)
     tl.store(decay_ptr + here * 2 + 1, tl.exp(total - G), mask=live)
+    M = tl.where(past & (i[:, None] != i[None, :]), beta[:, None] * dot(k, tl.trans(k)) * decay, 0.0)
+    t = unit_inverse(M, TO_BF16 if tl.bfloat16 == DTYPE else FP32) * beta[None, :]
+    tl.store(t_ptr + tile, round_to(t, DTYPE), mask=live[:, None])
 
 
 @triton.jit(do_not_specialize=["length", "slots"])
@@ -227,6 +159,7 @@ def _scan(
     final_value,
     H: tl.constexpr,
     HV: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of q and k: K, or more that are zero
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -235,8 +168,6 @@ def _scan(
     OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # Transposed, [BLOCK_V, ...]: state and d are then the first operands of all products, which a GPU reads from
-    # registers, where they are. The second operands come from memory, and are fetched ahead.
     BLOCKS: tl.constexpr = triton.cdiv(V, BLOCK_V)
     PADDED_K: tl.constexpr = triton.next_power_of_2(max(16, K))
     program = tl.program_id(0)
@@ -253,16 +184,16 @@ def _scan(
         end = tl.load(cu_ptr + sequence + 1).to(tl.int32)
 
     i = tl.arange(0, ROWS)
-    key = tl.arange(0, PADDED_K)[None, :]
+    key = tl.arange(0, PADDED_K)
     value = first_value + tl.arange(0, BLOCK_V)
-    state_mask = (value[:, None] < tl.where((slot >= 0) & (slot < slots), V, 0)) & (key < K)
-    state = tl.zeros([BLOCK_V, PADDED_K], tl.float32)
+    state_mask = (key < K)[:, None] & (value < tl.where((slot >= 0) & (slot < slots), V, 0))[None, :]
+    state = tl.zeros([PADDED_K, BLOCK_V], tl.float32)
     if initial_ptr is not None:
         initial_ptr += slot * initial_slot + head * initial_head
-        place = value[:, None].to(tl.int64) * initial_value + key.to(tl.int64) * initial_key
+        place = key[:, None].to(tl.int64) * initial_key + value[None, :].to(tl.int64) * initial_value
         known = state_mask
         if has_ptr is not None:
-            known &= key < tl.where(tl.load(has_ptr + sequence) != 0, K, 0)
+            known &= (key < tl.where(tl.load(has_ptr + sequence) != 0, K, 0))[:, None]
         state = widen(tl.load(initial_ptr + place, mask=known, other=0.0))
 
     key_head = head // (HV // H)
@@ -280,25 +211,25 @@ def _scan(
     step = tl.full([], ROWS, tl.int64)
     for rows in tl.range(end - begin, 0, -ROWS, num_stages=STAGES):  # that are left
         live = (i < rows)[:, None]
-        keys = live & (key < K)
+        keys = live & (key < COLUMNS)[None, :]
         values = live & (column < V - first_value)
         v = tl.load(v_ptr + (far * v_row + column), mask=values, other=0.0)
-        k = _load(k_ptr + (far * k_row + key), keys)
-        q = _load(q_ptr + (far * q_row + key), keys)
-        t = _load(t_ptr + square, live)
-        p = _load(p_ptr + square, live)
+        k = load_operand(k_ptr + (far * k_row + key[None, :]), keys)
+        q = load_operand(q_ptr + (far * q_row + key[None, :]), keys)
+        t = load_operand(t_ptr + square, live)
+        p = load_operand(p_ptr + square, live)
         decays = tl.load(decay_ptr + (i[:, None] * 2 + tl.arange(0, 2)[None, :]), mask=live, other=0.0)
         enter, leave = tl.split(decays)  # [ROWS]
         total = tl.load(decay_ptr + (tl.minimum(rows, ROWS) - 1) * 2)
 
-        before = _rounded(state, DTYPE)
-        new = widen(tl.trans(v)) - enter[None, :] * _dot(before, tl.trans(k))  # [BLOCK_V, ROWS]
-        o = enter[None, :] * _dot(before, tl.trans(q))
-        d = _dot(_rounded(new, DTYPE), tl.trans(t))
-        o = _dot(_rounded(d, DTYPE), tl.trans(p), o) * scale
-        state = _dot(_rounded(d * leave[None, :], DTYPE), k, state * total)
+        before = rounded_operand(state, DTYPE)
+        new = widen(v) - enter[:, None] * dot(k, before)
+        o = enter[:, None] * dot(q, before)
+        d = dot(t, rounded_operand(new, DTYPE))
+        o = dot(p, rounded_operand(d, DTYPE), o) * scale
+        state = dot(tl.trans(k), rounded_operand(d * leave[:, None], DTYPE), state * total)
 
-        tl.store(o_ptr + (i[:, None] * (HV * V) + column), tl.trans(round_to(o, o_ptr.dtype.element_ty)), mask=values)
+        tl.store(o_ptr + (i[:, None] * (HV * V) + column), round_to(o, o_ptr.dtype.element_ty), mask=values)
         q_ptr += step * q_row
         k_ptr += step * k_row
         v_ptr += step * v_row
@@ -311,7 +242,7 @@ def _scan(
         # No other program reads or writes these elements, and this one has read them.
         tl.debug_barrier()
         final_ptr += slot * final_slot + head * final_head
-        place = value[:, None].to(tl.int64) * final_value + key.to(tl.int64) * final_key
+        place = key[:, None].to(tl.int64) * final_key + value[None, :].to(tl.int64) * final_value
         tl.store(final_ptr + place, round_to(state, final_ptr.dtype.element_ty), mask=state_mask)
 
 
@@ -331,9 +262,23 @@ class Tiling(NamedTuple):
 
 
 def _tiling(K: int, V: int, itemsize: int) -> Tiling:
-    """Not measured yet. A block of 64 columns, of 4 warps, is the least that a Hopper GPU's wgmma takes."""
-    stages = 2 if K * itemsize <= 512 else 1  # so that the tiles fit in shared memory
-    return Tiling(4, min(64, max(16, triton.next_power_of_2(V))), 4, stages)
+    """What an H200 was fastest with for heads of 128: 128 programs scan 32 heads, about as many as there are SMs."""
+    stages = 3 if K * itemsize <= 256 else 2 if K * itemsize <= 512 else 1  # so that the tiles fit in shared memory
+    return Tiling(2 if itemsize == 2 else 4, min(32, max(16, triton.next_power_of_2(V))), 4, stages)
+
+
+def _operand(x: torch.Tensor) -> torch.Tensor:
+    """q or k as `_scan` takes it, whose products read memory while the next tiles are on their way there.
+
+    Of 16-bit numbers only whole blocks of 16 bytes travel so. With others Triton 3.6 reads what is overwritten already:
+    they are copied, with zeros behind each head's columns.
+    """
+    step, head, column = x.stride()
+    width = x.shape[2]
+    fits = step % 16 == head % 16 == width % 16 == 0 and x.data_ptr() % 16 == 0
+    if column == 1 and (fits or x.element_size() == 4):
+        return x
+    return torch.nn.functional.pad(x, (0, -width % 16)) if x.element_size() == 2 else x.contiguous()
 
 
 def gated_delta_rule(
@@ -360,16 +305,18 @@ def gated_delta_rule(
     states = sequences if output_final_state else 0
     o = v.new_empty(length, heads, V)
     final = torch.empty(states, heads, K, V, dtype=torch.float32, device=v.device)
-    if not heads * K * V or not (length or states or state_pool is not None):
-        return o.zero_(), final
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    if not o.numel() or not K:
+        final.copy_(initial_state) if initial_state is not None and states else final.zero_()
+        if state_pool is None or not state_pool.numel():
+            return o.zero_(), final
+    q, k, v = _operand(q), _operand(k), v if v.stride(2) == 1 else v.contiguous()
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     tiling = _tiling(K, V, v.element_size())
     t, p = (v.new_empty(heads, length, ROWS.value) for _ in range(2))
     decay = torch.empty(heads, length, 2, dtype=torch.float32, device=v.device)
     made = t, p, decay
     slots = -(-length // ROWS.value) if cu_seqlens is None else length // ROWS.value + sequences + 2
-    dims = key_heads, heads, K, V
+    columns = q.shape[2]
     dtype = DTYPES[v.dtype]
     strides = *q.stride()[:2], *k.stride()[:2]
     if length:
@@ -378,24 +325,21 @@ def gated_delta_rule(
             (q, k, g, beta, cu_seqlens),
             (*made, o),
             (length, sequences),
-            (*strides, *g.stride(), *beta.stride(), *dims, dtype),
+            (*strides, *g.stride(), *beta.stride(), key_heads, heads, columns, V, dtype),
             tiling.prepare_warps,
         )
     pooled = state_pool is not None
     first, last = (initial_state, final) if state_pool is None else (state_pool, state_pool)
     named = [x if x is None else x.contiguous() for x in (state_indices, has_initial_state)]
-    far = tl.int64 if max(q.stride(0), k.stride(0), v.stride(0), heads * V) * ROWS.value >= 2**31 else tl.int32
+    far = tl.int64 if max(x.stride(0) for x in (q, k, v)) * ROWS.value >= 2**31 else tl.int32
     state_strides = (0, 0, 0, 0) if first is None else first.stride()
+    fixed = *strides, *v.stride()[:2], *state_strides, *last.stride(), key_heads, heads, columns, K, V
     _launch(
         (sequences * heads * -(-V // tiling.block_v), 1, 1),
         (q, k, v, cu_seqlens, first, *named),
         (*made, o, last),
         (length, len(last) if pooled else sequences, K**-0.5 if scale is None else scale),
-        (
-            *(*strides, *v.stride()[:2], *state_strides, *last.stride(), *dims, tiling.block_v),
-            output_final_state or pooled,
-            *(dtype, far, tiling.stages),
-        ),
+        (*fixed, tiling.block_v, output_final_state or pooled, dtype, far, tiling.stages),
         tiling.warps,
     )
     return o, final

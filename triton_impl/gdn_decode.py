@@ -5,21 +5,22 @@ that belong to it, and the recurrent states of these value heads. No other progr
 It reads each before it writes one: a barrier stands in between, because a thread may read what another one writes.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import INTERPRETED, round_to, widen
+from polyfuse.triton_impl._conv_step import conv_at, read, shifted, store_shifted
 from polyfuse.triton_impl._gdn import log_decay, sigmoid, silu
-from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._launch import Launcher, Plan, Plans
 
 NAME = "gdn_decode"
 
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
 
-TILE = 64  # columns of a recurrent state that a program holds, beside as many that come next
-AHEAD = True
 WARPS = 4  # with 8 the sums over K cross twice as many
 
 
@@ -39,58 +40,11 @@ def _answers(state, k, q):
 
 
 @triton.jit
-def _read(ptr, mask, FULL: tl.constexpr):
-    """What is there in fp32, zero outside of the mask. With FULL the mask is true everywhere."""
-    if FULL:
-        return widen(tl.load(ptr))
-    return widen(tl.load(ptr, mask=mask, other=0.0))
-
-
-@triton.jit
-def _conv(conv, column, channel, mask, token, W: tl.constexpr):
-    """SiLU of the conv of some channels, which are these columns of x, at one token."""
-    x_ptr, x_token = conv[0]
-    state_ptr, state_channel, state_column, begin = conv[1]
-    weight_ptr, weight_channel, weight_tap, bias_ptr = conv[2]
-    y = tl.zeros(channel.shape, tl.float32)
-    if bias_ptr is not None:
-        y = widen(tl.load(bias_ptr + channel, mask=mask, other=0.0))
-    state_ptr += channel.to(tl.int64) * state_channel
-    weight_ptr += channel * weight_channel
-    for lag in tl.static_range(W):
-        at = channel * 0 + token - lag
-        value = widen(tl.load(x_ptr + column + at * x_token, mask=mask & (at >= 0), other=0.0))
-        if lag > 0:
-            kept = tl.load(state_ptr + (begin + W - 1 + at) * state_column, mask=mask & (at < 0), other=0.0)
-            value = tl.where(at < 0, widen(kept), value)
-        y = tl.fma(widen(tl.load(weight_ptr + (W - 1 - lag) * weight_tap, mask=mask, other=0.0)), value, y)
-    return silu(y)
-
-
-@triton.jit
-def _conv_now(conv, column, channel, mask, W: tl.constexpr, FULL: tl.constexpr):
-    """`_conv` of the one token that there is."""
-    x_ptr, _ = conv[0]
-    state_ptr, state_channel, state_column, begin = conv[1]
-    weight_ptr, weight_channel, weight_tap, bias_ptr = conv[2]
-    y = tl.zeros(channel.shape, tl.float32)
-    if bias_ptr is not None:
-        y = _read(bias_ptr + channel, mask, FULL)
-    state_ptr += channel.to(tl.int64) * state_channel
-    weight_ptr += channel * weight_channel
-    y = tl.fma(_read(weight_ptr + (W - 1) * weight_tap, mask, FULL), _read(x_ptr + column, mask, FULL), y)
-    for lag in tl.static_range(1, W):
-        at = W - 1 - lag
-        weight = _read(weight_ptr + at * weight_tap, mask, FULL)
-        y = tl.fma(weight, _read(state_ptr + (begin + at) * state_column, mask, FULL), y)
-    return silu(y)
-
-
-@triton.jit
-def _keys(conv, columns, channels, mask, token, eps, W: tl.constexpr):
+def _keys(conv, keys, token, eps, sizes: tl.constexpr):
     """q and k at one token: what the conv gives, each divided by its length."""
-    q = _conv(conv, columns[0], channels[0], mask, token, W)
-    k = _conv(conv, columns[1], channels[1], mask, token, W)
+    columns, channels, mask = keys
+    q = conv_at(conv, columns[0], channels[0], mask, token, sizes)
+    k = conv_at(conv, columns[1], channels[1], mask, token, sizes)
     return q * tl.rsqrt(tl.sum(q * q, 0) + eps), k * tl.rsqrt(tl.sum(k * k, 0) + eps)
 
 
@@ -104,28 +58,6 @@ def _gates(gates, value_head, g, token):
 
 
 @triton.jit
-def _tile(state_ptr, conv, key_mask, values, gates, strides, g: tl.constexpr, block: tl.constexpr, sizes: tl.constexpr):
-    """A tile of the state of value head g, and v, decay and beta of its columns at the one token."""
-    V: tl.constexpr = sizes[0]
-    W: tl.constexpr = sizes[1]
-    BV: tl.constexpr = sizes[2]
-    FULL: tl.constexpr = sizes[3]
-    lane = block * BV + tl.arange(0, BV)
-    at = state_ptr + g * strides[0] + lane.to(tl.int64)[None, :] * strides[1]
-    state = _read(at, key_mask[:, None] & (lane < V)[None, :], FULL)
-    v = _conv_now(conv, values[0] + g * V + lane, values[1] + g * V + lane, lane < V, W, FULL)
-    decay, beta = _gates(gates, values[3] + g, g, 0)
-    return state, v, decay, beta
-
-
-@triton.jit
-def _write(state_ptr, state, mask):
-    """Writes a tile of a recurrent state once all threads have read what it overwrites."""
-    tl.debug_barrier()
-    tl.store(state_ptr, round_to(state, state_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _factor(norm, lane, column, token, V: tl.constexpr):
     """What the normalised output of a value head is multiplied with: the weight, and SiLU of the gate."""
     z_ptr, z_token, norm_ptr = norm
@@ -134,137 +66,53 @@ def _factor(norm, lane, column, token, V: tl.constexpr):
 
 
 @triton.jit
-def _normalised(o, eps, V: tl.constexpr):
-    """A value head's output [BLOCKS, BV], divided by its root mean square."""
-    return o * tl.rsqrt(tl.sum(tl.sum(o * o, 1), 0) / V + eps)
-
-
-@triton.jit
-def _shifted(conv, column, channel, mask, shift, T: tl.constexpr, N: tl.constexpr):
-    """What the conv states of some channels become: their columns behind number `shift`, and the tokens."""
-    x_ptr, x_token = conv[0]
-    state_ptr, state_channel, state_column, _ = conv[1]
-    place = tl.arange(0, triton.next_power_of_2(N))[None, :]
-    token = place - (N - T)
-    mask = mask[:, None] & (place < N)
-    state_ptr += channel.to(tl.int64)[:, None] * state_channel
-    old = tl.load(state_ptr + (place + 1 + shift) * state_column, mask=mask & (token < 0), other=0.0)
-    new = tl.load(x_ptr + column[:, None] + token * x_token, mask=mask & (token >= 0), other=0.0)
-    return tl.where(token < 0, widen(old), widen(new))
-
-
-@triton.jit
-def _store_shifted(conv, value, channel, mask, tokens, T: tl.constexpr, N: tl.constexpr):
-    """Writes what `_shifted` gives, but for the columns of padding: so many `tokens` are none."""
-    state_ptr, state_channel, state_column, _ = conv[1]
-    place = tl.arange(0, triton.next_power_of_2(N))[None, :]
-    mask = mask[:, None] & (place - (N - T) < tokens)
-    state_ptr += channel.to(tl.int64)[:, None] * state_channel
-    tl.store(state_ptr + place * state_column, round_to(value, state_ptr.dtype.element_ty), mask=mask & (place < N))
-
-
-@triton.jit
-def _one_token(
-    out_ptr,  # [G, V]
-    state_ptr,  # [K, 1], of the first value head
+def _value_heads(
+    out_ptr,  # [T, HV, V], at the first value head
+    state_ptr,  # [slots, HV, K, 1], at the first value head
+    slots,  # the sequence's, that from which the recurrent states are read; those that the tokens' states are put into
+    tokens,  # that are no padding
     conv,
     keys,  # columns, channels and mask of q and k
     values,  # the first column and channel of v, the first column of z, the first value head
     gates,
     norm,
-    strides,  # of the state, from value head to value head and from column to column
-    scale,
-    l2norm_eps,
-    norm_eps,
+    strides,  # of the recurrent state, from slot to slot, from value head to value head, from column to column
+    numbers,
     G: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    W: tl.constexpr,
-    BV: tl.constexpr,
-    AHEAD: tl.constexpr,
-):
-    """All value heads of a key head, tile by tile: of each all is loaded before the one before it is written."""
-    BLOCKS: tl.constexpr = triton.cdiv(V, BV)
-    FULL: tl.constexpr = triton.next_power_of_2(K) == K and V % BV == 0
-    sizes: tl.constexpr = (V, W, BV, FULL)
-    columns, channels, key_mask = keys
-    state, v, decay, beta = _tile(state_ptr, conv, key_mask, values, gates, strides, 0, 0, sizes)
-    number = tl.arange(0, BLOCKS)[:, None]
-    lanes = number * BV + tl.arange(0, BV)[None, :]  # BLOCKS is a power of two
-    factor = _factor(norm, lanes, values[2], 0, V)
-    q = _conv_now(conv, columns[0], channels[0], key_mask, W, FULL)
-    k = _conv_now(conv, columns[1], channels[1], key_mask, W, FULL)
-    q *= tl.rsqrt(tl.sum(q * q, 0) + l2norm_eps)
-    k *= tl.rsqrt(tl.sum(k * k, 0) + l2norm_eps)
-    qk = tl.sum(q * k, 0)
-    o = tl.zeros([BLOCKS, BV], tl.float32)
-    for i in tl.static_range(G * BLOCKS):
-        of_k, of_q = _answers(state, k, q)
-        delta = beta * (v - decay * of_k)
-        part = scale * (decay * of_q + delta * qk)
-        new = decay * state + k[:, None] * delta[None, :]
-        o = tl.where(number == i % BLOCKS, part[None, :], o)
-        if AHEAD and i + 1 < G * BLOCKS:
-            state, v, decay, beta = _tile(
-                state_ptr, conv, key_mask, values, gates, strides, (i + 1) // BLOCKS, (i + 1) % BLOCKS, sizes
-            )
-        lane = i % BLOCKS * BV + tl.arange(0, BV)
-        at = state_ptr + i // BLOCKS * strides[0] + lane.to(tl.int64)[None, :] * strides[1]
-        _write(at, new, key_mask[:, None] & (lane < V)[None, :])
-        if i % BLOCKS == BLOCKS - 1:
-            y = round_to(_normalised(o, norm_eps, V) * factor, out_ptr.dtype.element_ty)
-            if i + 1 < G * BLOCKS:
-                factor = _factor(norm, lanes, values[2] + (i + 1) // BLOCKS * V, 0, V)
-            tl.store(out_ptr + i // BLOCKS * V + lanes, y, mask=lanes < V)
-        if not AHEAD and i + 1 < G * BLOCKS:
-            state, v, decay, beta = _tile(
-                state_ptr, conv, key_mask, values, gates, strides, (i + 1) // BLOCKS, (i + 1) % BLOCKS, sizes
-            )
-
-
-@triton.jit
-def _several_tokens(
-    out_ptr,  # [T, HV, V], at the first value head
-    state_ptr,  # [slots, 1, K, 1], at the first value head
-    slots,  # where recurrent states are read, where those of the tokens are written, and the stride of a slot
-    tokens,  # that are no padding
-    conv,
-    keys,
-    values,
-    gates,
-    norm,
-    strides,
-    scale,
-    l2norm_eps,
-    norm_eps,
-    T: tl.constexpr,
     HV: tl.constexpr,
-    G: tl.constexpr,
     V: tl.constexpr,
-    W: tl.constexpr,
+    sizes: tl.constexpr,  # T, W, and whether K and V fill the tiles
 ):
     """All value heads of a key head, one after the other: each goes through the tokens with its state in registers."""
-    source, index_ptr, index_token, state_slot = slots
+    T: tl.constexpr = sizes[0]
+    slot, source, index_ptr, index_token = slots
+    state_slot, state_head, state_column = strides
+    scale, l2norm_eps, norm_eps = numbers
     lane = tl.arange(0, triton.next_power_of_2(V))
-    mask = keys[2][:, None] & (lane < V)[None, :]
-    readable = (lane < tl.where(source >= 0, V, 0))[None, :]
+    known = lane < V
+    mask = keys[2][:, None] & known[None, :]
+    readable = keys[2][:, None] & (lane < tl.where(source >= 0, V, 0))[None, :]
+    q, k = _keys(conv, keys, tokens * 0, l2norm_eps, sizes)
     for g in tl.static_range(G):
-        at = state_ptr + g * strides[0] + lane.to(tl.int64)[None, :] * strides[1]
-        state = widen(tl.load(at + source * state_slot, mask=mask & readable, other=0.0))
+        at = state_ptr + g * state_head + lane.to(tl.int64)[None, :] * state_column
+        state = read(at + source * state_slot, readable, sizes[2] and T == 1)
         for token in range(T):
-            q, k = _keys(conv, keys[0], keys[1], keys[2], token, l2norm_eps, W)
-            v = _conv(conv, values[0] + g * V + lane, values[1] + g * V + lane, lane < V, token, W)
+            target = slot
+            if T > 1:
+                target = tl.load(index_ptr + token * index_token).to(tl.int64)
+                q, k = _keys(conv, keys, token, l2norm_eps, sizes)
+            v = conv_at(conv, values[0] + g * V + lane, values[1] + g * V + lane, known, token, sizes)
             decay, beta = _gates(gates, values[3] + g, g, token)
+            factor = _factor(norm, lane, values[2] + g * V, token, V)
             of_k, of_q = _answers(state, k, q)
             delta = beta * (v - decay * of_k)
             o = scale * (decay * of_q + delta * tl.sum(q * k, 0))
             if token < tokens:
-                target = tl.load(index_ptr + token * index_token).to(tl.int64)
                 state = decay * state + k[:, None] * delta[None, :]
-                _write(at + target * state_slot, state, mask)
-            y = _normalised(o[None, :], norm_eps, V) * _factor(norm, lane[None, :], values[2] + g * V, token, V)
-            y = round_to(tl.where(token < tokens, y, 0.0), out_ptr.dtype.element_ty)
-            tl.store(out_ptr + (token * HV + g) * V + lane[None, :], y, mask=(lane < V)[None, :])
+                tl.debug_barrier()  # all threads have read what is written here
+                tl.store(at + target * state_slot, round_to(state, state_ptr.dtype.element_ty), mask=mask)
+            y = tl.where(token < tokens, o * tl.rsqrt(tl.sum(o * o, 0) / V + norm_eps) * factor, 0.0)
+            tl.store(out_ptr + (token * HV + g) * V + lane, round_to(y, out_ptr.dtype.element_ty), mask=known)
 
 
 @triton.jit
@@ -317,8 +165,6 @@ def _kernel(
     V: tl.constexpr,
     W: tl.constexpr,
     N: tl.constexpr,
-    BV: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     G: tl.constexpr = HV // H
     row = (tl.program_id(0) // H).to(tl.int64)
@@ -373,67 +219,32 @@ def _kernel(
             a_ptr += head * a_group
             b_ptr += head * b_group
         gates = (a_ptr, a_token, a_column, b_ptr, b_token, b_column, A_log_ptr, dt_bias_ptr)
-        strides = (state_head, state_column)
+        strides = (state_slot, state_head, state_column)
         heads_ptr = state_ptr + value_head.to(tl.int64) * state_head + lane.to(tl.int64)[:, None] * state_key
         value_lane = tl.arange(0, triton.next_power_of_2(G * V))
         value_mask = value_lane < G * V
-        q_new = _shifted(conv, q_column, q_channel, lane < K, shift, T, N)
-        k_new = _shifted(conv, k_column, k_channel, lane < K, shift, T, N)
-        v_new = _shifted(conv, v_column + value_lane, v_channel + value_lane, value_mask, shift, T, N)
-        tokens = T
-        if T == 1:
-            at = heads_ptr + slot * state_slot
-            _one_token(
-                out_ptr,
-                at,
-                conv,
-                keys,
-                values,
-                gates,
-                norm,
-                strides,
-                scale,
-                l2norm_eps,
-                norm_eps,
-                G,
-                K,
-                V,
-                W,
-                BV,
-                AHEAD,
-            )
-        else:
+        q_new = shifted(conv, q_column, q_channel, lane < K, shift, T, N)
+        k_new = shifted(conv, k_column, k_channel, lane < K, shift, T, N)
+        v_new = shifted(conv, v_column + value_lane, v_channel + value_lane, value_mask, shift, T, N)
+        tokens = shift * 0 + T
+        if T > 1:
             place = tl.arange(0, triton.next_power_of_2(T))
             index = tl.load(index_ptr + place * index_token, mask=place < T, other=-1)
             tokens = tl.min(tl.where(index < 0, place, T), 0)
-            slots = (source, index_ptr, index_token, state_slot)
-            _several_tokens(
-                out_ptr,
-                heads_ptr,
-                slots,
-                tokens,
-                conv,
-                keys,
-                values,
-                gates,
-                norm,
-                strides,
-                scale,
-                l2norm_eps,
-                norm_eps,
-                T,
-                HV,
-                G,
-                V,
-                W,
-            )
+        slots = (slot, source, index_ptr, index_token)
+        numbers = (scale, l2norm_eps, norm_eps)
+        _value_heads(
+            *(out_ptr, heads_ptr, slots, tokens, conv, keys, values, gates, norm, strides, numbers),
+            *(G, HV, V, (T, W, triton.next_power_of_2(K) == K and triton.next_power_of_2(V) == V)),
+        )
         tl.debug_barrier()
-        _store_shifted(conv, q_new, q_channel, lane < K, tokens, T, N)
-        _store_shifted(conv, k_new, k_channel, lane < K, tokens, T, N)
-        _store_shifted(conv, v_new, v_channel + value_lane, value_mask, tokens, T, N)
+        store_shifted(conv, q_new, q_channel, lane < K, tokens, T, N)
+        store_shifted(conv, k_new, k_channel, lane < K, tokens, T, N)
+        store_shifted(conv, v_new, v_channel + value_lane, value_mask, tokens, T, N)
 
 
 _launch = Launcher(NAME, _kernel)
+VECTORS = 5, 6, 7, 10, 12  # the places of A_log, dt_bias, norm_weight, conv_bias and num_accepted
 
 
 def gdn_decode(
@@ -460,24 +271,27 @@ def gdn_decode(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Returns out, rounded once; both states are updated."""
-    lead, value_heads, width = x.shape[:-1], A_log.shape[0], conv_weight.shape[1]
-    out = torch.empty((*lead, value_heads * head_v_dim), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    z = z if z is None or z.stride(-1) == 1 else z.contiguous()
-    tokens, kept = lead[1] if len(lead) == 2 else 1, conv_state.shape[2]
-    block = triton.next_power_of_2(head_v_dim)
-    inputs = (
-        *(x, z, a, b, conv_weight, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous()),
-        *(conv_state, recurrent_state),
-        None if conv_bias is None else conv_bias.contiguous(),
-        state_indices,
-        None if num_accepted is None else num_accepted.contiguous(),
-    )
+    out = torch.empty((*x.shape[:-1], A_log.shape[0] * head_v_dim), dtype=x.dtype, device=x.device)
+    if out.numel():
+        inputs = (
+            *(x, z, a, b, conv_weight, A_log, dt_bias, norm_weight, conv_state, recurrent_state),
+            *(conv_bias, state_indices, num_accepted),
+        )
+        _plans(inputs, num_k_heads, head_k_dim, head_v_dim, l2norm_eps, norm_eps, scale)(inputs, out)
+    return out
+
+
+def _plan(
+    inputs: tuple[Any, ...], H: int, K: int, V: int, l2norm_eps: float, norm_eps: float, scale: float | None
+) -> Plan:
+    """How a call with these inputs, in the order of the kernel's parameters, is launched."""
+    x, z, a, b, conv_weight, A_log, _, _, conv_state, recurrent_state, _, state_indices, _ = inputs
+    lead, HV = x.shape[:-1], A_log.shape[0]
+    x, z = (part if part is None or part.stride(-1) == 1 else part.contiguous() for part in (x, z))
+    contiguous = [i for i, part in enumerate(inputs[:2]) if part is not None and part.stride(-1) != 1]
+    *gate_strides, group = _gate_layout(a, b, lead, H, HV)
     eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
-    numbers = head_k_dim**-0.5 if scale is None else scale, eps, norm_eps
-    *gate_strides, group = _gate_layout(a, b, lead, num_k_heads, value_heads)
+    numbers = K**-0.5 if scale is None else scale, eps, norm_eps
     fixed = (
         *_steps(x, lead),
         *((0, 0) if z is None else _steps(z, lead)),
@@ -486,10 +300,13 @@ def gdn_decode(
         *((0, 0) if state_indices is None else _steps(state_indices, lead)),
         *conv_state.stride(),
         *recurrent_state.stride(),
-        *(group, tokens, num_k_heads, head_k_dim, value_heads, head_v_dim, width, kept, min(TILE, block), AHEAD),
+        *(group, lead[1] if len(lead) == 2 else 1, H, K, HV, V, conv_weight.shape[1], conv_state.shape[2]),
     )
-    _launch((lead[0] * num_k_heads, 1, 1), inputs, (out,), numbers, fixed, WARPS)
-    return out
+    grid = lead[0] * H, 1, 1
+    return Plan(_launch, grid, inputs, numbers, fixed, WARPS, (*contiguous, *VECTORS))
+
+
+_plans = Plans(_plan)
 
 
 def _steps(tensor: torch.Tensor, lead: torch.Size) -> tuple[int, int]:

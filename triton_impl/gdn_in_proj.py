@@ -5,6 +5,8 @@ computes a block of columns that belong to one weight; weights are the left oper
 side is filled by them and its short side by the rows.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from polyfuse._torch.projections import Pair, Projection, choose, one_bias, one_
 from polyfuse._torch.streams import execute_in_parallel
 from polyfuse.spec import Capability
 from polyfuse.triton_impl._common import INTERPRETED, round_to
-from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._launch import Launcher, Plan, Plans
 
 NAME = "gdn_in_proj"
 
@@ -107,31 +109,37 @@ def _kernel(
 
 
 _launch = Launcher(NAME, _kernel, num_stages=STAGES)
-
-
-def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+BIASES = 5, 6  # their places among the inputs
 
 
 def fused(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
     """All products in one launch."""
-    hidden = x.shape[-1]
-    qkvz, ba = (torch.empty((*x.shape[:-1], p.width), dtype=x.dtype, device=x.device) for p in (large, small))
-    flat = _unit_stride(x if x.dim() == 2 else x.flatten(0, -2))
-    rows = flat.shape[0]
-    if rows == 0 or qkvz.shape[-1] + ba.shape[-1] == 0:
-        return qkvz, ba
-    weights = large.weight, large.following, small.weight, small.following
-    biases = [None if p.bias is None else _unit_stride(p.bias) for p in (large, small)]
+    lead, device = x.shape[:-1], x.device
+    qkvz = torch.empty((*lead, large.width), dtype=x.dtype, device=device)
+    ba = torch.empty((*lead, small.width), dtype=x.dtype, device=device)
+    flat = x if len(lead) == 1 else x.flatten(0, -2)
+    if flat.shape[0] and qkvz.shape[-1] + ba.shape[-1]:
+        inputs = flat, large.weight, large.following, small.weight, small.following, large.bias, small.bias
+        _plans(inputs)(inputs, qkvz, ba)
+    return qkvz, ba
+
+
+def _plan(inputs: tuple[Any, ...]) -> Plan:
+    """How a call with these inputs, in the order of the kernel's parameters, is launched."""
+    x, *weights, _, _ = inputs
+    rows, hidden = x.shape
+    spread = x.stride(1) != 1
     sizes = [0 if w is None else w.shape[0] for w in weights]
     layouts = [(0, 0) if w is None else w.stride() for w in weights]
     block_rows = min(max(LEAST_ROWS, 1 << (rows - 1).bit_length()), MOST_ROWS)
     described = [number for size, layout in zip(sizes, layouts, strict=True) for number in (size, *layout)]
-    fixed = hidden, flat.stride(0), *described, block_rows, BLOCK_N, BLOCK_K
+    fixed = hidden, hidden if spread else x.stride(0), *described, block_rows, BLOCK_N, BLOCK_K
     # Divided as Python does it: Triton's own cdiv takes microseconds on the host.
     grid = sum([-(-size // BLOCK_N) for size in sizes]), -(-rows // block_rows), 1
-    _launch(grid, (flat, *weights, *biases), (qkvz, ba), (rows,), fixed, WARPS)
-    return qkvz, ba
+    return Plan(_launch, grid, inputs, (rows,), fixed, WARPS, (0, *BIASES) if spread else BIASES)
+
+
+_plans = Plans(_plan)
 
 
 def _product(x: torch.Tensor, projection: Projection) -> torch.Tensor:

@@ -145,7 +145,7 @@ def _neighbours_state(state_before: Any) -> Any:
 
 
 def _first_slot(state_before: Any) -> Any:
-    return lambda state, slots, accepted: state_before(state, slots, None)
+    return lambda state, slots, indices, accepted: state_before(state, slots, indices, None)
 
 
 def _other_key_heads(by_token: Any) -> Any:

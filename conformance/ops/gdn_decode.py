@@ -101,7 +101,9 @@ def _token_cases() -> Iterator[Case]:
         name = f"tokens_{tokens}-padded{'-accepted' if accepted else ''}"
         fill = {"state_indices": "slots_padded", "num_accepted": "ones"}
         yield _case(name, 4, 1, 2, tokens=tokens, accepted=accepted, index="int32", fill=fill)
-    dtypes = dict.fromkeys((*_ALL_FLOATS, "conv_state", "recurrent_state"), "bfloat16")
+    fill = {"state_indices": "slots_padded", "recurrent_state": "normal"}  # some select an index of -1
+    yield _case("tokens_4-padded-accepted_before", 4, tokens=4, accepted=True, index="int32", fill=fill)
+    dtypes: dict[str, str] = dict.fromkeys((*_ALL_FLOATS, "conv_state", "recurrent_state"), "bfloat16")
     yield _case("tokens_4-bfloat16", 3, 2, 2, tokens=4, accepted=True, index="int32", dtypes=dtypes)
     yield _case("tokens_4-interleaved", 3, tokens=4, accepted=True, index="int32", interleaved=True, **SPLIT)
     layouts = dict.fromkeys(("conv_state", "recurrent_state"), "last_two_swapped") | dict.fromkeys(

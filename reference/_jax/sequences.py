@@ -17,12 +17,18 @@ def sequences(length: int, cu_seqlens: jax.Array | None) -> tuple[jax.Array, jax
 
 
 def states_before(
-    pool: jax.Array,
+    initial_state: jax.Array | None,
+    pool: jax.Array | None,
     state_indices: jax.Array | None,
     has_initial_state: jax.Array | None,
     cu_seqlens: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Return the slot of each sequence, past the last for none, and what it finds there [S, ...]: zeros for none."""
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Return the slot of each sequence in the pool, past the last for none, and what is there [S, ...], or zeros.
+
+    Without a pool there are no slots, and the states are the initial ones.
+    """
+    if pool is None:
+        return None, initial_state
     count = 1 if cu_seqlens is None else len(cu_seqlens) - 1
     slots = jnp.arange(count) if state_indices is None else state_indices
     slots = jnp.where((slots >= 0) & (slots < len(pool)), slots, len(pool))
@@ -55,3 +61,20 @@ def final_state(
     kept = jnp.take_along_axis(state, jnp.maximum(before - missing, 0)[:, None], axis=2, mode="clip")
     last = channels(x.at[rows].get(mode="clip")).transpose(0, 2, 1).astype(state.dtype)
     return jnp.where((missing > 0)[:, None], kept, last)
+
+
+def states_after(
+    x: jax.Array,
+    channels: Callable[[jax.Array], jax.Array],
+    state: jax.Array | None,
+    cu_seqlens: jax.Array | None,
+    before: int,
+    wanted: bool,
+    pool: jax.Array | None,
+    slots: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """Return `final_state`; with a pool none of it, and the pool with each sequence's new state in its slot."""
+    if pool is None:
+        return (final_state(x, channels, state, cu_seqlens, before, wanted),)
+    new = final_state(x, channels, state, cu_seqlens, pool.shape[2], True)
+    return jnp.zeros((0, pool.shape[1], before), x.dtype), pool.at[slots].set(new, mode="drop")

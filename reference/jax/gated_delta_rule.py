@@ -39,11 +39,9 @@ def gated_delta_rule(
     number, _ = sequences(rows, cu_seqlens)
     outside = (number < 0) | (number >= count)
     number = jnp.where(outside, count, number)  # of no state: what is written there is dropped
-    states = jnp.zeros((count, heads_v, width, width_v), jnp.float32) if initial_state is None else initial_state
-    slots = None
-    if state_pool is not None:
-        slots, states = states_before(state_pool, state_indices, has_initial_state, cu_seqlens)
-        states = states.astype(jnp.float32)
+    slots, before = states_before(initial_state, state_pool, state_indices, has_initial_state, cu_seqlens)
+    shape = (count, heads_v, width, width_v)
+    states = jnp.zeros(shape, jnp.float32) if before is None else before.astype(jnp.float32)
 
     def step(states: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         """The states of all sequences after a row, and its o [HV, V]."""

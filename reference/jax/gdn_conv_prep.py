@@ -9,7 +9,7 @@ from jax import lax
 
 from polyfuse.reference._jax.compilation import jit
 from polyfuse.reference._jax.projection import channels_of
-from polyfuse.reference._jax.sequences import final_state, sequences, states_before
+from polyfuse.reference._jax.sequences import sequences, states_after, states_before
 from polyfuse.reference.jax.gdn_post_conv import gates, normalised
 from polyfuse.spec import Capability
 
@@ -46,9 +46,7 @@ def gdn_conv_prep(
     width = num_k_heads * head_k_dim
     channels = channels_of(num_k_heads, head_k_dim, interleaved)
     rows = channels(x)
-    state = initial_state
-    if state_pool is not None:
-        slots, state = states_before(state_pool, state_indices, has_initial_state, cu_seqlens)
+    slots, state = states_before(initial_state, state_pool, state_indices, has_initial_state, cu_seqlens)
     c = _conv(rows, weight, bias, state, cu_seqlens)
     y = jax.nn.silu(c) if activation else c
     q, k, v = jnp.split(y, (width, 2 * width), axis=1)
@@ -58,10 +56,8 @@ def gdn_conv_prep(
         q, k = (normalised(part, l2norm_eps) for part in (q, k))
     q, k, v = (part.astype(x.dtype) for part in (q, k, v))
     results = q, k, v, *gates(a, b, A_log, dt_bias, output_g_exp)
-    if state_pool is None:
-        return *results, final_state(x, channels, state, cu_seqlens, before, output_final_state)
-    new = final_state(x, channels, state, cu_seqlens, state_pool.shape[2], True)
-    return *results, jnp.zeros((0, rows.shape[1], before), x.dtype), state_pool.at[slots].set(new, mode="drop")
+    states = states_after(x, channels, state, cu_seqlens, before, output_final_state, state_pool, slots)
+    return *results, *states
 
 
 def _conv(

@@ -65,10 +65,12 @@ def gdn_decode(
     q, k = (jnp.repeat(part, group, axis=2)[..., None] for part in (q, k))
     v = v.reshape(batch, tokens, heads_v, 1, head_v_dim)
     a, b = (part.reshape(batch * tokens, heads_v) for part in (a, b))
-    of_rows = gates(a, b, A_log, dt_bias, True)
+    of_rows = gates(a, b, A_log, dt_bias, output_g_exp=True)
     decay, beta = (part.reshape(batch, tokens, heads_v, 1, 1) for part in of_rows)
 
-    first = slots[:, 0] if accepted is None else jnp.take_along_axis(slots, accepted[:, None] - 1, axis=1)[:, 0]
+    first = slots[:, 0]
+    if accepted is not None and state_indices is not None:
+        first = jnp.where(first < 0, first, jnp.take_along_axis(state_indices, accepted[:, None] - 1, axis=1)[:, 0])
     S = jnp.where((first >= 0)[:, None, None, None], _rows(recurrent_state, first).astype(jnp.float32), 0.0)
     results = []
     for t in range(tokens):

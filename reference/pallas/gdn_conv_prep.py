@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from polyfuse.reference._jax.compilation import jit
 from polyfuse.reference._jax.projection import channels_of
-from polyfuse.reference._jax.sequences import final_state, sequences, states_before
+from polyfuse.reference._jax.sequences import sequences, states_after, states_before
 from polyfuse.reference.pallas.gdn_post_conv import CAPABILITY as CAPABILITY
 from polyfuse.reference.pallas.gdn_post_conv import fused
 
@@ -49,9 +49,7 @@ def gdn_conv_prep(
     sources = {"x": x, "weight": weight, "age": age, "number": number}
     if bias is not None:
         sources["bias"] = bias
-    state = initial_state
-    if state_pool is not None:
-        slots, state = states_before(state_pool, state_indices, has_initial_state, cu_seqlens)
+    slots, state = states_before(initial_state, state_pool, state_indices, has_initial_state, cu_seqlens)
     if state is not None:
         sources["state"] = state
     per_head = x.shape[1] // num_k_heads if interleaved else 0
@@ -71,10 +69,8 @@ def gdn_conv_prep(
     )
     channels = channels_of(num_k_heads, head_k_dim, interleaved)
     before = weight.shape[1] - 1
-    if state_pool is None:
-        return *results, final_state(x, channels, state, cu_seqlens, before, output_final_state)
-    new = final_state(x, channels, state, cu_seqlens, state_pool.shape[2], True)
-    return *results, jnp.zeros((0, len(weight), before), x.dtype), state_pool.at[slots].set(new, mode="drop")
+    states = states_after(x, channels, state, cu_seqlens, before, output_final_state, state_pool, slots)
+    return *results, *states
 
 
 def _specs(sources: dict[str, jax.Array], rows: int) -> dict[str, pl.BlockSpec]:

@@ -4,26 +4,32 @@ import json
 from dataclasses import asdict
 from functools import partial
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.profiler import ProfilerActivity
 
 pytest.importorskip("transformers")
 
 import transformers
 
 import polyfuse
-from polyfuse.bench.model import ModelBench, noting_errors, run_model_bench
+from polyfuse.bench.model import PARTS as PARTS_OF_RESULTS
+from polyfuse.bench.model import ModelBench, run_model_bench
 from polyfuse.bench.model.conv import measure_conv
-from polyfuse.bench.model.layer import layer_row, measure_layer
+from polyfuse.bench.model.layer import launches, measure_layer
+from polyfuse.bench.model.rules import delta_rules
 from polyfuse.bench.model.strategies import measure_strategies
+from polyfuse.bench.subjects.gated_delta_net import PARTS
 from polyfuse.bench.subjects.text import MODELS, TextModel
 from polyfuse.bench.timing import Clock
 from polyfuse.cli import main
+from polyfuse.cli.bench.model import command
 from polyfuse.configs import model_configs
 
-OPS = "gdn_in_proj", "gdn_conv_prep", "silu_mul_block_quant"
+OPS = "gdn_in_proj", "gdn_conv_prep", "gated_delta_rule", "gated_rms_norm", "gdn_decode", "silu_mul_block_quant"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -95,85 +101,179 @@ def test_whole_models(run):
 
 def test_layers(run):
     rows = run[0]["layer"]
-    assert [(r["phase"], r["batch"], r["tokens"]) for r in rows] == [("prefill", 1, 16), ("decode", 2, 1)]
+    calls = [("prefill", 1, 16)] * 2 + [("decode", 2, 1)] * 2
+    assert [(r["phase"], r["batch"], r["tokens"]) for r in rows] == calls
+    assert [r["variant"] for r in rows] == ["untouched", "accelerated"] * 2
     for row in rows:
-        parts = {part["part"]: part for part in row["parts"]}
-        assert list(parts) == ["gdn_in_proj", "gdn_conv_prep", "l2norm", "rest"]
-        assert sum(part["share"] for part in parts.values()) == pytest.approx(1)
-        for variant in ("untouched_us", "accelerated_us"):
-            assert sum(part[variant] for part in parts.values()) == pytest.approx(row[variant], abs=0.01)
-        assert parts["l2norm"]["accelerated_us"] == 0
-        assert row["delta_rule_us"] > 0
+        assert list(row["parts"]) == [*PARTS[row["phase"]], "rest"]
+        assert sum(row["parts"].values()) == pytest.approx(row["us"], abs=0.01)
+        assert (row["host_us"] is not None) == (row["phase"] == "decode")
+        assert row["launches"] is None
+        assert row["captured"] is False
 
 
 def test_output(run):
     data, text = run
     assert (data["model"], data["sizes"], data["layers"], data["dtype"]) == ("qwen3_5", "tiny", 4, "float32")
-    assert data["notes"] == []
+    assert data["notes"] == TextModel("qwen3_5", "cpu", tiny=True).notes
     assert "torch" in data["versions"]
-    for part in ("gdn_in_proj, us a call", "Conv to delta rule", "One layer without its delta rule", "Whole model"):
-        assert f"{part}: tiny, 4 layers, float32, on cpu" in " ".join(text.split())
-    assert "delta rule (wall)" in text
+    words = " ".join(text.split())
+    for part in ("gdn_in_proj, us a call", "Conv to delta rule", "One layer, us, decode", "Whole model"):
+        assert f"{part}: tiny, 4 layers, float32, on cpu" in words
+    assert "delta rule, accelerated: prefill by polyfuse.gated_delta_rule (torch), decode by polyfuse.gdn_dec" in words
+    assert all(f"note {note}" in words for note in data["notes"])
     assert "written:" in text
+
+
+def test_the_table_leads_with_the_best_that_a_user_had(run):
+    data, text = run
+    line = next(line for line in text.splitlines() if "prefill of 16 tokens" in line and "eager" in line)
+    before, after = (row["ms"] for row in data["rows"][:2])
+    cells = [cell.strip() for cell in line.strip("│ ").split("│")]
+    expected = ["prefill of 16 tokens", "eager", "untouched", f"{before:.2f}", f"{after:.2f}", f"{before / after:.2f}x"]
+    assert cells == expected
+
+
+def test_a_line_for_each_row_as_it_comes(run):
+    data, text = run
+    lines = text.splitlines()
+    for row in data["rows"]:
+        assert sum(line.startswith(f"model, {row['phase']} of") and row["variant"] in line for line in lines) == 1
+    assert sum(line.startswith("layer, ") for line in lines) == len(data["layer"])
+    assert sum(line.startswith("gdn_in_proj, ") for line in lines) == len(data["strategies"])
+    assert sum(line.startswith("conv, ") for line in lines) == len(data["conv"])
+
+
+def test_every_part_can_be_asked_for():
+    (option,) = [option for option in command.params if option.name == "parts"]
+    assert tuple(option.type.choices) == PARTS_OF_RESULTS
+
+
+def test_one_part(tmp_path):
+    options = ("--tiny", "--device", "cpu", "--part", "rows", "--prefill", "4", "--decode", "1", "--out", str(tmp_path))
+    result = CliRunner().invoke(main, ["bench", "model", *options])
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.iterdir()
+    data = json.loads(path.read_text())
+    assert [len(data[part]) for part in ("rows", "layer", "strategies", "conv")] == [4, 0, 0, 0]
+    assert "One layer" not in result.output
 
 
 def test_json_round_trip(dense, clock, tmp_path):
     written = []
-    result = run_model_bench(dense, [4], [1], compiled=False, on_row=lambda r: written.append(len(r.rows)))
+
+    def on_row(result, row):
+        result.write(tmp_path)
+        written.append(type(row).__name__)
+
+    result = run_model_bench(dense, [4], [1], compiled=False, on_row=on_row)
     assert json.loads(result.write(tmp_path).read_text()) == asdict(result)
-    assert written == [0] * 6 + [1, 2, 3, 4]
+    assert written == ["ModelRow"] * 4 + ["LayerRow"] * 4 + ["StrategyRow"] * 2 + ["ConvRow"] * 2
     assert result.write(tmp_path).name == f"model_qwen3_5_{ModelBench.of(dense).device[5:-1]}.json"
 
 
 def test_delta_rule_is_named(subject):
     name = f"transformers.models.{subject.name}.modeling_{subject.name}.torch_"
-    rules = ModelBench.of(subject).delta_rule
-    assert rules == {"prefill": f"{name}chunk_gated_delta_rule", "decode": f"{name}recurrent_gated_delta_rule"}
-
-
-def test_shares():
-    before = {"all": 10.0, "gdn_in_proj": 2.0, "gdn_conv_prep": 5.0, "l2norm": 1.0}
-    row = layer_row("prefill", 1, 8, before, {"all": 5.0, "gdn_in_proj": 1.0, "gdn_conv_prep": 2.0}, 7.0)
-    assert (row.untouched_us, row.accelerated_us, row.delta_rule_us) == (10.0, 5.0, 7.0)
-    parts = {p.part: (p.untouched_us, p.accelerated_us, p.saved_us, p.share) for p in row.parts}
-    assert parts == {
-        "gdn_in_proj": (2.0, 1.0, 1.0, 0.2),
-        "gdn_conv_prep": (5.0, 2.0, 3.0, 0.6),
-        "l2norm": (1.0, 0.0, 1.0, 0.2),
-        "rest": (2.0, 2.0, 0.0, 0.0),
+    with torch.no_grad():
+        found = delta_rules(subject, [("prefill", 1, 9), ("decode", 2, 1)], [])
+    assert found == {
+        "untouched": {"prefill": f"{name}chunk_gated_delta_rule", "decode": f"{name}recurrent_gated_delta_rule"},
+        "accelerated": {"prefill": "polyfuse.gated_delta_rule (torch)", "decode": "polyfuse.gdn_decode (torch)"},
     }
 
 
-@pytest.mark.parametrize(("phase", "batch", "tokens"), [("prefill", 1, 16), ("decode", 2, 1)])
-def test_parts_are_what_they_say(subject, clock, calls, phase, batch, tokens):
+@pytest.mark.parametrize(
+    ("variant", "phase", "times"),
+    [
+        ("untouched", "prefill", [2.0, 6.0, 3.0, 4.0, 5.0]),  # the second part is what is left, and timed last
+        ("accelerated", "prefill", [2.0, 3.0, 4.0, 5.0, 6.0]),
+        ("untouched", "decode", [2.0, 4.0, 3.0]),
+        ("accelerated", "decode", [2.0, 3.0, 4.0]),
+    ],
+)
+def test_parts_are_timed_alone(subject, clock, variant, phase, times):
+    batch, tokens = (1, 16) if phase == "prefill" else (2, 1)
     with torch.no_grad():
-        row = measure_layer(subject, phase, batch, tokens)
-    assert (row.untouched_us, row.accelerated_us, row.delta_rule_us) == (1.0, 6.0, 5000.0)
-    parts = {p.part: (p.untouched_us, p.accelerated_us) for p in row.parts}
-    assert parts == {"gdn_in_proj": (2.0, 7.0), "gdn_conv_prep": (3.0, 8.0), "l2norm": (4.0, 0.0), "rest": (-8.0, -9.0)}
-    # The layer; the projection alone; the projection once, and what follows it.
-    assert calls == ["gdn_in_proj", "gdn_conv_prep", "gdn_in_proj", "gdn_in_proj", "gdn_conv_prep"]
+        row = measure_layer(subject, phase, batch, tokens, variant)
+    assert row.us == 1.0
+    assert row.parts == dict(zip(PARTS[phase], times, strict=True)) | {"rest": 1.0 - sum(times)}
+    assert row.host_us == (len(times) + 2.0 if phase == "decode" else None)
     assert "forward" not in vars(subject.layer.out_proj)
 
 
-def test_between_projections_and_delta_rule_is_the_layers_own(subject):
-    parts, x = subject.parts, subject.hidden(2, 9)
-    found = {}
+def test_a_layer_that_no_graph_holds_is_timed_by_events(dense, monkeypatch):
+    def fails(self, function):
+        raise RuntimeError("operation not permitted while capturing")
+
+    monkeypatch.setattr(Clock, "device_us", fails)
+    monkeypatch.setattr(Clock, "event_us", lambda self, function, rounds: 2.0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="not permitted"):
+        measure_layer(dense, "prefill", 1, 4, "accelerated")
+    monkeypatch.setattr(dense, "captures", True)
     with torch.no_grad():
-        for variant in ("untouched", "accelerated"):
-            with subject.variant(variant), parts.no_delta_rule() as whole:
-                subject.layer(x)
-                (query, key, value), options = whole[0]
-            with subject.variant(variant), parts.no_projections(x, variant), parts.no_delta_rule(False) as part:
-                subject.layer(torch.full_like(x, torch.nan))
-                inputs, settings = part[0]
-            for a, b in zip(inputs, (query, key, value), strict=True):
-                assert torch.equal(a, b)
-            normalises = settings["use_qk_l2norm_in_kernel"]
-            assert normalises == options["use_qk_l2norm_in_kernel"] == (variant == "untouched")
-            found[variant] = [*(parts.l2norm(query, key) if normalises else (query, key)), value, settings["g"]]
-    for a, b in zip(found["untouched"], found["accelerated"], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        row = measure_layer(dense, "prefill", 1, 4, "accelerated")
+    assert (row.captured, row.us) == (False, 2.0)
+    assert row.parts == dict.fromkeys(PARTS["prefill"], 2.0) | {"rest": -8.0}
+
+
+def test_ops_of_an_accelerated_layer(subject, clock, calls):
+    with torch.no_grad():
+        measure_layer(subject, "prefill", 1, 16, "accelerated")
+    layer = ["gdn_in_proj", "gdn_conv_prep", "gated_delta_rule", "gated_rms_norm"]
+    assert calls == layer * 3  # the layer, the layer with its parts noted, and each part alone
+
+
+@pytest.mark.parametrize("variant", ["untouched", "accelerated"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_parts_get_the_layers_own_tensors(subject, phase, variant):
+    parts, x = subject.parts, subject.hidden(*((1, 9) if phase == "prefill" else (2, 1)))
+    with torch.no_grad(), subject.variant(variant):
+        call = partial(subject.layer, x, subject.cache(2) if phase == "decode" else None)
+        found = parts.calls(phase, variant, call)
+        (projected,) = found["in projections"].args[0][:1]
+        assert torch.equal(projected.args[0].flatten(0, -2), x.flatten(0, 1))
+        if phase == "prefill":  # without states, a call changes nothing that the next one reads
+            (last,) = found["out projection"].args[0]
+            assert torch.equal(last(), call())
+    expected = list(PARTS[phase])
+    if variant == "untouched":
+        del expected[1]
+    assert list(found) == expected
+
+
+def test_what_is_left_of_an_untouched_layer_computes_nothing_that_is_a_part(subject):
+    parts, x = subject.parts, subject.hidden(1, 9)
+    with torch.no_grad():
+        whole = subject.layer(x)
+        with parts.what_is_left("prefill", "untouched", partial(subject.layer, x)):
+            assert torch.equal(subject.layer(torch.full_like(x, torch.nan)), whole)
+        assert subject.layer(torch.full_like(x, torch.nan)).isnan().all()
+
+
+def test_launches_are_those_of_a_cuda_device(monkeypatch):
+    assert launches(lambda: 1 / 0, "cpu") is None
+    made = ["CPU", "CUDA", "CUDA"]
+
+    class Profile:
+        def __init__(self, activities):
+            assert ProfilerActivity.CUDA in activities
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            calls.append("end")
+
+        def events(self):
+            return [SimpleNamespace(device_type=SimpleNamespace(name=kind)) for kind in made]
+
+    calls = []
+    monkeypatch.setattr("polyfuse.bench.model.layer.profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(device))
+    assert launches(lambda: calls.append("call"), "cuda:0") == 2
+    assert calls == ["call", "cuda:0", "end"]
+    made.clear()
+    assert launches(lambda: None, "cuda:0") is None
 
 
 def test_fp8_mlps(clock, calls):
@@ -185,12 +285,11 @@ def test_fp8_mlps(clock, calls):
         with subject.variant("accelerated"):
             accelerated = subject.mlp(x)
         assert calls == ["silu_mul_block_quant"]
-        row = measure_layer(subject, "prefill", 1, 16)
+        row = measure_layer(subject, "prefill", 1, 16, "accelerated")
     assert torch.equal(untouched, accelerated)
     assert 0 < float((untouched - plain).norm() / plain.norm()) < 0.1
-    assert (row.untouched_us, row.accelerated_us) == (1.0 + 6.0, 7.0 + 10.0)
-    assert [part.part for part in row.parts][-2:] == ["silu_mul_block_quant", "rest"]
-    assert sum(part.share for part in row.parts) == pytest.approx(1)
+    assert list(row.parts) == [*PARTS["prefill"], "MLP", "rest"]
+    assert (row.us, row.parts["MLP"], row.parts["rest"]) == (1.0 + 7.0, 7.0, 1.0 - 20.0)
 
 
 def test_strategies(dense, clock, calls):
@@ -230,14 +329,19 @@ def test_cache_holds_the_context_of_every_sequence(subject):
     assert torch.equal(keys[0], keys[2])
 
 
-def test_graphs_that_cannot_be_captured_are_noted():
-    def rows():
-        yield 1
+def test_what_cannot_be_captured_is_noted_and_the_rest_goes_on(dense, monkeypatch):
+    monkeypatch.setattr(dense, "captures", True)
+
+    def fails(self, function):
         raise RuntimeError("operation not permitted\nwhile capturing")
 
-    notes = []
-    assert list(noting_errors(rows(), notes)) == [1]
-    assert notes == ["decode in a graph: operation not permitted"]
+    monkeypatch.setattr(Clock, "device_us", fails)
+    result = run_model_bench(dense, [4], [1], parts=["rows"])
+    assert [(row.phase, row.mode) for row in result.rows] == [("prefill", "eager")] * 2 + [("decode", "eager")] * 2
+    assert result.notes[len(dense.notes) :] == [
+        "decode of 1, graph, untouched: operation not permitted",
+        "decode of 1, graph, accelerated: operation not permitted",
+    ]
 
 
 @pytest.mark.parametrize(("name", "file"), [("qwen3_next", "qwen3_next_80b"), ("qwen3_5_moe", "qwen3_5_35b_a3b")])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from polyfuse.bench.limits import draw, lines
-from polyfuse.bench.page import bytes_us, caption, ops, read, render, short, table
+from polyfuse.bench.page import bytes_us, caption, layers, ops, read, render, rules, short, table, whole_model
 from polyfuse.spec import SpecError
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +51,52 @@ def test_ops_stand_beside_the_time_of_their_bytes():
     assert last == "| qwen3_next_80b L8 | 15.0 | 20.0 | 40.0 | 180 | 30.0 |"
     last = ops([BENCH | {"rows": [ROW | {"compile_ratio": None}]}]).splitlines()[-1]
     assert last == "| qwen3_next_80b L8 | 15.0 | 20.0 | - | 180 | 30.0 |"
+
+
+CALL = {"phase": "prefill", "batch": 1, "tokens": 2048, "mode": "eager"}
+
+
+def test_gains_are_over_the_best_that_a_user_had():
+    times = {"untouched": 8.0, "untouched + fla": 3.0, "accelerated": 2.0, "accelerated + fla": 1.5}
+    lines = whole_model({"rows": [CALL | {"variant": name, "ms": ms} for name, ms in times.items()]}).splitlines()
+    assert lines == [
+        "| whole model | mode | best before | ms | accelerated, ms | gain | accelerated + fla, ms | gain "
+        "| untouched, ms | untouched + fla, ms |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| prefill of 2,048 tokens | eager | untouched + fla | 3.00 | 2.00 | 1.50x | 1.50 | 2.00x | 8.00 | 3.00 |",
+    ]
+
+
+def test_a_call_that_lacks_a_variant():
+    rows = [CALL | {"variant": "accelerated", "ms": 2.0}, CALL | {"variant": "untouched", "tokens": 8, "ms": 4.0}]
+    assert whole_model({"rows": rows}).splitlines()[2:] == [
+        "| prefill of 2,048 tokens | eager | - | - | 2.00 | - |",
+        "| prefill of 8 tokens | eager | untouched | 4.00 | - | - |",
+    ]
+
+
+def test_a_layer_by_its_parts():
+    prefill = {"phase": "prefill", "batch": 1, "tokens": 64, "captured": False, "host_us": None, "launches": None}
+    decode = {"phase": "decode", "batch": 16, "tokens": 1, "captured": True, "host_us": 301.6, "launches": 31}
+    rows = [
+        prefill | {"variant": "untouched", "us": 9.0, "parts": {"conv to rule": 4.0, "rest": 5.0}},
+        prefill | {"variant": "accelerated", "us": 2.0, "parts": {"rest": 2.0}},
+        decode | {"variant": "accelerated", "us": 3.0, "parts": {"rest": 3.0}},
+    ]
+    first, second = layers({"layer": rows}).split("\n\n")
+    assert first.splitlines()[0] == "| one layer |  | all, us | conv to rule, us | rest, us |"
+    assert first.splitlines()[2:] == [
+        "| prefill of 64 tokens | untouched, not captured | 9.00 | 4.00 | 5.00 |",
+        "| prefill of 64 tokens | accelerated, not captured | 2.00 | - | 2.00 |",
+    ]
+    assert second.splitlines()[0] == "| one layer |  | all, us | rest, us | host, us | launches |"
+    assert second.splitlines()[2:] == ["| decode of 16 sequences | accelerated | 3.00 | 3.00 | 302 | 31 |"]
+
+
+def test_rules_by_variant():
+    found = {"untouched": {"prefill": "a", "decode": "b"}, "accelerated": {"prefill": "c"}}
+    assert rules({"delta_rule": found}) == "- untouched: prefill by `a`, decode by `b`\n- accelerated: prefill by `c`"
+    assert rules({"delta_rule": {"prefill": "a", "decode": "b"}}) == "- all: prefill by `a`, decode by `b`"
 
 
 def test_a_table_has_its_numbers_to_the_right():

@@ -12,8 +12,7 @@ from polyfuse.cli import main
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 HEADER = {"device": "cuda (NVIDIA H200)", "model": "qwen3_5", "sizes": "Qwen3.5-9B", "dtype": "bfloat16", "layers": 4}
-PART = {"untouched_us": 9.0, "accelerated_us": 4.0, "saved_us": 5.0, "share": 1.0}
-LAYER = {"batch": 1, "tokens": 8, "untouched_us": 9.0, "accelerated_us": 4.0}
+LAYER = {"batch": 1, "tokens": 8, "us": 9.0, "parts": {"delta rule": 5.0, "gated norm": 4.5, "rest": -0.5}}
 ROW = {"batch": 16, "context": 2048, "tokens": 16, "mode": "graph", "ms": 2.0, "tokens_per_s": 8000.0}
 MODEL = HEADER | {
     "versions": {"torch": "2.11.0", "triton": "3.6.0"},
@@ -26,11 +25,15 @@ MODEL = HEADER | {
         {"tokens": 8, "variant": "one pass", "us": 3.0, "ratio": 1.0},
         {"tokens": 8, "variant": "separate", "us": 9.0, "ratio": 3.0},
     ],
-    "layer": [LAYER | {"phase": phase, "parts": [PART | {"part": "gdn_in_proj"}]} for phase in ("prefill", "decode")],
+    "layer": [
+        LAYER | {"phase": phase, "variant": variant}
+        for phase in ("prefill", "decode")
+        for variant in ("untouched + fla", "accelerated")
+    ],
     "rows": [
         ROW | {"phase": phase, "variant": variant}
         for phase in ("prefill", "decode")
-        for variant in ("untouched", "accelerated")
+        for variant in ("untouched", "untouched + fla", "accelerated")
     ],
 }
 
@@ -58,6 +61,7 @@ def invoke(*args):
             ["qwen3_vl, 27 layers, bfloat16", "500 requests, 4333 items", "latency (ms)", "rows of pixels"],
         ),
         ("encoder_2x_h200", ["2 ranks", "50 requests, 1000 items"]),
+        ("model_qwen3_5_h200", ["Qwen3.5-9B, 4 layers, bfloat16 on", "Prefill, whole model", "time (ms)"]),
     ],
 )
 def test_committed_results(name, texts, tmp_path):
@@ -78,18 +82,51 @@ def test_model(model, tmp_path):
     titles = [
         "Prefill, whole model",
         "Decode after 2048 tokens",
-        "delta rule, decode",
+        "One layer, prefill of 8 tokens",
+        "From projection to delta rule",
         "in_proj, eager",
         "in_proj, captured",
     ]
     for text in (
         *titles,
         "Qwen3.5-9B, 4 layers, bfloat16 on",
-        "tokens/s",
-        "time per step (ms)",
-        "device time, of one pass",
+        "time (ms)",
+        "device time (µs)",
+        "untouched + fla",
+        "gated norm",
     ):
         assert text in figure
+
+
+def test_a_panel_of_dots():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from polyfuse.bench.plots.figure import dots
+
+    axis = Figure().subplots()
+    dots(axis, ["a", "b"], {"before": [1.0, None], "after": [0.5, 20.0]}, "Title", "ms")
+    assert axis.get_xscale() == "log"
+    assert not axis.patches  # no bars
+    shown = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axis.lines}
+    assert shown == {"before": [(1.0, 0)], "after": [(0.5, 0), (20.0, 1)]}
+    assert axis.get_ylim() == (1.5, -0.5)
+
+
+def test_the_layer_is_that_of_the_largest_call():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from polyfuse.bench.plots.model import model_panels
+
+    larger = LAYER | {"phase": "prefill", "tokens": 64, "us": 90.0, "variant": "untouched"}
+    rows = [larger | {"tokens": 8, "us": 9.0}, larger, larger | {"variant": "accelerated", "us": 30.0}]
+    (draw,) = model_panels(EMPTY | {"layer": rows}).draws
+    axis = Figure().subplots()
+    draw(axis)
+    assert axis.get_title() == "One layer, prefill of 64 tokens"
+    # The whole, and the parts that take time: `rest` is less than nothing.
+    assert [list(line.get_xdata()) for line in axis.lines] == [[90.0, 5.0, 4.5], [30.0, 5.0, 4.5]]
 
 
 def test_same_results_give_the_same_file(tmp_path):

@@ -13,6 +13,7 @@ import torch
 
 import polyfuse
 from polyfuse import BackendError, SpecError, Unsupported
+from polyfuse.configs import platform_order
 from polyfuse.dispatch import Backend, Device, Implementation, registry
 from polyfuse.dispatch._select import clear_settings, preference
 from polyfuse.spec import OPS, Capability, Deferral
@@ -245,6 +246,49 @@ def test_a_device_of_its_own_brings_its_backend_first(monkeypatch):
     assert wanted.names == ("ours", "torch")
     assert wanted.source == "backends of other packages for npu, then configs/platforms/default.yaml"
     assert preference(OP, "torch", Device("cuda"), None).names == ("triton", "torch")
+
+
+def rows_on_the_cpu(**kwargs):
+    """What would run a call of the op whose default on CUDA names a backend of another package."""
+    x = torch.zeros(2, 1, 8)
+    return polyfuse.explain("gated_delta_rule", x, x, x, torch.zeros(2, 1), torch.zeros(2, 1), **kwargs)
+
+
+@pytest.fixture
+def defaults_of_cuda(monkeypatch):
+    """Let calls on the CPU be preferred as those on CUDA are."""
+    order = platform_order("cuda", "torch", "gated_delta_rule")
+    assert order == (("fla", "triton", "torch"), "configs/platforms/cuda.yaml")
+    monkeypatch.setattr("polyfuse.dispatch._select.platform_order", lambda *_: order)
+
+
+def test_a_default_skips_a_name_that_no_installed_package_has(defaults_of_cuda, caplog):
+    with caplog.at_level(logging.WARNING, "polyfuse"):
+        decision = rows_on_the_cpu()
+    assert decision.preference.names == ("triton", "torch")
+    assert "fla" not in str(decision) + caplog.text
+    with polyfuse.use_backend(strict=True):
+        assert [c.reason for c in rows_on_the_cpu().candidates if c.name == "torch"] == [
+            "strict mode allows triton only"
+        ]
+    with pytest.raises(BackendError, match="backend: expected one of numpy, jax, pallas, torch, triton, got 'fla'"):
+        rows_on_the_cpu(backend="fla")
+
+
+def test_a_default_begins_with_the_backend_of_another_package_once_it_is_there(defaults_of_cuda):
+    version = {"gated_delta_rule": OPS["gated_delta_rule"].version}
+    registry().add(Backend("fla", "torch", "polyfuse.torch_impl", implements=version))
+    decision = rows_on_the_cpu()
+    assert (decision.winner, decision.preference.names) == ("fla", ("fla", "triton", "torch"))
+
+
+def test_a_default_says_that_a_backend_of_an_installed_package_is_broken(defaults_of_cuda, caplog):
+    registry().problems.append(("fla", "two installed packages provide it"))
+    x = torch.zeros(2, 1, 8)
+    with caplog.at_level(logging.WARNING, "polyfuse"):
+        polyfuse.gated_delta_rule(x, x, x, torch.zeros(2, 1), torch.zeros(2, 1))
+    text = "gated_delta_rule: fla does not run this call (backend 'fla': two installed packages provide it), trying the"
+    assert text in caplog.text
 
 
 def test_any_other_exception_is_a_bug_and_propagates(monkeypatch):

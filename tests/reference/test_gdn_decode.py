@@ -216,6 +216,13 @@ def test_padding_tokens() -> None:
     assert new[[0, 2, 3], 0].tolist() == [[7, 8, 9]] * 3
 
 
+def test_an_accepted_slot_behind_padding_is_read() -> None:
+    x = array([X, X, X])
+    indices, count = np.array([[0, -1, 1]]), np.array([3])
+    _, _, S = gdn_decode(**arguments(x, *pools([8, 8], [10, 20], columns=3), state_indices=indices, num_accepted=count))
+    close(S, [25, 31, 10, 20])
+
+
 def test_an_accepted_slot_of_none_reads_zero() -> None:
     x = array([X, X])
     values = arguments(x, *pools([10, 20], columns=2), state_indices=np.array([[0, -1]]), num_accepted=np.array([2]))
@@ -230,7 +237,7 @@ def test_no_sequences(columns: int) -> None:
     assert conv_state.shape == (1, 4, columns)
 
 
-BAD = {
+BAD: dict[str, dict[str, Any]] = {
     "z: expected an array, got None": {"z": None},
     "z: expected None with interleaved=True": {"interleaved": True, "x": np.zeros((1, 6), np.float32)},
     "norm_eps: expected a finite number > 0": {"norm_eps": 0.0},

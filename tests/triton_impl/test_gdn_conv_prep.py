@@ -193,6 +193,7 @@ def test_compiles_for_hopper_with_16_byte_accesses(run_uninterpreted: Callable[[
     """Sizes and number of stores, number of loads of 16 bytes and of those fetched ahead, what spills; without a GPU.
 
     First one sequence with all that is optional absent, then several with all of it; then both of an interleaved x,
-    which is read in accesses of the same size.
+    which is read in accesses of the same size; and last several that have their states in a pool.
     """
-    assert run_uninterpreted(COMPILE) == ["v4.b32 18 11 24 []", "v4.b32 18 22 24 []"] * 2
+    one, several = "v4.b32 18 11 24 []", "v4.b32 18 22 24 []"
+    assert run_uninterpreted(COMPILE) == [one, several, one, several, several]

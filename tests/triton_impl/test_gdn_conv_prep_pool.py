@@ -117,10 +117,10 @@ for dtype, rows, key_head in (("*bf16", True, 0), ("*fp32", True, 768), ("*fp32"
     constants |= dict(pool_channel=1) if rows else dict(pool_column=1)
     aligned = [n for n in types if n.endswith(("_ptr", "x_row", "_slot", "_column")) and n not in constants]
     code, spilled = compile_for_hopper(_update_pool, types, constants, aligned, warps=4)
-    found = [[m.start() for m in re.finditer(name, code)] for name in ("bar.sync", "ld.global", "st.g")]
-    barriers, loads, stores = found
+    found = {n: [m.start() for m in re.finditer(n, code)] for n in ("bar.sync", "ld.global", "st.global")}
+    last, first = max(found["ld.global"]), min(found["st.global"])
     wide = set(re.findall(r"st\\.global\\S*?\\.(v4\\.b32|\\w+) ", code))
-    print(any(max(loads) < barrier < min(stores) for barrier in barriers), *wide, spilled)
+    print(any(last < barrier < first for barrier in found["bar.sync"]), *wide, spilled)
 """
 
 

@@ -6,17 +6,26 @@ is added by hand when the file is committed: a new run drops it, and the page is
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from polyfuse.bench.baseline import compare, size_of, variants_of
 from polyfuse.spec import fail
 
 TEMPLATE = "page.md.j2"
 FIGURE = "limit_h200.svg"  # drawn by `polyfuse.bench.limits`; the others by `polyfuse bench plot`
-NAMED_VERSIONS = {"torch": "PyTorch", "triton": "Triton", "jax": "JAX", "transformers": "Transformers"}
+NAMED_VERSIONS = {
+    "torch": "PyTorch",
+    "triton": "Triton",
+    "jax": "JAX",
+    "transformers": "Transformers",
+    "flash-linear-attention": "FLA",
+    "flash-qla": "FlashQLA",
+    "causal-conv1d": "causal-conv1d",
+}
 
 Result = Mapping[str, Any]
 Cells = Sequence[object]
@@ -40,6 +49,7 @@ def render(benchmarks: Path) -> str:
         "trace": lambda name: trace(results[name]["trace"]),
         "parallel": lambda name: parallel(results[name]["parallel"]),
         "soak": lambda name: soak(results[name]),
+        "rules": lambda name: rules(results[name]),
         "layers": lambda name: layers(results[name]),
         "whole_model": lambda name: whole_model(results[name]),
         "conv": lambda name: conv(results[name]),
@@ -179,31 +189,61 @@ def soak(data: Result) -> str:
     return table(("", "count"), rows)
 
 
-def _size(row: Result) -> str:
-    if row["phase"] == "prefill":
-        return f"prefill of {row['tokens']:,} tokens"
-    return f"decode of {row['batch']} sequence{'s' if row['batch'] > 1 else ''}"
+def rules(data: Result) -> str:
+    """Which delta rule ran in each variant, as a list."""
+    found = data["delta_rule"]
+    if "prefill" in found:  # of a file from before there were variants with FLA
+        found = {"all": found}
+    lines = []
+    for variant, phases in found.items():
+        lines.append(f"- {variant}: " + ", ".join(f"{phase} by `{name}`" for phase, name in phases.items()))
+    return "\n".join(lines)
 
 
 def layers(data: Result) -> str:
-    """One Gated DeltaNet layer without its delta rule, and the delta rule beside it."""
+    """One Gated DeltaNet layer by its parts, a table for each phase."""
+    if any("variant" not in row for row in data["layer"]):
+        return _layers_without_rule(data)
+    tables = []
+    for phase in ("prefill", "decode"):
+        rows = [row for row in data["layer"] if row["phase"] == phase]
+        parts = list(dict.fromkeys(part for row in rows for part in row["parts"]))
+        host = {"host_us": "host, us", "launches": "launches"} if phase == "decode" else {}
+        lines: list[Cells] = []
+        for row in rows:
+            times = (short(row["parts"].get(part)) for part in parts)
+            counts = ("-" if row[key] is None else round(row[key]) for key in host)
+            variant = row["variant"] if row["captured"] else f"{row['variant']}, not captured"
+            lines.append((size_of(row), variant, short(row["us"]), *times, *counts))
+        columns = ("one layer", "", "all, us", *(f"{part}, us" for part in parts), *host.values())
+        tables.append(table(columns, lines, texts=2))
+    return "\n\n".join(tables)
+
+
+def _layers_without_rule(data: Result) -> str:
+    """The same of a file from before the delta rule was one of the parts."""
     rows = [
-        (_size(row), *(short(row[key]) for key in ("untouched_us", "accelerated_us", "delta_rule_us")))
+        (size_of(row), *(short(row[key]) for key in ("untouched_us", "accelerated_us", "delta_rule_us")))
         for row in data["layer"]
     ]
-    return table(("one layer", "untouched, us", "accelerated, us", "the delta rule beside it, us"), rows)
+    return table(("one layer without its delta rule", "untouched, us", "accelerated, us", "the delta rule, us"), rows)
 
 
 def whole_model(data: Result) -> str:
-    """Whole calls, untouched and accelerated."""
-    times: dict[tuple[str, str], dict[str, float]] = {}
-    for row in data["rows"]:
-        times.setdefault((_size(row), row["mode"]), {})[row["variant"]] = row["ms"]
-    rows: Iterator[Cells] = (
-        (size, mode, short(ms["untouched"]), short(ms["accelerated"]), f"{ms['untouched'] / ms['accelerated']:.2f}x")
-        for (size, mode), ms in times.items()
-    )
-    return table(("whole model", "mode", "untouched, ms", "accelerated, ms", "gain"), rows, texts=2)
+    """Whole calls: the best that a user had before, each accelerated variant over it, and all untouched ones."""
+    before, after = variants_of(data["rows"])
+    others = before if len(before) > 1 else []
+    lines: list[Cells] = []
+    for call in compare(data["rows"]):
+        best = call.before
+        cells = [best or "-", short(call.ms[best] if best else None)]
+        for variant in after:
+            gain = call.gain(variant)
+            cells += [short(call.ms.get(variant)), f"{gain:.2f}x" if gain else "-"]
+        lines.append((call.size, call.call["mode"], *cells, *(short(call.ms.get(name)) for name in others)))
+    gains = [heading for variant in after for heading in (f"{variant}, ms", "gain")]
+    columns = ("whole model", "mode", "best before", "ms", *gains, *(f"{name}, ms" for name in others))
+    return table(columns, lines, texts=3)
 
 
 def conv(data: Result) -> str:

@@ -1,7 +1,7 @@
 """From a public function's arguments to a running backend: plan, call, and what is known of the calls so far."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -64,7 +64,7 @@ def _execute(op: Calls, plan: Plan, args: tuple[Any, ...]) -> Any:
     if plan.convert_to:
         result = _converted_back(op, plan, given, args, result)
     if plan.updated and plan.convert_back == "torch":
-        _count_versions(given[i] for i in plan.updated)
+        _count_versions([given[i] for i in plan.updated])
     return result
 
 
@@ -79,7 +79,7 @@ def _converted(plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _converted_back(op: Calls, plan: Plan, given: tuple[Any, ...], args: tuple[Any, ...], result: Any) -> Any:
     """What the caller's family returns, of a call in another one; torch's updated arguments are written here."""
-    results = result if isinstance(result, tuple) else (result,)
+    results: tuple[Any, ...] = result if isinstance(result, tuple) else (result,)
     if plan.convert_to == "torch":
         results = (*results, *(args[i] for i in plan.updated))
     converted = tuple(convert(r, plan.convert_back) for r in results)
@@ -88,14 +88,13 @@ def _converted_back(op: Calls, plan: Plan, given: tuple[Any, ...], args: tuple[A
         for i, new in zip(plan.updated, converted[outputs:], strict=True):
             given[i].copy_(new)
         converted = converted[:outputs]
-    return converted if len(converted) > 1 else converted[0]
+    return converted[0] if len(converted) == 1 else converted
 
 
-def _count_versions(tensors: Iterable[Any]) -> None:
+def _count_versions(tensors: Sequence[Any]) -> None:
     """Let autograd know that a kernel wrote to these tensors."""
-    from torch.autograd.graph import increment_version
-
-    increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+    counted = [tensor for tensor in tensors if not tensor.is_inference()]
+    sys.modules["torch.autograd.graph"].increment_version(counted)
 
 
 def _next_willing(

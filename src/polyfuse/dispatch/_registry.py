@@ -158,6 +158,10 @@ class Registry:
         """Every usable or not yet loaded name, loading nothing."""
         return tuple(dict.fromkeys((*self._backends, *self._plugins)))
 
+    def provides(self, name: str) -> bool:
+        """Whether polyfuse or an installed package has a backend of that name, usable or not."""
+        return name in self.names() or any(name == problem for problem, _ in self.problems)
+
     def get(self, name: str) -> Backend:
         """The backend of that name. Raises `BackendError` if it is unknown or cannot be loaded."""
         if name in self._plugins:

@@ -106,7 +106,7 @@ def check_known(name: str, source: str) -> None:
         registry().get(name)
     except BackendError as error:
         known = list(registry().names())
-        if any(name == broken for broken, _ in registry().problems):
+        if registry().provides(name):
             raise
         expected = f"{source}: expected one of {', '.join(known)}, got {name!r}"
         raise BackendError(expected + did_you_mean(name, known).partition("; known are")[0]) from error
@@ -230,6 +230,8 @@ def preference(op: str, family: str, device: Device, names: tuple[str, ...] | No
         own = tuple(name for name in highest.names if _family(name) in (family, None))
         return Preference(own or highest.names, highest.source, True, converts=not own)
     order, source = platform_order(device.kind, family, op)
+    # A default may name backends of other packages, which nobody has to install.
+    order = tuple(name for name in order if registry().provides(name))
     own = _plugins_of(device.kind) if source.endswith("default.yaml") else ()
     if own:
         source = f"backends of other packages for {device.kind}, then {source}"

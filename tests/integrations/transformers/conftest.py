@@ -21,10 +21,10 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def op_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the ops in the order of their calls."""
-    from tests.integrations.transformers.gated_delta_net_models import spy
+    from tests.integrations.transformers.gated_delta_net_models import DECODE, PREFILL, spy
 
     seen: list[str] = []
-    for name in ("gdn_in_proj", "gdn_conv_prep"):
+    for name in {*PREFILL, *DECODE}:
         monkeypatch.setattr(polyfuse, name, spy(seen, name, getattr(polyfuse, name)))
     return seen
 

@@ -18,17 +18,19 @@ TINY |= {"linear_value_head_dim": 16, "linear_conv_kernel_dim": 4}
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 EXPERTS |= {"shared_expert_intermediate_size": 32}
 
+# The ops of one call of a layer, in order.
+PREFILL = ["gdn_in_proj", "gdn_conv_prep", "gated_delta_rule", "gated_rms_norm"]
+DECODE = ["gdn_in_proj", "gdn_decode"]
+
 # Of the largest logit: sums of 64 to 96 terms in another order, 90 roundings at worst, in each of two layers.
 BOUND = 1e-5
-# Of the error that Transformers makes in bfloat16: as many roundings, not the same ones.
-BFLOAT16 = 1.1
 
 
-def build(family: str = "Qwen3_5", dtype: torch.dtype = torch.float32, kinds: list[str] = KINDS) -> Any:
+def build(family: str = "Qwen3_5", dtype: torch.dtype = torch.float32, kinds: list[str] = KINDS, seed: int = 0) -> Any:
     """A tiny model, with conv weights that make its layers matter."""
     config = getattr(transformers, f"{family}{FAMILIES[family]}Config")
     experts = {} if family == "Qwen3_5" else EXPERTS
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     settings = config(**TINY, **experts, layer_types=kinds, num_hidden_layers=len(kinds))
     model = getattr(transformers, f"{family}ForCausalLM")._from_config(settings, dtype=dtype).eval()
     for layer in gated_delta_nets(model).values():
@@ -46,13 +48,19 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def hidden(rows: int, length: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(rows, length, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+def hidden(rows: int, length: int, dtype: torch.dtype = torch.float32, seed: int = 3) -> torch.Tensor:
+    return torch.randn(rows, length, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     return model(ids, **kwargs).logits
+
+
+def in_parts(model: Any, ids: torch.Tensor, lengths: list[int], cache: Any = None) -> torch.Tensor:
+    """The logits of tokens that are given in parts of these lengths, with a cache between them."""
+    cache = transformers.DynamicCache(config=model.config) if cache is None else cache
+    return torch.cat([logits(model, part, past_key_values=cache) for part in ids.split(lengths, dim=1)], dim=1)
 
 
 def change(old: torch.Tensor, new: torch.Tensor) -> float:

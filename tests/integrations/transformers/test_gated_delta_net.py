@@ -1,7 +1,9 @@
 """Gated DeltaNet layers of Qwen3-Next, Qwen3.5 and Qwen3.5-MoE on the ops, against the same layers as they are."""
 
 import copy
+import math
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,16 +14,18 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from polyfuse.integrations.transformers import _gated_delta_net, accelerate, report
+from polyfuse.integrations.transformers import _gated_delta_net_checks, accelerate, report
 from tests.integrations.transformers.gated_delta_net_models import (
-    BFLOAT16,
     BOUND,
+    DECODE,
     FAMILIES,
     KINDS,
+    PREFILL,
     build,
     build_layer,
     change,
     hidden,
+    in_parts,
     logits,
     states,
     tokens,
@@ -35,19 +39,23 @@ def test_logits_are_transformers_within_rounding(family: str, shape: tuple[int, 
     before = logits(model, tokens(*shape))
     assert accelerate(model) is model
     assert change(before, logits(model, tokens(*shape))) <= BOUND
-    assert op_calls == ["gdn_in_proj", "gdn_conv_prep"] * 2
+    assert op_calls == PREFILL * 2
     with torch.no_grad():
         model.model.layers[0].linear_attn.conv1d.weight[-1] *= 1.01
     assert change(before, logits(model, tokens(*shape))) > BOUND
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_is_as_accurate_as_transformers(family: str) -> None:
-    model = build(family, torch.bfloat16)
-    exact = logits(copy.deepcopy(model).float(), tokens(4, 64))
-    before = logits(model, tokens(4, 64)) - exact
-    after = logits(accelerate(model), tokens(4, 64)) - exact
-    assert 0 < float(after.norm()) <= BFLOAT16 * float(before.norm())
+@pytest.mark.parametrize("models", [4, pytest.param(30, marks=pytest.mark.slow)])
+def test_bfloat16_is_as_accurate_as_transformers(models: int) -> None:
+    """Over random models, in prefill and decode: as the roundings are other ones, a single model may be worse."""
+    ratios = []
+    for family, seed in product(FAMILIES, range(models)):
+        model, ids = build(family, torch.bfloat16, seed=seed), tokens(4, 64, seed)
+        exact = in_parts(copy.deepcopy(model).float(), ids, [56, *[1] * 8])
+        before = in_parts(model, ids, [56, *[1] * 8]) - exact
+        after = in_parts(accelerate(model), ids, [56, *[1] * 8]) - exact
+        ratios.append(float(after.norm() / before.norm()))
+    assert math.exp(sum(map(math.log, ratios)) / len(ratios)) < 1
 
 
 @pytest.mark.parametrize("padding", [0, 5])
@@ -61,14 +69,15 @@ def test_generation_is_identical(family: str, padding: int, op_calls: list[str])
     after = accelerate(model).generate(ids, **options)
     assert before.shape == (2, 33)
     assert torch.equal(before, after)
-    assert len(op_calls) == 24 * 4
+    assert op_calls == PREFILL * 2 + DECODE * 2 * 23
 
 
-def test_beam_search_is_identical(op_calls: list[str]) -> None:
-    model, options = build(), {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beam_search_is_identical(family: str, op_calls: list[str]) -> None:
+    model, options = build(family), {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     before = model.generate(tokens(2, 9), **options)
     assert torch.equal(before, accelerate(model).generate(tokens(2, 9), **options))
-    assert len(op_calls) == 8 * 4
+    assert op_calls == PREFILL * 2 + DECODE * 2 * 7
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,15 +101,6 @@ def test_cache_is_what_transformers_leaves(family: str) -> None:
         assert (new_recurrent.shape, new_recurrent.dtype) == (old_recurrent.shape, old_recurrent.dtype)
         assert change(old_recurrent, new_recurrent) <= BOUND
     assert new.layers[0].has_previous_state == old.layers[0].has_previous_state
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_in_chunks_is_the_prompt(family: str) -> None:
-    model, ids = accelerate(build(family)), tokens(2, 40)
-    whole = logits(model, ids)
-    cache = transformers.DynamicCache(config=model.config)
-    parts = [logits(model, part, past_key_values=cache) for part in ids.split([17, 2, 1, 20], dim=1)]
-    assert change(whole, torch.cat(parts, dim=1)) <= BOUND
 
 
 def test_gradients_are_transformers() -> None:
@@ -207,14 +207,14 @@ def test_a_class_with_another_signature_runs_its_own_forward(op_calls: list[str]
 
     forward.__module__ = cls.__module__
     monkeypatch.setattr(cls, "forward", forward)
-    _gated_delta_net._parameters.cache_clear()
+    _gated_delta_net_checks._parameters.cache_clear()
     try:
         with torch.no_grad():
             assert torch.equal(accelerate(layer)(hidden(1, 2)), hidden(1, 2))
             assert layer(hidden(1, 2), 3) == 3
         assert report(layer).parts[0].reason == "its forward has another signature"
     finally:
-        _gated_delta_net._parameters.cache_clear()
+        _gated_delta_net_checks._parameters.cache_clear()
     assert not op_calls
 
 
@@ -228,7 +228,7 @@ def test_the_cache_may_have_either_name(op_calls: list[str]) -> None:
             results.append(layer(hidden(1, 1), *([] if given else [cache]), **dict.fromkeys(given, cache)))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    assert len(op_calls) == 3 * 4
+    assert op_calls == (PREFILL + DECODE) * 3
 
 
 def test_a_forward_that_is_replaced_on_the_class_is_what_runs(op_calls: list[str], monkeypatch: Any) -> None:

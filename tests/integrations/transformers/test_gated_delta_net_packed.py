@@ -1,13 +1,9 @@
-"""Packed sequences in Gated DeltaNet layers, and which of the model's delta rules gets what."""
+"""Packed sequences in Gated DeltaNet layers, with a state for each in the cache."""
 
-import copy
-import sys
-from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("transformers")
 
@@ -17,15 +13,15 @@ import polyfuse
 from polyfuse.integrations.transformers import accelerate
 from tests.integrations.transformers.gated_delta_net_models import (
     BOUND,
+    DECODE,
     FAMILIES,
     KINDS,
-    MODELING,
+    PREFILL,
     build,
     build_layer,
     change,
     hidden,
     logits,
-    spy,
     states,
     tokens,
 )
@@ -38,6 +34,10 @@ def packed(lengths: list[int]) -> dict[str, torch.Tensor]:
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "position_ids": positions}
+
+
+def empty_cache(family: str) -> Any:
+    return transformers.DynamicCache(config=build(family, kinds=KINDS[:1]).config)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,14 +55,41 @@ def test_packed_sequences_equal_separate_ones(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cache_holds_the_last_packed_sequence(family: str) -> None:
-    layer, config = accelerate(build_layer(family)), build(family, kinds=KINDS[:1]).config
-    together, alone = (transformers.DynamicCache(config=config) for _ in range(2))
+def test_each_packed_sequence_has_a_state_that_later_calls_continue(family: str, op_calls: list[str]) -> None:
+    """Packed, then packed with other lengths, then a token of each in rows, packed, and in rows: as each one alone."""
+    layer = accelerate(build_layer(family))
+    calls = [LENGTHS, [1, 0, 70, 3, 2], [1] * 5, [1] * 5, [1] * 5]
+    x = [hidden(1, sum(lengths), seed=seed) for seed, lengths in enumerate(calls)]
+    cache, together = empty_cache(family), []
     with torch.no_grad():
-        result = layer(hidden(1, 80), together, cu_seq_lens_q=packed(LENGTHS)["cu_seq_lens_q"])
-        wanted = layer(hidden(1, 80)[:, -70:], alone)
-    assert change(wanted, result[:, -70:]) <= BOUND
-    assert all(change(a, b) <= BOUND for a, b in zip(states(alone), states(together), strict=True))
+        for step, (rows, lengths) in enumerate(zip(x, calls, strict=True)):
+            if step in (2, 4):
+                together.append(layer(rows.transpose(0, 1), cache).transpose(0, 1))
+            else:
+                together.append(layer(rows, cache, cu_seq_lens_q=packed(lengths)["cu_seq_lens_q"]))
+    assert op_calls == PREFILL * 2 + DECODE + PREFILL + DECODE
+    for number in range(5):
+        alone = empty_cache(family)
+        for rows, lengths, result in zip(x, calls, together, strict=True):
+            own, got = (part.split(lengths, dim=1)[number] for part in (rows, result))
+            if own.numel():
+                with torch.no_grad():
+                    assert change(layer(own, alone), got) <= BOUND
+        for wanted, held in zip(states(alone), states(cache), strict=True):
+            assert change(wanted[0], held[number]) <= BOUND
+
+
+def test_a_packed_sequence_that_ends_empty_leaves_zeros_and_keeps_states() -> None:
+    layer, cache = accelerate(build_layer()), empty_cache("Qwen3_5")
+    with torch.no_grad():
+        layer(hidden(1, 9), cache, cu_seq_lens_q=packed([4, 0, 5])["cu_seq_lens_q"])
+        first = [state.clone() for state in states(cache)]
+        assert all(not state[1].any() and state[0].any() and state[2].any() for state in first)
+        layer(hidden(1, 9), cache, cu_seq_lens_q=packed([0, 9, 0])["cu_seq_lens_q"])
+    for before, after in zip(first, states(cache), strict=True):
+        assert torch.equal(before[0], after[0])
+        assert torch.equal(before[2], after[2])
+        assert after[1].any()
 
 
 def test_nothing_passes_from_one_packed_sequence_to_another() -> None:
@@ -70,60 +97,16 @@ def test_nothing_passes_from_one_packed_sequence_to_another() -> None:
     x, boundaries = hidden(1, sum(LENGTHS)), packed(LENGTHS)["cu_seq_lens_q"]
     poisoned = x.clone()
     poisoned[:, 7] = float("nan")  # the second sequence
+    clean, dirty = empty_cache("Qwen3_5"), empty_cache("Qwen3_5")
     with torch.no_grad():
-        clean, result = layer(x, cu_seq_lens_q=boundaries), layer(poisoned, cu_seq_lens_q=boundaries)
-    assert result[:, 7].isnan().all()
+        before, after = layer(x, clean, cu_seq_lens_q=boundaries), layer(poisoned, dirty, cu_seq_lens_q=boundaries)
+    assert after[:, 7].isnan().all()
     rest = torch.arange(80) != 7
-    assert torch.equal(clean[:, rest], result[:, rest])
-
-
-def as_module(func: Any) -> Any:
-    """A function as the `kernels` package wraps it."""
-
-    class Func(nn.Module):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return func(*args, **kwargs)
-
-    return Func()
-
-
-@pytest.mark.parametrize(
-    ("kind", "wrapped"),
-    [("fallback", False), ("fallback", True), ("package", False), ("package", True), ("kernelized", True)],
-)
-def test_a_kernel_gets_the_boundaries_and_no_l2norm(monkeypatch: pytest.MonkeyPatch, kind: str, wrapped: bool) -> None:
-    layer, boundaries = accelerate(build_layer()), packed([5, 4])["cu_seq_lens_q"]
-    applicable_params = ("use_qk_l2norm_in_kernel", *(["cu_seqlens"] if kind == "package" else []))
-    seen: list[Any] = []
-
-    def kernel(query: Any, key: Any, value: Any, **kwargs: Any) -> Any:
-        seen.append((kwargs["use_qk_l2norm_in_kernel"], kwargs.get("cu_seqlens")))
-        return value, None
-
-    def rule(*args: Any, **kwargs: Any) -> Any:
-        """As Transformers wraps what it found, by these names."""
-        return kernel(*args, **{name: value for name, value in kwargs.items() if name in applicable_params})
-
-    found: Any = as_module(rule) if wrapped else rule
-    if kind == "kernelized":
-        found.forward = MethodType(lambda self, *args, **kwargs: kernel(*args, **kwargs), found)
-    monkeypatch.setattr(f"{MODELING}.torch_chunk_gated_delta_rule", found)
-    with torch.no_grad():
-        layer(hidden(1, 9), cu_seq_lens_q=boundaries)
-    assert seen == ([(False, None)] * 2 if kind == "fallback" else [(False, boundaries)])
-
-
-def test_single_tokens_after_a_state_take_the_recurrent_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, layer = build(kinds=KINDS[:1]).config, accelerate(build_layer())
-    seen: list[str] = []
-    for name in ("chunk", "recurrent"):
-        rule = getattr(sys.modules[MODELING], f"torch_{name}_gated_delta_rule")
-        monkeypatch.setattr(f"{MODELING}.torch_{name}_gated_delta_rule", spy(seen, name, rule))
-    cache = transformers.DynamicCache(config=config)
-    with torch.no_grad():
-        for length in (1, 1, 2, 1):
-            layer(hidden(2, length), cache)
-    assert seen == ["chunk", "recurrent", "chunk", "recurrent"]
+    assert torch.equal(before[:, rest], after[:, rest])
+    others = torch.arange(5) != 1
+    for old, new in zip(states(clean), states(dirty), strict=True):
+        assert new[1].isnan().any()
+        assert torch.equal(old[others], new[others])
 
 
 def test_packed_sequences_in_two_rows() -> None:
@@ -135,17 +118,12 @@ def test_packed_sequences_in_two_rows() -> None:
     )
 
 
-def test_packed_sequences_after_a_cached_state() -> None:
+def test_packed_sequences_of_another_number_than_the_cache_holds() -> None:
     model = accelerate(build(kinds=KINDS[:2]))
     cache = transformers.DynamicCache(config=model.config)
     logits(model, tokens(1, 9), past_key_values=cache)
     before = [state.clone() for state in states(cache)]
     with pytest.raises(polyfuse.SpecError) as error:
         logits(model, tokens(1, 5), past_key_values=cache, cu_seq_lens_q=packed([2, 3])["cu_seq_lens_q"])
-    assert str(error.value) == (
-        "gated_delta_net: cu_seq_lens_q: expected one sequence, as a cached state is continued, got 2 sequences"
-    )
+    assert str(error.value) == "gated_delta_net: hidden_states: expected 1 sequences, as the cache holds, got 2"
     assert all(torch.equal(a, b) for a, b in zip(before, states(cache), strict=True))
-    one = logits(model, tokens(1, 5), past_key_values=copy.deepcopy(cache))
-    alone = logits(model, tokens(1, 5), past_key_values=cache, cu_seq_lens_q=packed([5])["cu_seq_lens_q"])
-    assert torch.equal(one, alone)

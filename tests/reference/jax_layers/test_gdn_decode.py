@@ -64,10 +64,8 @@ def test_vmap_over_pools(jax_layer: Any) -> None:
     name = "tokens_4-int32-accepted"
     tested = [trial(name, seed) for seed in (1, 2)]
     attrs = {"num_k_heads": 1, "head_k_dim": 16, "head_v_dim": 16}
-    both = {
-        key: jnp.stack([one, other])
-        for (key, one), other in zip(arrays(tested[0]).items(), arrays(tested[1]).values(), strict=True)
-    }
+    one, other = map(arrays, tested)
+    both = {key: jnp.stack([one[key], other[key]]) for key in one}
     results = jax.vmap(lambda values: jax_layer.function(**values, **attrs))(both)
     for i, each in enumerate(tested):
         assert each.check([np.asarray(result[i]) for result in results], each.inputs()[1]) is None

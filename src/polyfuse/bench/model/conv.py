@@ -27,6 +27,9 @@ class ConvRow:
     us: float
     ratio: float
 
+    def __str__(self) -> str:
+        return f"conv, {self.tokens} tokens, {self.variant}: {self.us:.1f} us"
+
 
 def measure_conv(subject: TextModel, lengths: Sequence[int], compiled: bool) -> Iterator[ConvRow]:
     """Measure both ways for one sequence of each length; with `compiled`, the separate conv under torch.compile too."""

@@ -1,76 +1,83 @@
 """One Gated DeltaNet layer by its parts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from polyfuse.bench.subjects.base import VARIANTS
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from polyfuse.bench.baseline import untouched
+from polyfuse.bench.subjects.gated_delta_net import PARTS, Call
 from polyfuse.bench.subjects.text import TextModel
-
-
-@dataclass(frozen=True)
-class Part:
-    """Device time of a part of a layer, before and after, and its share of what the layer saves."""
-
-    part: str
-    untouched_us: float
-    accelerated_us: float
-    saved_us: float
-    share: float
+from polyfuse.bench.timing import Clock
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One Gated DeltaNet layer without its delta rule, and, with FP8 weights, the MLP after it.
+    """Device time of one Gated DeltaNet layer in a variant, and, with FP8 weights, of the MLP after it.
 
-    The parts are timed alone: the input projections (`gdn_in_proj`); what is between them and the delta rule
-    (`gdn_conv_prep`), of which `l2norm` is that of q and k, in their dtype, which the delta rule does in the untouched
-    model; the MLP. `rest` is what is left, so shares sum to 1. `delta_rule_us` is wall time of the delta rule.
+    `parts` are microseconds of each part timed alone, on the layer's own tensors: those that `PARTS` names, the MLP,
+    and `rest`, what is left of the whole. It can be less than nothing, as a part alone may find its operands in a
+    cache. Times are those of graph replays if `captured`, else between two events, or wall times without events: FLA
+    may read the device in a call, which no graph can hold. For decode, `host_us` is how long the host takes to queue an
+    eager call of the layer, and `launches` how many kernels, copies and fills that call gives to a CUDA device.
     """
 
     phase: str
     batch: int
     tokens: int
-    untouched_us: float
-    accelerated_us: float
-    delta_rule_us: float
-    parts: Sequence[Part]
+    variant: str
+    us: float
+    parts: Mapping[str, float]
+    captured: bool
+    host_us: float | None = None
+    launches: int | None = None
+
+    def __str__(self) -> str:
+        host = "" if self.host_us is None else f", host {self.host_us:.1f} us"
+        return f"layer, {self.phase} of {self.batch} x {self.tokens}, {self.variant}: {self.us:.1f} us{host}"
 
 
-def measure_layer(subject: TextModel, phase: str, batch: int, tokens: int) -> LayerRow:
+def measure_layer(subject: TextModel, phase: str, batch: int, tokens: int, variant: str) -> LayerRow:
     """Measure the first layer and its parts on `tokens` of each of `batch` sequences; `phase` is prefill or decode."""
     parts, clock, x = subject.parts, subject.clock, subject.hidden(batch, tokens)
-    call = partial(subject.layer, x, subject.cache(batch) if phase == "decode" else None)
-    times: dict[str, dict[str, float]] = {}
-    rule_us = 0.0
-    for variant in VARIANTS:
-        with subject.variant(variant):
-            with parts.no_delta_rule() as seen:
-                us = {"all": clock.device_us(call)}
-            us["gdn_in_proj"] = clock.device_us(partial(parts.projected, x, variant))
-            with parts.no_projections(x, variant), parts.no_delta_rule(normalises=False):
-                us["gdn_conv_prep"] = clock.device_us(call)
-            if variant == "untouched":
-                ((arguments, options),) = seen
-                us["l2norm"] = clock.device_us(partial(parts.l2norm, *arguments[:2]))
-                rule_us = 1e3 * clock.latency_ms(partial(parts.delta_rule(phase), *arguments, **options))
-            if subject.fp8:
-                us["silu_mul_block_quant"] = clock.device_us(partial(subject.mlp, x))
-                us["all"] += us["silu_mul_block_quant"]
-        times[variant] = us
-    return layer_row(phase, batch, tokens, times["untouched"], times["accelerated"], rule_us)
+    host_us = counted = None
+    with subject.variant(variant):
+        call = partial(subject.layer, x, subject.cache(batch) if phase == "decode" else None)
+        whole, captured, time = _timed(clock, call, subject.captures)
+        times = {part: time(alone) for part, alone in parts.calls(phase, variant, call).items()}
+        if untouched(variant):
+            with parts.what_is_left(phase, variant, call):
+                times[PARTS[phase][1]] = time(call)
+        if phase == "decode":
+            host_us = round(clock.queue_us(call, calls=clock.repeats(10), rounds=5), 3)
+            counted = launches(call, subject.device)
+        us = {part: times[part] for part in PARTS[phase] if part in times}
+        if subject.fp8:
+            us["MLP"] = time(partial(subject.mlp, x))
+            whole += us["MLP"]
+    us["rest"] = whole - sum(us.values())
+    rounded = {part: round(value, 3) for part, value in us.items()}
+    return LayerRow(phase, batch, tokens, variant, round(whole, 3), rounded, captured, host_us, counted)
 
 
-def layer_row(
-    phase: str, batch: int, tokens: int, before: Mapping[str, float], after: Mapping[str, float], rule_us: float
-) -> LayerRow:
-    """A row from microseconds by part, among them `all`; what a variant lacks takes no time in it."""
-    times = {name: (us, after.get(name, 0.0)) for name, us in before.items() if name != "all"}
-    rest_before = before["all"] - sum(old for old, _ in times.values())
-    rest_after = after["all"] - sum(new for _, new in times.values())
-    times["rest"] = rest_before, rest_after
-    saved = before["all"] - after["all"]
-    parts = []
-    for name, (old, new) in times.items():
-        parts.append(Part(name, round(old, 3), round(new, 3), round(old - new, 3), (old - new) / saved))
-    return LayerRow(phase, batch, tokens, round(before["all"], 3), round(after["all"], 3), round(rule_us, 1), parts)
+def _timed(clock: Clock, call: Call, captures: bool) -> tuple[float, bool, Callable[[Call], float]]:
+    """Device time of a call, whether a graph could hold it, and what takes the time of its parts in the same way."""
+    try:
+        return clock.device_us(call), captures, clock.device_us
+    except RuntimeError:
+        if not captures:
+            raise
+    by_events = partial(clock.event_us, rounds=7)
+    return by_events(call), False, by_events
+
+
+def launches(call: Call, device: str) -> int | None:
+    """How many kernels, copies and fills a call gives to a CUDA device; None for others, and without a profiler."""
+    if not device.startswith("cuda"):
+        return None
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type.name == "CUDA" for event in seen.events() or ()) or None

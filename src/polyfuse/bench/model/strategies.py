@@ -30,6 +30,10 @@ class StrategyRow:
     chosen: str
     us: Mapping[str, float]
 
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {us:.1f} us" for name, us in self.us.items())
+        return f"gdn_in_proj, {self.rows} rows, {'captured' if self.captured else 'eager'}: {times}"
+
 
 def measure_strategies(subject: TextModel, counts: Sequence[int]) -> Iterator[StrategyRow]:
     """Measure every strategy that the chosen backend has, for each number of rows."""

@@ -1,10 +1,8 @@
 """All layers of the model: prefill, and decode steps, eager and captured."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from polyfuse.bench.subjects.base import VARIANTS
 from polyfuse.bench.subjects.text import TextModel
 
 
@@ -24,33 +22,25 @@ class ModelRow:
     ms: float
     tokens_per_s: float
 
-
-def measure_prefill(subject: TextModel, lengths: Sequence[int]) -> Iterator[ModelRow]:
-    """Measure a new sequence of each length, with a cache that grows."""
-    for tokens in lengths:
-        ids = subject.ids(1, tokens)
-        for variant in VARIANTS:
-            with subject.variant(variant):
-                ms = subject.clock.latency_ms(partial(subject.model, ids, use_cache=True))
-            yield _row("prefill", 1, 0, tokens, "eager", variant, ms)
+    def __str__(self) -> str:
+        size = f"{self.tokens} tokens" if self.phase == "prefill" else f"{self.batch} sequences, {self.mode}"
+        return f"model, {self.phase} of {size}, {self.variant}: {self.ms:.3f} ms"
 
 
-def measure_decode(subject: TextModel, batches: Sequence[int]) -> Iterator[ModelRow]:
-    """Measure steps of one token for each sequence, after the context."""
-    for batch in batches:
-        for variant in VARIANTS:
-            with subject.variant(variant):
-                ms = subject.clock.latency_ms(subject.step(batch), calls=20)
-            yield _row("decode", batch, subject.context, batch, "eager", variant, ms)
+def measure_prefill(subject: TextModel, tokens: int, variant: str) -> ModelRow:
+    """Measure a new sequence, with a cache that grows."""
+    ids = subject.ids(1, tokens)
+    with subject.variant(variant):
+        ms = subject.clock.latency_ms(partial(subject.model, ids, use_cache=True))
+    return _row("prefill", 1, 0, tokens, "eager", variant, ms)
 
 
-def measure_decode_graphs(subject: TextModel, batches: Sequence[int]) -> Iterator[ModelRow]:
-    """The same decode steps as `measure_decode`, captured in graphs."""
-    for batch in batches:
-        for variant in VARIANTS:
-            with subject.variant(variant):
-                ms = subject.clock.device_us(subject.step(batch)) / 1e3
-            yield _row("decode", batch, subject.context, batch, "graph", variant, ms)
+def measure_decode(subject: TextModel, batch: int, mode: str, variant: str) -> ModelRow:
+    """Measure steps of one token for each sequence, after the context; with `mode` graph they are captured."""
+    with subject.variant(variant):
+        step, clock = subject.step(batch), subject.clock
+        ms = clock.device_us(step) / 1e3 if mode == "graph" else clock.latency_ms(step, calls=20)
+    return _row("decode", batch, subject.context, batch, mode, variant, ms)
 
 
 def _row(phase: str, batch: int, context: int, tokens: int, mode: str, variant: str, ms: float) -> ModelRow:

@@ -1,4 +1,4 @@
-"""A figure of several panels, and the groups of bars that some of them show."""
+"""A figure of several panels, and the dots or groups of bars that some of them show."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +51,24 @@ def make_figure(panels: Panels) -> "Figure":
     for axis in cells[count:]:
         axis.set_visible(False)
     return figure
+
+
+def dots(
+    axis: "Axes", labels: Sequence[str], series: Mapping[str, Sequence[float | None]], title: str, unit: str
+) -> None:
+    """A line for each label, from the top, with a dot for each series on a log axis; None leaves a dot out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for name, values in series.items():
+        shown = [(value, place) for place, value in enumerate(values) if value is not None]
+        axis.plot([value for value, _ in shown], [place for _, place in shown], "o", label=name, alpha=0.8)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.set(title=title, xlabel=unit, xscale="log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.legend()
 
 
 def bars(

@@ -1,22 +1,24 @@
 """Panels of `polyfuse bench model`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from polyfuse.bench.plots.figure import Panels, Rows, bars
+from polyfuse.bench.baseline import compare, size_of
+from polyfuse.bench.plots.figure import Panels, Rows, dots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 def model_panels(data: Mapping[str, Any]) -> Panels:
-    """Throughput, a layer by its parts, conv in one pass or two, and strategies of the projection."""
+    """Calls of the whole model, a layer by its parts, conv in one pass or two, and strategies of the projection."""
     panels = Panels()
     for phase in ("prefill", "decode"):
         if rows := [row for row in data["rows"] if row["phase"] == phase]:
-            panels.draws.append(partial(_throughput, rows=rows))
-        if rows := [row for row in data["layer"] if row["phase"] == phase]:
+            panels.draws.append(partial(_whole, rows=rows))
+        # Files from before the delta rule was one of the parts have no variants.
+        if rows := [row for row in data["layer"] if row["phase"] == phase and "variant" in row]:
             panels.draws.append(partial(_layer, rows=rows))
     if data["conv"]:
         panels.draws.append(partial(_conv, rows=data["conv"]))
@@ -26,63 +28,41 @@ def model_panels(data: Mapping[str, Any]) -> Panels:
     return panels
 
 
-def _throughput(axis: "Axes", rows: Rows) -> None:
-    """Bars of tokens per second for prefill, and of the time of a step for decode.
-
-    Tokens per second of different numbers of sequences would not fit one scale.
-    """
+def _whole(axis: "Axes", rows: Rows) -> None:
+    """A line for each call, with the time of each variant."""
+    calls = compare(rows)
     prefills = rows[0]["phase"] == "prefill"
-    found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        label = f"{row['tokens']}" if prefills else f"{row['batch']}\n{row['mode']}"
-        found.setdefault(label, {})[row["variant"]] = row["tokens_per_s" if prefills else "ms"]
-    variants = dict.fromkeys(row["variant"] for row in rows)
-    series = {variant: [times.get(variant) for times in found.values()] for variant in variants}
+    series = {}
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        series[variant] = [call.ms.get(variant) for call in calls]
+    labels = []
+    for call in calls:
+        labels.append(f"{call.call['tokens']:,}" if prefills else f"{call.call['batch']}, {call.call['mode']}")
     title = "Prefill, whole model" if prefills else f"Decode after {rows[0]['context']} tokens, whole model"
-    bars(axis, list(found), series, title, "tokens/s" if prefills else "time per step (ms)")
-    axis.set_xlabel("tokens" if prefills else "sequences")
+    dots(axis, labels, series, title, "time (ms)")
+    axis.set_ylabel("tokens" if prefills else "sequences")
 
 
 def _layer(axis: "Axes", rows: Rows) -> None:
-    """Bars before and after side by side, each stacked by part."""
-    prefills = rows[0]["phase"] == "prefill"
-    names = list(dict.fromkeys(part["part"] for row in rows for part in row["parts"]))
-    _stack(axis, rows, names, "untouched_us", place=-0.2)
-    _stack(axis, rows, names, "accelerated_us", place=0.2, hatch="//", labelled=False)
-    labels = []
-    for row in rows:
-        labels.append(f"{row['tokens' if prefills else 'batch']}\n{row['untouched_us']:.0f} µs")
-    axis.set_xticks(range(len(rows)), labels)
-    title = f"A layer without its delta rule, {rows[0]['phase']}; hatched: accelerated"
-    axis.set(title=title, ylabel="of the untouched layer's time")
-    axis.set_xlabel(f"{'tokens' if prefills else 'sequences'}, and time of the untouched layer")
-    axis.grid(visible=False, axis="x")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-
-
-def _stack(
-    axis: "Axes", rows: Rows, names: Sequence[str], key: str, place: float, hatch: str = "", labelled: bool = True
-) -> None:
-    """One bar for each row: its parts on one another, as shares of the untouched layer's time."""
-    places = [i + place for i in range(len(rows))]
-    bottom = [0.0] * len(rows)
-    for i, name in enumerate(names):
-        heights = []
-        for row in rows:
-            us = sum(part[key] for part in row["parts"] if part["part"] == name)
-            heights.append(us / row["untouched_us"])
-        axis.bar(places, heights, 0.36, bottom, color=f"C{i}", hatch=hatch, label=name if labelled else None)
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    """A line for each part of the largest call; what takes no time is left out."""
+    largest = max(rows, key=lambda row: row["batch"] * row["tokens"])
+    shown = {row["variant"]: row for row in rows if size_of(row) == size_of(largest)}
+    parts = list(dict.fromkeys(part for row in shown.values() for part in row["parts"]))
+    series = {}
+    for variant, row in shown.items():
+        times = [row["us"], *(row["parts"].get(part, 0) for part in parts)]
+        series[variant] = [us if us > 0 else None for us in times]
+    dots(axis, ["all", *parts], series, f"One layer, {size_of(largest)}", "device time (µs)")
 
 
 def _conv(axis: "Axes", rows: Rows) -> None:
-    one_pass = {row["tokens"]: row["us"] for row in rows if row["variant"] == "one pass"}
-    found = {(row["tokens"], row["variant"]): row["ratio"] for row in rows}
-    variants = dict.fromkeys(row["variant"] for row in rows)
-    series = {variant: [found.get((tokens, variant)) for tokens in one_pass] for variant in variants}
-    labels = [f"{tokens}\n{us:.0f} µs" for tokens, us in one_pass.items()]
-    bars(axis, labels, series, "From projection to delta rule", "device time, of one pass")
-    axis.set_xlabel("tokens, and time of one pass")
+    lengths = list(dict.fromkeys(row["tokens"] for row in rows))
+    found = {(row["tokens"], row["variant"]): row["us"] for row in rows}
+    series = {}
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        series[variant] = [found.get((tokens, variant)) for tokens in lengths]
+    dots(axis, [f"{tokens:,}" for tokens in lengths], series, "From projection to delta rule", "device time (µs)")
+    axis.set_ylabel("tokens")
 
 
 def _strategies(axis: "Axes", rows: Rows) -> None:

@@ -12,8 +12,6 @@ from polyfuse.bench.timing import Clock
 from polyfuse.integrations.transformers import accelerate, restore
 from polyfuse.runtime.encoder.capture import graph_runtime
 
-VARIANTS = "untouched", "accelerated"
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -58,7 +56,7 @@ class Subject:
 
     @contextmanager
     def variant(self, name: str) -> Iterator[None]:
-        """The model as one of `VARIANTS`, then untouched again."""
+        """The model `untouched` or `accelerated`, then untouched again."""
         if name == "accelerated":
             accelerate(self.model)
         try:

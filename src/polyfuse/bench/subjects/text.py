@@ -1,15 +1,18 @@
 """Text models with Gated DeltaNet layers, their inputs and caches: what `bench model` runs."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import transformers
 
+from polyfuse.bench.baseline import untouched
 from polyfuse.bench.subjects.base import Architecture, Subject
 from polyfuse.bench.subjects.fp8 import fp8_linear, quantise_mlps
 from polyfuse.bench.subjects.gated_delta_net import LayerParts
+from polyfuse.bench.subjects.variants import ACCELERATED, UNTOUCHED, choose_variants, rules_of
+from polyfuse.dispatch import device_of
 
 VOCABULARY = 1024
 CONTEXT, TINY_CONTEXT = 2048, 32  # cached tokens before a decode step
@@ -44,7 +47,8 @@ class TextModel(Subject):
 
     `name` is one of `MODELS`; every fourth of its `depth` layers is full attention, the others are Gated DeltaNet
     layers. `fp8` quantises the weights of its dense MLPs and shared experts. `layer` is the first layer's Gated
-    DeltaNet, `parts` takes it apart, and `mlp` is the MLP or shared expert after it.
+    DeltaNet, `parts` takes it apart, and `mlp` is the MLP or shared expert after it. `variants` are those that the
+    machine has, and `notes` say why it lacks others.
     """
 
     def __init__(self, name: str, device: str, tiny: bool = False, depth: int = 4, fp8: bool = False) -> None:
@@ -58,6 +62,15 @@ class TextModel(Subject):
         self.parts = LayerParts(self.layer)
         mlp = self.model.layers[0].mlp
         self.mlp: Any = getattr(mlp, "shared_expert", mlp)
+        self.variants, self.notes = choose_variants(self.parts.names)
+
+    @contextmanager
+    def variant(self, name: str) -> Iterator[None]:
+        """The model as one of `variants`, then untouched again."""
+        kind = device_of(self.layer.A_log, "torch").kind
+        way = UNTOUCHED if untouched(name) else ACCELERATED
+        with rules_of(name, self.parts.names, kind), super().variant(way):
+            yield
 
     def fp8_linear(self) -> AbstractContextManager[Any]:
         """A block in which a model with `fp8` runs; for any other it does nothing."""

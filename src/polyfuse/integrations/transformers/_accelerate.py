@@ -36,9 +36,9 @@ def accelerate(
       of graphs too if no module of the tower is patched or changed: at that op's accuracy, so not to the bit what
       Transformers computes from rounded coordinates. Outside of graphs the grid is not read back to the host, and an
       invalid one gives NaN. A call that passes `interp_indices` or `interp_weights` keeps them.
-    - "gated_delta_net": the layers of Qwen3-Next and Qwen3.5 (dense and MoE). Inference then runs on
-      `polyfuse.gdn_in_proj` and `polyfuse.gdn_conv_prep`, which read the weights where they are, with the model's own
-      delta rule and cache, and no state passes from one packed sequence to another.
+    - "gated_delta_net": the layers of Qwen3-Next and Qwen3.5 (dense and MoE). Inference then runs on ops from the input
+      projections to the output projection, the delta rule included. They read the weights where they are, and update
+      the states of the model's own cache in place, one for each packed sequence too, between which no state passes.
     - "fp8_mlp": MLPs with FP8 weights. Inference then quantises the activation in one kernel with SiLU and product, bit
       for bit as the model does.
 

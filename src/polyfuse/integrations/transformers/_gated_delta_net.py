@@ -22,7 +22,7 @@ from polyfuse.spec import fail
 
 Model = TypeVar("Model", bound=nn.Module)
 
-States = tuple[torch.Tensor | None, torch.Tensor | None]
+States = tuple[Any, Any]  # the conv states and the recurrent states, or None twice
 
 
 def gated_delta_nets(model: nn.Module) -> dict[str, Any]:
@@ -75,14 +75,15 @@ def _fused(
     if packed is not None and batch > 1:
         fail("gated_delta_net", "hidden_states", "packed sequences (cu_seq_lens_q) in one row", f"{batch} rows")
     sequences = batch if packed is None else len(packed) - 1
+    held = None if cache is None else cache.layers[module.layer_idx].conv_states[0]  # after a reset too
+    if held is not None and len(held) != sequences:
+        fail("gated_delta_net", "hidden_states", f"{len(held)} sequences, as the cache holds", sequences)
     states = _states(cache, module.layer_idx)
-    if states[0] is not None and len(states[0]) != sequences:
-        fail("gated_delta_net", "hidden_states", f"{len(states[0])} sequences, as the cache holds", sequences)
 
     if mask is not None:
         hidden_states = _names(module).apply_mask_to_padding_states(hidden_states, mask)
     rows = hidden_states.flatten(0, 1)
-    if tokens == 1 and packed is None and states[1] is not None and plain_norm(module):
+    if tokens == 1 and packed is None and states[1] is not None and plain_norm(module, ("silu",)):
         mixed = _decode(module, rows, states)
     else:
         if packed is None and batch > 1:
@@ -90,7 +91,7 @@ def _fused(
         if cache is not None and states[0] is None:
             states = _new_states(module, cache, sequences, rows)
         mixed = _prefill(module, rows, states, packed)
-    return module.out_proj(mixed.view(batch, tokens, -1))
+    return module.out_proj(mixed.reshape(batch, tokens, -1))
 
 
 def _decode(module: Any, rows: torch.Tensor, states: States) -> torch.Tensor:
@@ -113,7 +114,7 @@ def _decode(module: Any, rows: torch.Tensor, states: States) -> torch.Tensor:
 
 
 def _prefill(module: Any, rows: torch.Tensor, states: States, packed: torch.Tensor | None) -> torch.Tensor:
-    """All rows of one sequence or several packed ones [rows, hidden], up to the output projection: [rows, HV, V]."""
+    """All rows of one sequence or several packed ones [rows, hidden], up to the output projection: rows * HV * V."""
     x, z, b, a = _project(module, rows)
     conv_state, recurrent_state = states
     *inputs, _ = polyfuse.gdn_conv_prep(
@@ -129,15 +130,14 @@ def _prefill(module: Any, rows: torch.Tensor, states: States, packed: torch.Tens
         **_heads(module),
     )
     mixed, _ = polyfuse.gated_delta_rule(*inputs, cu_seqlens=packed, state_pool=recurrent_state)
-    gate = _gate(module, x, z)
-    mixed = mixed.view(gate.shape)
+    gate, norm = _gate(module, x, z), module.norm
     if not plain_norm(module):
-        return module.norm(mixed, gate)
-    norm = module.norm
+        return norm(mixed.flatten(0, 1), gate.reshape(-1, module.head_v_dim))  # two dimensions, as the layer's own call
+    mixed = mixed.view(gate.shape)
     return polyfuse.gated_rms_norm(mixed, gate, norm.weight, eps=norm.variance_epsilon, activation=norm.activation)
 
 
-def _project(module: Any, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+def _project(module: Any, rows: torch.Tensor) -> tuple[Any, ...]:
     """The input projections of hidden states [rows, hidden], by `polyfuse.gdn_in_proj` from the layer's own weights.
 
     As the other ops take them: x and z, or all of Qwen3-Next's first projection and None; b and a, [rows, HV] or

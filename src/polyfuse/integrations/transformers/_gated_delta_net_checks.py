@@ -5,6 +5,7 @@ import sys
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -56,14 +57,66 @@ def projections(module: Any) -> list[Any]:
     return [module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a]
 
 
-def plain_norm(module: Any) -> bool:
-    """Whether a layer's gated norm is Transformers' own, with nothing around it."""
+def plain_norm(module: Any, activations: tuple[str, ...] = ("silu", "sigmoid")) -> bool:
+    """Whether a layer's gated norm is Transformers' own with one of these gates, and nothing around it."""
     norm = module.norm
-    return type(norm).__name__ in NORMS and norm.activation in ("silu", "sigmoid") and not oddity(norm)
+    if type(norm).__name__ not in NORMS or oddity(norm):
+        return False
+    return norm.activation in activations and norm.variance_epsilon > 0
 
 
 def why_not(module: Any) -> str:
-    """What of a layer itself, as it is now, keeps it from the ops; "" for nothing."""
+    """What of a layer itself, as it is now, keeps it from the ops; "" for nothing.
+
+    It is looked at closely where it has changed since it was last found to be plain.
+    """
+    if torch.compiler.is_compiling():  # what is remembered of one layer would be guarded, and compile each anew
+        return _why_not(module)
+    looks = _looks(module)
+    if looks is not None and _plain.get(module) == looks:
+        return ""
+    found = _why_not(module)
+    if not found:
+        _plain[module] = looks
+    return found
+
+
+def _looks(module: Any) -> tuple[Any, ...] | None:
+    """All that `_why_not` looks at, as objects that are cheap to compare; None where there are hooks to look at."""
+    children, parameters = module._modules, module._parameters
+    names = vars(sys.modules[(known_class(module) or type(module)).__module__])
+    looks = [type(module), type(module).forward, module.activation, module.conv_kernel_size]
+    looks += [names.get(name) for name in FUNCTIONS]
+    for name in _WEIGHTS:
+        weight = parameters.get(name)
+        looks += (type(weight), weight is None or weight.is_meta)
+    for name in _CHILDREN:
+        child = children.get(name)
+        if child is None:
+            looks.append(None)
+            continue
+        own, weights = vars(child), child._parameters
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "_old_forward" in own:
+            return None
+        weight, bias = weights.get("weight"), weights.get("bias")
+        looks += (
+            type(child),
+            type(child).forward,
+            own.get("forward"),
+            type(weight),
+            type(bias),
+            weight is None or weight.is_meta,
+        )
+    return tuple(looks)
+
+
+_WEIGHTS = "A_log", "dt_bias"
+_CHILDREN = "conv1d", "in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"
+_plain: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def _why_not(module: Any) -> str:
+    """What `why_not` says, from all parts of a layer."""
     cls = known_class(module)
     if cls is None or not _has_known_forward(cls.__module__, cls.__name__):
         return "its forward has another signature"
@@ -81,10 +134,16 @@ def why_not(module: Any) -> str:
         return "its projections have biases"
     names = vars(sys.modules[cls.__module__])
     for name in FUNCTIONS:
-        function = names.get(name)
-        if isinstance(function, FunctionType) and not function.__globals__["__name__"].startswith("transformers."):
+        if _is_foreign(names.get(name)):
             return f"calls a replaced {name}"
     return ""
+
+
+def _is_foreign(function: Any) -> bool:
+    """Whether something in the place of one of `FUNCTIONS` is neither Transformers' own nor put there by kernels."""
+    if isinstance(function, FunctionType):
+        return not function.__globals__["__name__"].startswith("transformers.")
+    return function is not None and not type(function).__module__.startswith("kernels.")
 
 
 def why_not_call(module: Any, hidden_states: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str:
