@@ -20,7 +20,6 @@ LARGEST_EXPONENT = 128.0  # where float32's exponential is infinite, and sigmoid
 
 Slots = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-Token = tuple[F64, F64, F64, F64, F64]  # q, k, v, exp(g) and beta
 
 
 class Token(NamedTuple):
