@@ -74,7 +74,7 @@ class Layer:
         self.channels = 2 * self.heads * head_dim + self.values
         self.in_proj = weight(self.channels + self.values + 2 * self.heads_v, self.hidden, scale=self.hidden**-0.5)
         self.conv_weight = weight(self.channels, self.conv_width)
-        self.A_log, self.dt_bias = weight(self.heads_v), weight(self.heads_v)
+        self.A_log, self.dt_bias = weight(self.heads_v) - 3, weight(self.heads_v)  # a slow decay
         self.norm_weight = 1 + weight(head_dim, scale=0.1)
         self.out_proj = weight(self.hidden, self.values, scale=2 * self.values**-0.5)
         self.sizes: dict[str, Any] = {"num_k_heads": self.heads, "head_k_dim": head_dim, "head_v_dim": head_dim}
@@ -88,8 +88,8 @@ class Layer:
     def prefill(self, hidden: torch.Tensor, pools: Pools, **sequences: Any) -> torch.Tensor:
         """Rows of a sequence, or of several: `sequences` are the arguments of both ops that tell these apart."""
         x, z, a, b = self._project(hidden)
-        gates, sizes = (a, b, self.A_log, self.dt_bias), {**sequences, **self.sizes}
-        *inputs, _ = polyfuse.gdn_conv_prep(x, self.conv_weight, *gates, state_pool=pools[0], **sizes)
+        gates, named = (a, b, self.A_log, self.dt_bias), {**sequences, **self.sizes}
+        *inputs, _ = polyfuse.gdn_conv_prep(x, self.conv_weight, *gates, state_pool=pools[0], **named)
         o, _ = polyfuse.gated_delta_rule(*inputs, state_pool=pools[1], **sequences)
         y = polyfuse.gated_rms_norm(o, z.unflatten(1, (self.heads_v, self.head_dim)), self.norm_weight)
         return product(y.flatten(1), self.out_proj)
@@ -136,19 +136,13 @@ class Request:
         if not self.left:
             self.generated.append(next_input(rows[-1]))
 
-    def forget(self) -> None:
-        """The state is lost: it has to see all inputs again, those too that were generated."""
-        self.calls.append(("forget", 0))
-        self.seen = 0
-
 
 class Engine:
-    """Runs requests on a layer, of which as many have a state at a time as there are slots."""
+    """Runs requests on a layer, as many at a time as there are slots. A decode always has `batch` rows."""
 
     prefill_rows = 16  # a prefill is padded to a multiple of so many
 
     def __init__(self, layer: Layer, slots: int, batch: int) -> None:
-        """`batch` is the number of rows that a decode always has."""
         self.layer, self.batch = layer, batch
         self.pools = layer.new_pools(slots, float("nan"))  # whoever reads a slot that is not its own will show it
         self.free = list(range(slots))
@@ -164,12 +158,13 @@ class Engine:
             request.swapped = None
 
     def preempt(self, request: Request, swap: bool) -> None:
-        """Take a request's slot away; its state is swapped out, or to be computed again from its inputs."""
+        """Take a request's slot away. Its state is swapped out, or has to see all inputs again, generated ones too."""
         if swap and request.seen:
             conv, recurrent = (pool[request.slot].clone() for pool in self.pools)
             request.swapped = conv, recurrent
         else:
-            request.forget()
+            request.calls.append(("forget", 0))
+            request.seen = 0
         self._release(request)
 
     def step(self, prefills: Sequence[tuple[Request, int]], decodes: Sequence[Request]) -> None:
@@ -183,15 +178,15 @@ class Engine:
             self._release(request)
 
     def _prefill(self, work: Sequence[tuple[Request, int]]) -> None:
+        requests, counts = zip(*work, strict=True)
         rows = [row for request, count in work for row in request.following(count)]
-        counts = [count for _, count in work]
         padding = -len(rows) % self.prefill_rows  # one more sequence, which may have no rows
         ends = torch.tensor([0, *counts, padding], device=rows[0].device).cumsum(0)
-        indices = self._indices([request for request, _ in work], 1)
-        known = torch.tensor([*(request.seen > 0 for request, _ in work), False], device=rows[0].device)
+        indices = self._indices(requests, 1)
+        known = torch.tensor([*(request.seen > 0 for request in requests), False], device=ends.device)
         told = {"cu_seqlens": ends, "state_indices": indices, "has_initial_state": known}
         out = self.layer.prefill(self._padded(rows, padding), self.pools, **told)
-        for (request, _), part in zip(work, out[: len(rows)].split(counts), strict=True):
+        for request, part in zip(requests, out[: len(rows)].split(counts), strict=True):
             request.advance("prefill", part)
 
     def _decode(self, requests: Sequence[Request]) -> None:
@@ -229,11 +224,10 @@ def run_alone(layer: Layer, request: Request) -> list[torch.Tensor]:
     twin, pools = Request(request.prompt, request.wanted), layer.new_pools(1, 0.0)
     for kind, count in request.calls:
         if kind == "forget":
-            twin.forget()
-            pools = layer.new_pools(1, 0.0)
-        else:
-            call = layer.prefill if kind == "prefill" else layer.decode
-            twin.advance(kind, call(torch.stack(twin.following(count)), pools))
+            twin.seen, pools = 0, layer.new_pools(1, 0.0)
+            continue
+        call = layer.prefill if kind == "prefill" else layer.decode
+        twin.advance(kind, call(torch.stack(twin.following(count)), pools))
     return twin.rows
 
 

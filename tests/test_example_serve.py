@@ -1,4 +1,4 @@
-"""`examples/serve_gdn_layer.py`: requests served together have the rows of requests run alone, and defects are found."""
+"""`examples/serve_gdn_layer.py`: its requests have the rows that they have alone, and planted defects are found."""
 
 import sys
 from collections import Counter
@@ -29,8 +29,9 @@ def example(monkeypatch):
 def served(example, layer, seeds, longest=70):
     """What the schedules of these seeds ran, and how many rows differ."""
     total = Counter()
-    for seed in seeds:
-        total.update(example.run_schedule(layer, seed, longest))
+    with torch.inference_mode():
+        for seed in seeds:
+            total.update(example.run_schedule(layer, seed, longest))
     return total
 
 
@@ -43,7 +44,7 @@ def test_requests_that_are_served_together_have_the_rows_of_requests_run_alone(e
     total = served(example, example.Layer(dtype=dtype), seeds)
     assert total["mismatches"] == 0
     assert total["rows"] > 100 * len(seeds)
-    assert min(total["swapped"], total["recomputed"]) > len(seeds)
+    assert min(total["swapped"], total["recomputed"]) > len(seeds) / 2
 
 
 @pytest.mark.slow
@@ -79,8 +80,8 @@ def padding_in_slot_0(named):
     return {**named, "state_indices": None if indices is None else indices.clamp(min=0)}
 
 
-def in_prefill(change):
-    """The same for the calls that name slots, as those of a request run alone do not."""
+def where_slots_are_named(change):
+    """A change of an engine's calls alone: a request that runs alone has no need of state_indices."""
     return lambda named: change(named) if "state_indices" in named else named
 
 
@@ -107,10 +108,10 @@ def forgets_generated_rows(monkeypatch, example):
 @pytest.mark.parametrize(
     "plant",
     [
-        changed("gdn_conv_prep", in_prefill(always_initial)),
-        changed("gated_delta_rule", in_prefill(always_initial)),
-        changed("gdn_conv_prep", in_prefill(padding_in_slot_0)),
-        changed("gated_delta_rule", in_prefill(padding_in_slot_0)),
+        changed("gdn_conv_prep", where_slots_are_named(always_initial)),
+        changed("gated_delta_rule", where_slots_are_named(always_initial)),
+        changed("gdn_conv_prep", where_slots_are_named(padding_in_slot_0)),
+        changed("gated_delta_rule", where_slots_are_named(padding_in_slot_0)),
         changed("gdn_decode", padding_in_slot_0),
         loses_conv_state,
         forgets_generated_rows,
@@ -134,7 +135,7 @@ def test_a_defect_makes_mismatches(example, monkeypatch, plant):
 def test_a_state_left_in_a_slot_is_seen_if_the_next_owner_reads_it(example, monkeypatch, stale):
     layer = example.Layer()
     engine, requests = example.Engine(layer, slots=1, batch=2), [new_request(example, layer) for _ in range(2)]
-    changed("gated_delta_rule", in_prefill(always_initial))(monkeypatch, example)
+    changed("gated_delta_rule", where_slots_are_named(always_initial))(monkeypatch, example)
     if stale == "finite":
         for pool in engine.pools:
             pool.zero_()
@@ -156,14 +157,19 @@ def test_one_bit_is_a_mismatch(example):
     assert example.differing(layer, request) == 1
 
 
-def test_one_bit_of_an_input_reaches_the_last_row(example):
+def test_an_error_of_one_bit_grows(example):
     layer = example.Layer()
-    rows = torch.randn(40, layer.hidden)
-    other = rows.clone()
-    other[0, :1].view(torch.int32).bitwise_xor_(1)
+    right = torch.randn(40, layer.hidden, generator=torch.Generator().manual_seed(0))
+    wrong = right.clone()
+    wrong[-1, :1].view(torch.int32).bitwise_xor_(1)
     calls = [("prefill", 40), *[("decode", 1)] * 20]
-    both = [example.run_alone(layer, example.Request(list(prompt), 20, calls=calls)) for prompt in (rows, other)]
-    assert not torch.equal(both[0][-1], both[1][-1])
+    rows, others = (
+        torch.stack(example.run_alone(layer, example.Request(list(prompt), 21, calls=calls)))
+        for prompt in (right, wrong)
+    )
+    errors = (rows - others).abs().amax(1)
+    assert (errors > 0).tolist() == [False] * 39 + [True] * 21
+    assert errors[-1] > 10 * errors[39]
 
 
 def test_a_slot_is_cleared_by_no_one_and_given_on(example):
