@@ -103,7 +103,8 @@ class Layer:
     def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """[q | k | v], z, a and b of hidden states, each a view of one projection."""
         x, z, ab = product(hidden, self.in_proj).split((self.channels, self.values, 2 * self.heads_v), dim=1)
-        return x, z, *ab.chunk(2, dim=1)
+        a, b = ab.chunk(2, dim=1)
+        return x, z, a, b
 
 
 @dataclass(eq=False)
