@@ -148,7 +148,7 @@ def _project(module: Any, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     if is_interleaved(module):
         b, a = ba.unflatten(-1, (module.num_k_heads, -1)).chunk(2, dim=-1)
         return qkvz, None, b, a
-    x, z = qkvz.split([module.conv_dim, module.value_dim], dim=-1)
+    x, z = qkvz.split_with_sizes([module.conv_dim, module.value_dim], dim=-1)
     b, a = ba.chunk(2, dim=-1)
     return x, z, b, a
 

@@ -47,14 +47,13 @@ def known_class(module: nn.Module) -> type | None:
 
 def is_interleaved(module: Any) -> bool:
     """Whether the columns of a layer's first projection are those of key heads, as Qwen3-Next has them."""
-    return hasattr(module, "in_proj_qkvz")
+    return "in_proj_qkvz" in module._modules  # hasattr takes the host ten times as long
 
 
 def projections(module: Any) -> list[Any]:
     """A layer's input projections."""
-    if is_interleaved(module):
-        return [module.in_proj_qkvz, module.in_proj_ba]
-    return [module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a]
+    names = ("qkvz", "ba") if is_interleaved(module) else ("qkv", "z", "b", "a")
+    return [module._modules[f"in_proj_{name}"] for name in names]
 
 
 def plain_norm(module: Any, activations: tuple[str, ...] = ("silu", "sigmoid")) -> bool:
@@ -110,6 +109,7 @@ def _looks(module: Any) -> tuple[Any, ...] | None:
     return tuple(looks)
 
 
+_DTYPES = frozenset(getattr(torch, name) for name in FLOATS)
 _WEIGHTS = "A_log", "dt_bias"
 _CHILDREN = "conv1d", "in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"
 _plain: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -158,7 +158,7 @@ def why_not_call(module: Any, hidden_states: torch.Tensor, cache: Any, kwargs: d
         return found
     if cache is not None and _records_past(cache, module.layer_idx):
         return "the cache records its past"
-    if str(hidden_states.dtype).removeprefix("torch.") not in FLOATS:
+    if hidden_states.dtype not in _DTYPES:
         return f"hidden states are {hidden_states.dtype}"
     return ""
 
