@@ -17,11 +17,12 @@ from polyfuse.spec.gated_delta_rule import NAME
 from polyfuse.torch_impl.gated_delta_rule import gated_delta_rule
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+QUICK = [pytest.param(case, marks=[pytest.mark.slow] if n % 4 else []) for n, case in enumerate(all_cases(NAME))]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", all_cases(NAME), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_case(case: Case, device: str) -> None:
     assert Trial(NAME, case, 0).on(registry().get("torch"), device) == ("passed", "")
 

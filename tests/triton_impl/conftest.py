@@ -24,6 +24,8 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     launcher = module._launch
     kernel = RecordingKernel(launcher.kernel)
     monkeypatch.setattr(module, "_launch", _launch.Launcher(launcher.op, kernel, **launcher.options))
+    if hasattr(module, "_plans"):  # which know the launches of the other launcher
+        monkeypatch.setattr(module, "_plans", _launch.Plans(module._plan))
     return kernel.grids
 
 

@@ -1,0 +1,197 @@
+"""`gdn_decode` in Triton: one launch, whose programs own the states that they write, in whatever order they run."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from polyfuse.conformance import Case, Trial, cases
+from polyfuse.dispatch import registry, to_numpy
+from polyfuse.triton_impl import gdn_decode as module
+from polyfuse.triton_impl._common import INTERPRETED
+from polyfuse.triton_impl._launch import Plan, Plans
+from polyfuse.triton_impl.gdn_decode import gdn_decode
+from tests.triton_impl.helpers import DEVICE
+
+OP = "gdn_decode"
+# The interpreter takes a third of a second for each.
+QUICK = [pytest.param(case, marks=[pytest.mark.slow] if n % 4 else []) for n, case in enumerate(cases(OP))]
+STATES = "conv_state", "recurrent_state"
+B, H, HV, K, V = 3, 2, 4, 16, 24
+SLOTS = [4, -1, 0]  # of six
+
+interpreted = pytest.mark.skipif(not INTERPRETED.value, reason="steers the interpreter's programs")
+# NumPy's, from the interpreter: what an infinity gives.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+
+def arguments(**changed: Any) -> dict[str, Any]:
+    """One token of three sequences, of which the second has no slot; nobody's slots hold NaN."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random).to(DEVICE)
+
+    channels = 2 * H * K + HV * V
+    args: dict[str, Any] = {"x": normal(B, channels), "z": normal(B, HV * V), "a": normal(B, HV), "b": normal(B, HV)}
+    args |= {"conv_weight": normal(channels, 4), "A_log": normal(HV), "dt_bias": normal(HV), "norm_weight": normal(V)}
+    args |= {"conv_state": normal(6, channels, 4), "recurrent_state": normal(6, HV, K, V)}
+    for name in STATES:
+        args[name][[1, 2, 3, 5]] = torch.nan
+    args |= {"state_indices": torch.tensor(SLOTS, device=DEVICE, dtype=torch.int32)}
+    return {**args, "num_k_heads": H, "head_k_dim": K, "head_v_dim": V, **changed}
+
+
+def bits(x: torch.Tensor) -> bytes:
+    return to_numpy(x).tobytes()
+
+
+def step(args: dict[str, Any]) -> tuple[bytes, ...]:
+    """The bits of the output and of both states after a step."""
+    out = gdn_decode(**args)
+    return bits(out), *(bits(args[name]) for name in STATES)
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
+def test_cases(case: Case) -> None:
+    assert Trial(OP, case, 0).on(registry().get("triton"), DEVICE) == ("passed", "")
+
+
+def test_a_step_is_one_launch_that_writes_every_element(launches: list[tuple[int, ...]], poisoned_memory: None) -> None:
+    out = gdn_decode(**arguments())
+    assert out.isfinite().all()
+    assert not out[1].any()
+    assert launches == [(B * H, 1, 1)]
+
+
+def test_no_sequences_is_no_launch(launches: list[tuple[int, ...]]) -> None:
+    args = arguments()
+    none = {name: args[name][:0] for name in ("x", "z", "a", "b", "state_indices")}
+    assert gdn_decode(**args | none).shape == (0, HV * V)
+    assert launches == []
+
+
+def test_a_sequence_alone_has_the_same_bits() -> None:
+    args = arguments()
+    out, states = gdn_decode(**args), [args[name] for name in STATES]
+    for i in (0, 2):
+        alone = arguments()
+        mine = {name: alone[name][i : i + 1] for name in ("x", "z", "a", "b", "state_indices")}
+        assert bits(gdn_decode(**alone | mine)) == bits(out[i : i + 1])
+        for name, state in zip(STATES, states, strict=True):
+            assert bits(alone[name][SLOTS[i]]) == bits(state[SLOTS[i]])
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_programs_run_in_any_order(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = step(several(tokens))
+    for seed in range(4):
+        order = torch.randperm(B * H, generator=torch.Generator().manual_seed(seed)).tolist()
+        steer(monkeypatch, order)
+        assert step(several(tokens)) == wanted
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_every_element_of_a_state_has_one_owner(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program alone writes no other one writes, and nobody else's elements are in what it writes."""
+    all_of_them = several(tokens)
+    out = gdn_decode(**all_of_them)
+    owners = {name: torch.zeros(all_of_them[name].shape, dtype=torch.int32) for name in STATES}
+    for program in range(B * H):
+        sequence, head = divmod(program, H)
+        run_only(monkeypatch, program)
+        args = several(tokens)
+        before = {name: args[name].clone() for name in STATES}
+        gdn_decode(**args)
+        written = {name: changed(args[name], before[name]) for name in STATES}
+        for name in STATES:
+            owners[name] += written[name].int()
+        # The same program where all that it does not own is NaN.
+        args = several(tokens)
+        for name in STATES:
+            args[name].masked_fill_(~owned(name, head, all_of_them[name].shape), torch.nan)
+        mine = gdn_decode(**args).unflatten(-1, (HV, V))[sequence, ..., head * HV // H : (head + 1) * HV // H, :]
+        assert bits(mine) == bits(out.unflatten(-1, (HV, V))[sequence, ..., head * HV // H : (head + 1) * HV // H, :])
+    for name in STATES:
+        assert owners[name].max() == 1
+        live = [slot for slot in {*all_of_them["state_indices"].flatten().tolist()} if slot >= 0]
+        expected = live if name == "recurrent_state" else [row[0] for row in slots(tokens) if row[0] >= 0]
+        assert all(owners[name][slot].all() for slot in expected)
+
+
+def several(tokens: int) -> dict[str, Any]:
+    """The arguments of `tokens` tokens a sequence, each with a recurrent slot of its own."""
+    args = arguments()
+    if tokens == 1:
+        return args
+    random = torch.Generator().manual_seed(1)
+    for name in ("x", "z", "a", "b"):
+        args[name] = torch.randn(B, tokens, args[name].shape[-1], generator=random).to(DEVICE)
+    args["conv_state"] = torch.randn(10, args["conv_state"].shape[1], 3 + tokens - 1, generator=random).to(DEVICE)
+    args["recurrent_state"] = torch.randn(10, HV, K, V, generator=random).to(DEVICE)
+    args["state_indices"] = torch.tensor(slots(tokens), device=DEVICE, dtype=torch.int32)
+    args["num_accepted"] = torch.tensor([2, 1, 3], device=DEVICE, dtype=torch.int32)
+    return args
+
+
+def slots(tokens: int) -> list[list[int]]:
+    """The slots of each sequence's tokens."""
+    return [[slot] for slot in SLOTS] if tokens == 1 else [[4, 2, 7], [-1, -1, -1], [0, 9, 5]]
+
+
+def owned(name: str, head: int, shape: torch.Size) -> torch.Tensor:
+    """The elements that the programs of a key head own, in all slots."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    heads = slice(head * HV // H, (head + 1) * HV // H)
+    if name == "recurrent_state":
+        mask[:, heads] = True
+        return mask
+    q, k, v = mask.split([H * K, H * K, HV * V], dim=1)
+    q[:, head * K : (head + 1) * K] = k[:, head * K : (head + 1) * K] = True
+    v[:, heads.start * V : heads.stop * V] = True
+    return mask
+
+
+def changed(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    return (now != before) & ~(now.isnan() & before.isnan())
+
+
+def run_only(monkeypatch: pytest.MonkeyPatch, program: int) -> None:
+    """Let the next calls run one program of those that they have."""
+
+    def planned(*call: Any) -> Plan:
+        plan = module._plan(*call)
+        plan.grid = (1, 1, 1)
+        return plan
+
+    steer(monkeypatch, [program])
+    monkeypatch.setattr(module, "_plans", Plans(planned))
+
+
+def steer(monkeypatch: pytest.MonkeyPatch, order: list[int]) -> None:
+    """Let the interpreter run program `order[i]` where it would run program i."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def set_grid_idx(self: Any, x: int, y: int, z: int) -> None:
+        self.grid_idx = (order[x], y, z)
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", set_grid_idx)
+
+
+@pytest.mark.parametrize("apart", ["x", "z", "norm_weight", "A_log"])
+def test_elements_that_lie_apart_are_read_right(apart: str) -> None:
+    args = arguments()
+    wanted = step(arguments())
+    args[apart] = torch.stack([args[apart], args[apart]], dim=-1)[..., 0]
+    assert args[apart].stride(-1) == 2
+    assert step(args) == wanted
+
+
+def test_plans_are_kept_apart() -> None:
+    """A second call of another kind does not run as the first one."""
+    wanted = step(arguments()), step(arguments(norm_eps=0.5)), step(arguments(scale=2.0))
+    assert len({*wanted}) == 3
+    assert (step(arguments()), step(arguments(norm_eps=0.5)), step(arguments(scale=2.0))) == wanted
+    assert len({id(plan) for plan in module._plans.plans.values()}) == len(module._plans.plans)
