@@ -46,6 +46,7 @@ from polyfuse.triton_impl import _launch  # noqa: E402
 from polyfuse.triton_impl.gated_delta_rule import gated_delta_rule  # noqa: E402
 from polyfuse.triton_impl.gated_rms_norm import gated_rms_norm  # noqa: E402
 from polyfuse.triton_impl.gdn_conv_prep import gdn_conv_prep  # noqa: E402
+from polyfuse.triton_impl.gdn_decode import gdn_decode  # noqa: E402
 from polyfuse.triton_impl.gdn_in_proj import fused  # noqa: E402
 from polyfuse.triton_impl.gdn_post_conv import gdn_post_conv  # noqa: E402
 from polyfuse.triton_impl.pos_embed_interpolate import pos_embed_interpolate  # noqa: E402
@@ -164,6 +165,37 @@ vary(
     initial_state=[None],
     output_final_state=[True],
     **flags,
+)
+slots = torch.arange(7)
+vary(
+    gdn_decode,
+    {
+        "x": zeros(7, 128),
+        "z": zeros(7, 64),
+        **gates,
+        **heads,
+        "conv_weight": zeros(128, 4),
+        "norm_weight": zeros(16),
+        "conv_state": zeros(9, 128, 4),
+        "recurrent_state": zeros(9, 4, 16, 16).float(),
+        "conv_bias": zeros(128),
+        "state_indices": slots,
+    },
+    {
+        "x": matrix,
+        "z": matrix,
+        **gate_ways,
+        "conv_weight": matrix,
+        "norm_weight": vector,
+        "conv_state": matrix,
+        "recurrent_state": layouts,
+        "conv_bias": vector,
+        "state_indices": (torch.Tensor.int, shifted, spread),
+    },
+    conv_bias=[None],
+    state_indices=[None],
+    scale=[0.5],
+    norm_eps=[0.5],
 )
 heads_apart: tuple[Way, ...] = (turned, lambda x: zeros(7, 4, 3, 16)[:, 1:, 1:])
 vary(
