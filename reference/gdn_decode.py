@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, to_f64
+from polyfuse.reference._numerics import F64, Array, Exact, to_f64
 from polyfuse.reference._oracle import Error, Oracle
+from polyfuse.reference.gated_delta_rule import factor
+from polyfuse.reference.gated_rms_norm import inverse_rms
 from polyfuse.reference.gdn_conv_prep import activated, conv, in_order, normalised, silu
 from polyfuse.reference.gdn_post_conv import gate_bounds, inverse_norm, sigmoid, softplus, split_heads
 from polyfuse.spec import FP32_TINY, Capability
@@ -141,11 +143,6 @@ def _last_accepted(num_accepted: Array, sequence: int, slots: Slots) -> int:
     return min(max(int(num_accepted[sequence]), 1), slots.shape[1]) - 1
 
 
-def factor(scale: float | None, width: int) -> float:
-    """What o is multiplied by."""
-    return 1 / np.sqrt(width) if scale is None else scale
-
-
 def delta_rule(S: F64, tokens: list[Token], scale: float) -> tuple[F64, F64]:
     """o [B, T, HV, V], and S after each token [B, T, HV, K, V]."""
     results = []
@@ -166,12 +163,6 @@ def step(S: F64, q: F64, k: F64, v: F64, decay: F64, beta: F64, scale: float) ->
 def product(S: F64, vector: F64) -> F64:
     """S^T times a vector [..., K, 1]: [..., 1, V]."""
     return (S * vector).sum(-2, keepdims=True)
-
-
-def inverse_rms(x: F64, eps: float) -> F64:
-    """1 / sqrt(mean(x * x) + eps) over the last axis, of a sum that is infinite beyond float32."""
-    total = (x * x).sum(-1, keepdims=True)
-    return 1 / np.sqrt(np.where(total > FP32_MAX, np.inf, total) / x.shape[-1] + max(eps, FP32_TINY))
 
 
 def shifted(state: Array, before: F64, inputs: F64, slots: Slots, several: bool) -> tuple[F64, Mask]:

@@ -53,8 +53,8 @@ MAX_WIDTH = 4
 
 SILU_SLOPE = 1.1  # the largest derivative of SiLU is 1.0998
 
-_CHANNELS = "2*num_k_heads*head_k_dim + HV*head_v_dim"
-_COLUMNS = "2*num_k_heads*head_k_dim + (1 + interleaved)*HV*head_v_dim"
+CHANNELS = "2*num_k_heads*head_k_dim + HV*head_v_dim"
+COLUMNS = "2*num_k_heads*head_k_dim + (1 + interleaved)*HV*head_v_dim"
 
 
 def _check(call: Call) -> None:
@@ -63,13 +63,13 @@ def _check(call: Call) -> None:
     if call.attrs["interleaved"] and heads_v % heads:
         fail(NAME, "A_log", f"HV divisible by num_k_heads={heads} with interleaved=True", heads_v)
     if not 2 <= call.dims["W"] <= MAX_WIDTH:
-        fail(NAME, "weight", f"a width of 2 to {MAX_WIDTH} in [{_CHANNELS}, W]", call.dims["W"])
+        fail(NAME, "weight", f"a width of 2 to {MAX_WIDTH} in [{CHANNELS}, W]", call.dims["W"])
     if call.dims.get("N", 2) < 2:
         fail(NAME, "cu_seqlens", "at least 2 elements", call.dims["N"])
     check_pool(call, _sequences(call))
     before = call.dims["W"] - 1
     if call.dims.get("n", before) < before:
-        fail(NAME, "state_pool", f"n >= W - 1={before} in [slots, {_CHANNELS}, n]", call.dims["n"])
+        fail(NAME, "state_pool", f"n >= W - 1={before} in [slots, {CHANNELS}, n]", call.dims["n"])
 
 
 def _derive(call: Call) -> Mapping[str, Any]:
@@ -118,17 +118,17 @@ SPEC = OpSpec(
     tensors=(
         TensorSpec(
             "x",
-            ("L", _COLUMNS),
+            ("L", COLUMNS),
             FLOATS,
             "[q | k | v] before the conv, or key heads of [q | k | v | z] with interleaved; any strides",
             dtype_var="T",
         ),
-        TensorSpec("weight", (_CHANNELS, "W"), FLOATS, "of the conv; W is 2 to 4, the last column the row itself"),
+        TensorSpec("weight", (CHANNELS, "W"), FLOATS, "of the conv; W is 2 to 4, the last column the row itself"),
         *POST_CONV.tensors[1:],
-        TensorSpec("bias", (_CHANNELS,), FLOATS, "of the conv", optional=True),
+        TensorSpec("bias", (CHANNELS,), FLOATS, "of the conv", optional=True),
         TensorSpec(
             "initial_state",
-            ("S", _CHANNELS, "W - 1"),
+            ("S", CHANNELS, "W - 1"),
             FLOATS,
             "the inputs before each sequence, oldest first",
             optional=True,
@@ -138,7 +138,7 @@ SPEC = OpSpec(
         ),
         TensorSpec(
             "state_pool",
-            ("slots", _CHANNELS, "n"),
+            ("slots", CHANNELS, "n"),
             FLOATS,
             "states of sequences, in place of initial_state and final_state; any strides",
             optional=True,
@@ -156,7 +156,7 @@ SPEC = OpSpec(
         *POST_CONV.outputs,
         OutputSpec(
             "final_state",
-            ("F", _CHANNELS, "W - 1"),
+            ("F", CHANNELS, "W - 1"),
             "state",
             "the last inputs of each sequence, oldest first, in the dtype of initial_state or else T; rows [F, W - 1, "
             "C] in memory",

@@ -60,7 +60,7 @@ from polyfuse.spec._types import (
     TensorSpec,
 )
 from polyfuse.spec._validate import fail, itemsize
-from polyfuse.spec.gdn_conv_prep import MAX_WIDTH
+from polyfuse.spec.gdn_conv_prep import CHANNELS, COLUMNS, MAX_WIDTH
 from polyfuse.spec.gdn_conv_prep import SPEC as CONV_PREP
 from polyfuse.spec.gdn_post_conv import (
     BETA_REASON,
@@ -76,9 +76,6 @@ NAME = "gdn_decode"
 
 MAX_TOKENS = 8
 
-_CHANNELS = "2*num_k_heads*head_k_dim + HV*head_v_dim"
-_COLUMNS = "2*num_k_heads*head_k_dim + (1 + interleaved)*HV*head_v_dim"
-
 
 def _check(call: Call) -> None:
     attrs, dims = call.attrs, call.dims
@@ -92,7 +89,7 @@ def _check(call: Call) -> None:
     if dims["HV"] % attrs["num_k_heads"]:
         fail(NAME, "A_log", f"HV divisible by num_k_heads={attrs['num_k_heads']}", dims["HV"])
     if not 2 <= dims["W"] <= MAX_WIDTH:
-        fail(NAME, "conv_weight", f"a width of 2 to {MAX_WIDTH} in [{_CHANNELS}, W]", dims["W"])
+        fail(NAME, "conv_weight", f"a width of 2 to {MAX_WIDTH} in [{CHANNELS}, W]", dims["W"])
     _check_form(call)
 
 
@@ -169,7 +166,7 @@ SPEC = OpSpec(
     tensors=(
         TensorSpec(
             "x",
-            ("...", _COLUMNS),
+            ("...", COLUMNS),
             FLOATS,
             "[q | k | v] before the conv of each sequence [B] or of its tokens [B, T], or key heads of [q | k | v | z] "
             "with interleaved; any strides",
@@ -188,14 +185,14 @@ SPEC = OpSpec(
             "b", ("...", "HV"), FLOATS, "the write strength before the sigmoid; any strides", split="num_k_heads"
         ),
         TensorSpec(
-            "conv_weight", (_CHANNELS, "W"), FLOATS, "of the conv; W is 2 to 4, the last column the token itself"
+            "conv_weight", (CHANNELS, "W"), FLOATS, "of the conv; W is 2 to 4, the last column the token itself"
         ),
         TensorSpec("A_log", ("HV",), FLOATS, "log of the decay rate per value head"),
         TensorSpec("dt_bias", ("HV",), FLOATS, "added to a before the softplus"),
         TensorSpec("norm_weight", ("head_v_dim",), FLOATS, "of the RMS norm"),
         TensorSpec(
             "conv_state",
-            ("conv_slots", _CHANNELS, "n"),
+            ("conv_slots", CHANNELS, "n"),
             FLOATS,
             "the inputs before each sequence's token, oldest first; n >= W - 1; any strides",
             updated=True,
@@ -207,7 +204,7 @@ SPEC = OpSpec(
             "S of each value head; any strides",
             updated=True,
         ),
-        TensorSpec("conv_bias", (_CHANNELS,), FLOATS, "of the conv", optional=True),
+        TensorSpec("conv_bias", (CHANNELS,), FLOATS, "of the conv", optional=True),
         TensorSpec("state_indices", ("...",), INTS, "the slot of each sequence or token, -1 for none", optional=True),
         TensorSpec(
             "num_accepted",

@@ -4,6 +4,7 @@ import torch
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.torch_impl._gdn import gates, heads, sigmoid
+from polyfuse.torch_impl._pools import Slots
 
 CAPABILITY = Capability()
 
@@ -41,7 +42,8 @@ def gdn_decode(
 
     inputs, gate = _parted(x.flatten(0, -2), z, num_k_heads, head_k_dim)
     inputs = inputs.unflatten(0, (batch, tokens)).transpose(1, 2)  # [B, C, T]
-    found = conv_state.index_select(0, slots[:, 0].clamp(min=0))
+    owned = Slots(conv_state, slots[:, 0], batch)
+    found = owned.states
     window = _window(found, accepted, conv_weight.shape[1] - 1)
     c = _conv(torch.cat([window.float(), inputs.float()], dim=2), conv_weight, conv_bias, tokens)
     shifted = torch.cat([found if len(lead) == 1 else window, inputs.to(found.dtype)], dim=2)[:, :, 1:]
@@ -49,7 +51,7 @@ def gdn_decode(
         written = conv_weight.shape[1] - 2 + (slots >= 0).sum(1)
         columns = torch.arange(found.shape[2], device=x.device)
         shifted = torch.where(columns < written[:, None, None], shifted, found)
-    _store(conv_state, slots[:, 0], shifted)
+    owned.write(shifted)
 
     y = _silu(c).transpose(1, 2).flatten(0, 1)
     q, k, v = heads(y, num_k_heads, head_k_dim, heads_v, head_v_dim, l2norm_eps, torch.float32)
@@ -70,7 +72,7 @@ def gdn_decode(
         o, S = _step(S, *token)
         results.append((o[:, :, 0] * factor, S))
     o, states = (torch.stack(part, dim=1) for part in zip(*results, strict=True))
-    _store(recurrent_state, slots.flatten(), states.flatten(0, 1))
+    Slots(recurrent_state, slots.flatten(), batch * tokens).write(states.flatten(0, 1))
     out = _normalised(o, norm_eps) * norm_weight.float() * _silu(gate.float().reshape(o.shape))
     return torch.where(slots[..., None, None] >= 0, out, 0.0).to(x.dtype).reshape(*lead, heads_v * head_v_dim)
 
@@ -120,19 +122,6 @@ def _step(
     d = beta * (v - (S * k).sum(-2, keepdim=True))
     S = S + k * d
     return (S * q).sum(-2, keepdim=True), S
-
-
-def _store(pool: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
-    """Write rows to their slots of a pool, but those of negative slots nowhere.
-
-    No shape may depend on how many these are, so each of them writes what the first other row writes, to the same slot.
-    If all slots are negative, slot 0 is written with what it holds.
-    """
-    live = slots >= 0
-    first = live.int().argmax(keepdim=True)
-    instead = torch.where(live.any(), rows.index_select(0, first).to(pool.dtype), pool[:1])
-    rows = torch.where(live.reshape(-1, *[1] * (rows.ndim - 1)), rows.to(pool.dtype), instead)
-    pool.index_copy_(0, torch.where(live, slots, slots.index_select(0, first)).clamp(min=0), rows)
 
 
 def _normalised(o: torch.Tensor, eps: float) -> torch.Tensor:

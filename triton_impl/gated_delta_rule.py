@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from polyfuse.spec import Capability
+from polyfuse.spec import gated_delta_rule as spec
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._products import FP32, TO_BF16, dot, load_operand, rounded_operand, unit_inverse
@@ -31,8 +32,8 @@ CAPABILITY = Capability(
     interpreted=("cpu",),
 )
 
-ROWS = tl.constexpr(64)  # of a chunk
-LEAST_G = tl.constexpr(-120.0)  # exp(-104) is zero in fp32. Sums of it are finite, so that no difference is NaN
+ROWS = tl.constexpr(spec.CHUNK)
+LEAST_G = tl.constexpr(spec.LEAST_G)  # sums of it are finite, so that no difference is NaN
 SEARCH = tl.constexpr(256)  # entries of cu_seqlens looked at together
 NEVER = tl.constexpr(2**31 - 1)  # a slot that does not come
 
@@ -262,16 +263,15 @@ class Tiling(NamedTuple):
 
 
 def _tiling(K: int, V: int, itemsize: int) -> Tiling:
-    """What an H200 was fastest with for heads of 128: 128 programs scan 32 heads, about as many as there are SMs."""
+    """What an H200 was fastest with for one sequence and heads of 128: 128 programs scan 32 heads, one for each SM."""
     stages = 3 if K * itemsize <= 256 else 2 if K * itemsize <= 512 else 1  # so that the tiles fit in shared memory
     return Tiling(2 if itemsize == 2 else 4, min(32, max(16, triton.next_power_of_2(V))), 4, stages)
 
 
 def _operand(x: torch.Tensor) -> torch.Tensor:
-    """q or k as `_scan` takes it, whose products read memory while the next tiles are on their way there.
+    """q or k as `_scan` takes it: 16-bit numbers that do not lie in whole blocks of 16 are copied into such.
 
-    Of 16-bit numbers only whole blocks of 16 bytes travel so. With others Triton 3.6 reads what is overwritten already:
-    they are copied, with zeros behind each head's columns.
+    Of others Triton 3.6 made wrong results on an H200, and illegal accesses, with any number of stages.
     """
     step, head, column = x.stride()
     width = x.shape[2]

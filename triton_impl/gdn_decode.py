@@ -31,7 +31,7 @@ def _add_pairs(a0, a1, b0, b1):
 
 @triton.jit
 def _answers(state, k, q):
-    """S^T k and S^T q of a tile [K, BV]."""
+    """S^T k and S^T q of a state [K, V]."""
     of_k = state * k[:, None]
     of_q = state * q[:, None]
     if INTERPRETED:  # where a reduction of a pair is slow

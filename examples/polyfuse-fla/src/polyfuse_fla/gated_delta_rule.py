@@ -51,6 +51,8 @@ def gated_delta_rule(
     has_initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o [L, HV, V], rounded once, and final_state [F, HV, K, V]. A pool is updated."""
+    if cu_seqlens is not None and is_captured(v.device):
+        raise Unsupported("cu_seqlens in the capture of a CUDA graph: fla reads them on the host")
     if state_pool is None:
         return _rule(q, k, v, g, beta, scale, initial_state, cu_seqlens, output_final_state)
     count = 1 if cu_seqlens is None else len(cu_seqlens) - 1
@@ -72,8 +74,6 @@ def _rule(
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op without a pool."""
-    if cu_seqlens is not None and is_captured(v.device):
-        raise Unsupported("cu_seqlens in the capture of a CUDA graph: fla reads them on the host")
     ends = [0, len(v)] if cu_seqlens is None else cu_seqlens.tolist()
     filled = [number for number, (start, end) in enumerate(pairwise(ends)) if start < end] if v.numel() else []
     rows = slice(ends[0], ends[-1])
