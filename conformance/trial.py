@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 
-import polyfuse
 from polyfuse.configs import Profile
 from polyfuse.configs import profile as load_profile
+from polyfuse.conformance.attempt import Attempt
 from polyfuse.conformance.case import Case
-from polyfuse.conformance.checks import calls, claims, memory, values
-from polyfuse.conformance.inputs import make_inputs, place
+from polyfuse.conformance.checks import checks, values
+from polyfuse.conformance.claims import check_refusal
+from polyfuse.conformance.inputs import make_inputs
 from polyfuse.dispatch import Backend, device_of, examine, family_of
 from polyfuse.reference import Exact, oracle
 from polyfuse.spec import OPS, Call, bind
@@ -38,7 +39,7 @@ class Trial:
 
     def check(self, result: Any, call: Call) -> str | None:
         """What is wrong with a result, or None."""
-        return values.check(result, call, self.exact())
+        return values.verdict(values.as_tuple(result), call, self.exact())
 
     def on(self, backend: Backend, device: str = "cpu", limits: Profile | None = None) -> tuple[str, str]:
         """(status, detail) of this case on one backend; the limits default to those of the standard profile.
@@ -64,28 +65,20 @@ class Trial:
         too_large = self._too_large(device, interpreted, limits)
         if too_large:
             return "skipped", too_large
-        made, call = self.inputs()
-        arrays = place(made, backend.family, device, self.case.stacked)
-        first = next(v for v in arrays.values() if family_of(v))
-        verdict, _ = examine(self.op, backend.name, call, backend.family, device_of(first, backend.family), False)
-
-        def run(arguments: dict[str, Any]) -> Any:
-            return getattr(polyfuse, self.op)(**arguments, backend=backend.name)
-
+        attempt = Attempt(self, backend, device, backend.load(self.op).capability)
+        first = next(v for v in attempt.arrays.values() if family_of(v))
+        where = device_of(first, backend.family)
+        verdict, _ = examine(self.op, backend.name, attempt.call, backend.family, where, False)
         if verdict.status == "unsupported":
-            problem = claims.check_refusal(run, arrays, verdict.reason)
+            problem = check_refusal(attempt, verdict.reason)
             return ("failed", problem) if problem else ("skipped", f"unsupported: {verdict.reason}")
         if verdict.status != "usable":
             return "skipped", f"{verdict.status}: {verdict.reason}"
-        with np.errstate(all="ignore"):  # Triton's interpreter computes with NumPy
-            result = run(arrays)
-        in_place = [output.name for output in call.updated] if backend.family == "torch" else []
-        returned = (*values.as_tuple(result), *(arrays[name] for name in in_place))
-        problem = self.check(returned, call) or memory.check_strides(result, call)
-        if problem is None and self.case.repeat > 1:
-            problem = calls.check_repeated_rows(run, call, arrays, result, self.case.repeat)
-        problem = problem or memory.check_inputs(made, arrays, in_place)
-        return ("failed", problem) if problem else ("passed", "")
+        for check in checks().values():
+            problem = next(check.check(attempt), None)
+            if problem:
+                return "failed", problem
+        return "passed", ""
 
     def _too_large(self, device: str, interpreted: bool, limits: Profile) -> str | None:
         _, call = self.inputs()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import polyfuse
 from polyfuse import BackendError, SpecError, Unsupported
 from polyfuse.conformance import cases, make_inputs, place
-from polyfuse.conformance.checks.values import as_tuple, check
+from polyfuse.conformance.checks.values import as_tuple, verdict
 from polyfuse.dispatch import family_of, to_numpy
 from polyfuse.reference import oracle
 from polyfuse.spec import OPS, bind
@@ -165,7 +165,7 @@ def test_a_call_is_right_or_raises_one_line(call: tuple[str, dict[str, Any], Any
             given = arguments | found
             plain = {name: to_numpy(value) if family_of(value) else value for name, value in given.items()}
             returned = (*as_tuple(result), *(arguments[name] for name in written))
-            assert check(returned, bind(OPS[op], plain), oracle(op).intervals(**plain)) is None
+            assert verdict(returned, bind(OPS[op], plain), oracle(op).intervals(**plain)) is None
         before |= bits({name: arguments[name] for name in written})
     assert "\n" not in message
     assert bits(arguments) == before

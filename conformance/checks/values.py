@@ -1,22 +1,31 @@
 """Is an output right? It must lie between the rounded ends of the oracle's interval, element by element."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from polyfuse.conformance.attempt import Attempt
 from polyfuse.dispatch import to_numpy
 from polyfuse.reference._numerics import Exact, round_to, to_f64
 from polyfuse.spec import Call, dtype_name
 
+PROVES = "Every element of every result lies in the oracle's interval."
 
-def check(result: Any, call: Call, exact: Mapping[str, Exact]) -> str | None:
+
+def check(attempt: Attempt) -> Iterator[str]:
+    """What is wrong with the number, the dtypes, the shapes or the values of the first call's results."""
+    problem = verdict(attempt.results(attempt.arrays, attempt.outputs), attempt.call, attempt.exact)
+    if problem:
+        yield problem
+
+
+def verdict(results: Sequence[Any], call: Call, exact: Mapping[str, Exact]) -> str | None:
     """What is wrong with the number, the dtypes, the shapes or the values of a call's results, or None.
 
     The updated arguments that are given come behind the outputs.
     """
-    results = as_tuple(result)
     if len(results) != len(call.results):
         return f"expected {len(call.results)} outputs, got {len(results)}"
     for want, got in zip(call.results, results, strict=True):

@@ -1,0 +1,67 @@
+"""One case on one backend: the arrays, the call and its results, which the checks look at."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import polyfuse
+from polyfuse.conformance.inputs import place
+from polyfuse.dispatch import Backend
+from polyfuse.spec import Capability
+
+if TYPE_CHECKING:
+    from polyfuse.conformance.trial import Trial
+    from polyfuse.reference import Exact
+
+
+class Attempt:
+    """A case that a backend claims to run on a device. `made` are its NumPy inputs, `call` the validated call.
+
+    The first call is made when something asks for its `outputs`; `arrays` are what it was given.
+    """
+
+    def __init__(self, trial: "Trial", backend: Backend, device: str, capability: Capability) -> None:
+        self.trial, self.backend, self.device, self.capability = trial, backend, device, capability
+        self.op, self.case = trial.op, trial.case
+        self.made, self.call = trial.inputs()
+
+    @property
+    def family(self) -> str:
+        """The kind of the backend's arrays."""
+        return self.backend.family
+
+    @property
+    def exact(self) -> "dict[str, Exact]":
+        """The oracle's interval of each result."""
+        return self.trial.exact()
+
+    @cached_property
+    def arrays(self) -> dict[str, Any]:
+        """The arguments of the first call."""
+        return self.place()
+
+    @cached_property
+    def outputs(self) -> tuple[Any, ...]:
+        """What the first call returned."""
+        return self.run(self.arrays)
+
+    @property
+    def in_place(self) -> tuple[str, ...]:
+        """The updated arguments that the backend writes in place; those of other kinds of arrays it returns."""
+        return tuple(output.name for output in self.call.updated) if self.family == "torch" else ()
+
+    def place(self, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Fresh arguments for the backend of the case's values, or of others that are laid out alike."""
+        return place(self.made if values is None else values, self.family, self.device, self.case.stacked)
+
+    def run(self, arrays: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What a call with these arguments returns, also of an op that has one result."""
+        with np.errstate(all="ignore"):  # Triton's interpreter computes with NumPy
+            result = getattr(polyfuse, self.op)(**arrays, backend=self.backend.name)
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+    def results(self, arrays: Mapping[str, Any], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """All results of a call: what it returned, and the arguments that it updated in place behind them."""
+        return (*outputs, *(arrays[name] for name in self.in_place))
