@@ -277,7 +277,7 @@ def gdn_decode(
             *(x, z, a, b, conv_weight, A_log, dt_bias, norm_weight, conv_state, recurrent_state),
             *(conv_bias, state_indices, num_accepted),
         )
-        _plans(inputs, num_k_heads, head_k_dim, head_v_dim, l2norm_eps, norm_eps, scale)(inputs, out)
+        _plans(inputs, (out,), num_k_heads, head_k_dim, head_v_dim, l2norm_eps, norm_eps, scale)
     return out
 
 

@@ -120,7 +120,7 @@ def fused(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
     flat = x if len(lead) == 1 else x.flatten(0, -2)
     if flat.shape[0] and qkvz.shape[-1] + ba.shape[-1]:
         inputs = flat, large.weight, large.following, small.weight, small.following, large.bias, small.bias
-        _plans(inputs)(inputs, qkvz, ba)
+        _plans(inputs, (qkvz, ba))
     return qkvz, ba
 
 
