@@ -58,7 +58,7 @@ def export(
     written, left_out = [], {}
     for op, cases in chosen.items():
         for case in cases:
-            entry = _Entry(folder, op, case, seed)
+            entry = Entry(folder, op, case, seed)
             if entry.elements > max_elements:
                 left_out[entry.name] = f"{entry.elements} elements, more than {max_elements}"
             else:
@@ -86,7 +86,7 @@ def _chosen(spec: OpSpec, choice: str, names: Sequence[str]) -> list[Case]:
     return [case for case in cases if choice == "all" or case.name in spec.core]
 
 
-class _Entry:
+class Entry:
     """One case, and its part of the manifest."""
 
     def __init__(self, folder: Path, op: str, case: Case, seed: int) -> None:
@@ -112,7 +112,7 @@ class _Entry:
             "host": {name: value for name, value in given.items() if isinstance(value, (tuple, list))},
             "absent": [name for name, value in given.items() if value is None],
             "inputs": [self._input(name, array) for name, array in self.arrays.items()],
-            "results": [self._result(output, exact[output.name]) for output in self.call.results],
+            "results": [self.result(output, exact[output.name]) for output in self.call.results],
         }
 
     def _input(self, name: str, array: Array) -> dict[str, Any]:
@@ -125,7 +125,8 @@ class _Entry:
             **self._file(f"in/{name}.npy", array),
         }
 
-    def _result(self, output: Output, exact: Exact) -> dict[str, Any]:
+    def result(self, output: Output, exact: Exact) -> dict[str, Any]:
+        """Write what one result is compared with; returns what the manifest says of it."""
         dtype = "uint8" if exact.as_bytes else output.dtype
         flags = np.where(np.isneginf(exact.low) & np.isposinf(exact.high), ANY, 0)
         flags |= SIGN * (exact.bits | (False if exact.kept is None else exact.kept))

@@ -177,9 +177,11 @@ static const char *header_value(const char *header, const char *key) {
     for (const char *at = header; (at = strstr(at, key)) != NULL; at++) {
         const char *end = at + strlen(key);
         if (at == header || (at[-1] != '\'' && at[-1] != '"') || *end != at[-1]) continue;
-        for (end++; *end == ' '; end++) {}
+        for (end++; *end == ' '; end++) {
+        }
         if (*end != ':') continue;
-        for (end++; *end == ' '; end++) {}
+        for (end++; *end == ' '; end++) {
+        }
         return end;
     }
     return NULL;
@@ -251,15 +253,13 @@ static int parse_npy(const char *path, const unsigned char *data, size_t size, c
     int fortran = order && !strncmp(order, "True", 4);
     if (strlen(header) != length || !descr || !shape || !order || (!fortran && strncmp(order, "False", 5)))
         return wrong("%s: not a .npy file", path);
+    const char *closed = *descr == '\'' || *descr == '"' ? strpbrk(descr + 1, "'\"") : NULL;
+    if (!closed || *closed != *descr || !parse_shape(shape, array)) return wrong("%s: not a .npy file", path);
     array->format = format_of(dtype);
     size_t stored = strlen(array->format->stored), left = size - start - length;
-    int quoted = *descr == '\'' || *descr == '"';
-    if (!quoted || strncmp(descr + 1, array->format->stored, stored) || descr[1 + stored] != *descr) {
-        int shown = quoted ? (int)strcspn(descr + 1, "'\"") : 0;
-        return wrong("%s: expected dtype '%s' (the bits of %s), got %s%.*s%s", path, array->format->stored, dtype,
-                     shown ? "'" : "another", shown, descr + 1, shown ? "'" : "");
-    }
-    if (!parse_shape(shape, array)) return wrong("%s: not a .npy file", path);
+    if (strncmp(descr + 1, array->format->stored, stored) || descr[1 + stored] != *descr)
+        return wrong("%s: expected dtype '%s' (the bits of %s), got '%.*s'", path, array->format->stored, dtype,
+                     (int)strcspn(descr + 1, "'\""), descr + 1);
     if (!count_elements(array, left))
         return wrong("%s: %lu bytes of data are not those of its shape", path, (unsigned long)left);
     array->bytes = allocated(left);

@@ -59,8 +59,8 @@ def export(
 
 
 @command.command()
-@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, exists=True, path_type=Path))
-@click.argument("outputs", type=click.Path(file_okay=False, exists=True, path_type=Path))
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("outputs", type=click.Path(file_okay=False, path_type=Path))
 def verify(folder: Path, outputs: Path) -> None:
     """Judge OUTPUTS, the results of another kernel on the golden vectors in DIR, as conformance would.
 
