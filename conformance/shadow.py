@@ -20,9 +20,11 @@ from zlib import crc32
 
 import numpy as np
 
+import polyfuse
 from polyfuse.conformance.checks import values
 from polyfuse.conformance.golden._files import stored_dtype
-from polyfuse.dispatch import family_of, to_numpy
+from polyfuse.conformance.inputs import place
+from polyfuse.dispatch import family_of, registry, to_numpy
 from polyfuse.dispatch._arrays import is_traced
 from polyfuse.reference import oracle
 from polyfuse.reference._numerics import Array, numpy_dtype
@@ -81,8 +83,8 @@ def shadow_report(timeout: float = 60.0) -> dict[tuple[str, str], dict[str, int]
     """What shadow mode has counted in this process, by (op, backend), once the waiting samples are checked.
 
     `calls` that returned, of them `sampled`; of those `checked`, with `violations`, and `dropped` because too many were
-    waiting. Chosen, but not sampled: `too_large`, and `traced` (by JAX, or captured in a CUDA graph). `errors` are checks
-    that failed themselves. Waits for at most `timeout` seconds.
+    waiting. Chosen, but not sampled: `too_large`, and `traced` (by JAX, or captured in a CUDA graph). `errors` are
+    checks that failed themselves. Waits for at most `timeout` seconds.
     """
     with _samples.all_tasks_done:
         _samples.all_tasks_done.wait_for(lambda: not _samples.unfinished_tasks, timeout)
@@ -216,3 +218,12 @@ def load(path: Path) -> tuple[str, str, dict[str, Any], tuple[Array, ...]]:
     given = {name: arrays.get(f"given.{name}", call["others"].get(name)) for name in spec.parameters}
     results = [arrays[name] for name in sorted(arrays, key=lambda n: int(n.split(".")[1]) if n[0] == "r" else -1)]
     return spec.name, call["backend"], given, tuple(results[len(arrays) - sum(n[0] == "r" for n in arrays) :])
+
+
+def again(op: str, backend: str, given: Mapping[str, Any], device: str) -> str | None:
+    """What is wrong with the results of a backend on a recorded call, run now, or None."""
+    family = registry().get(backend).family
+    arrays = place(given, family, "cpu" if family == "numpy" else device)
+    result = getattr(polyfuse, op)(**arrays, backend=backend)
+    written = [arrays[name] for name in OPS[op].updated if family == "torch" and arrays[name] is not None]
+    return problem_of(op, given, tuple(map(to_numpy, (*values.as_tuple(result), *written))))
