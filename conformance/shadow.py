@@ -197,7 +197,7 @@ def save(path: Path, op: str, backend: str, given: Mapping[str, Any], results: t
         "dtypes": {name: array.dtype.name for name, array in arrays.items()},
     }
     text = np.frombuffer(json.dumps(call).encode(), np.uint8)
-    stored = {
+    stored: dict[str, Any] = {
         name: np.ascontiguousarray(a).view(stored_dtype(a.dtype.name)).reshape(a.shape) for name, a in arrays.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
