@@ -3,7 +3,7 @@
 if __name__ != "polyfuse.configs":
     raise ImportError(f"import polyfuse.configs, not {__name__}")
 
-from polyfuse.configs._environment import check_variables, did_you_mean, flag
+from polyfuse.configs._environment import check_variables, did_you_mean, flag, shadow
 from polyfuse.configs._load import (
     EncoderConfig,
     ModelCase,
@@ -32,5 +32,6 @@ __all__ = [
     "platform_order",
     "profile",
     "projection_strategies",
+    "shadow",
     "user_config",
 ]

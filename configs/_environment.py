@@ -8,7 +8,8 @@ from polyfuse.spec import FORMER_NAMES, OPS, SpecError
 PREFIX = "POLYFUSE_"
 BACKEND = "POLYFUSE_BACKEND"
 ENCODER = "POLYFUSE_ENCODER_"
-SINGLE = (BACKEND, "POLYFUSE_CONFIG", "POLYFUSE_LOG", "POLYFUSE_STREAMS", "POLYFUSE_STRICT")
+SHADOW = ("POLYFUSE_SHADOW", "POLYFUSE_SHADOW_DUMP", "POLYFUSE_SHADOW_SEED")
+SINGLE = (BACKEND, "POLYFUSE_CONFIG", "POLYFUSE_LOG", "POLYFUSE_STREAMS", "POLYFUSE_STRICT", *SHADOW)
 
 
 def known_variables() -> list[str]:
@@ -32,6 +33,20 @@ def flag(name: str) -> bool | None:
     if value not in ("0", "1"):
         raise SpecError(f"environment variable {name}: expected 0 or 1, got {value!r}")
     return value == "1"
+
+
+def shadow() -> tuple[float, int]:
+    """The share of calls that shadow mode checks, 0 where it is off, and its seed. Raises `SpecError`."""
+    share, seed = (os.environ.get(name) or "0" for name in ("POLYFUSE_SHADOW", "POLYFUSE_SHADOW_SEED"))
+    try:
+        number = float(share)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise SpecError(f"environment variable POLYFUSE_SHADOW: expected a number from 0 to 1, got {share!r}")
+    if not seed.isdecimal():
+        raise SpecError(f"environment variable POLYFUSE_SHADOW_SEED: expected an integer >= 0, got {seed!r}")
+    return number, int(seed)
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

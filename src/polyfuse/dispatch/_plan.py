@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from operator import attrgetter
 from typing import Any
 
+from polyfuse.configs import shadow
 from polyfuse.dispatch._arguments import examine_arguments, read_hosts
 from polyfuse.dispatch._arrays import family_of, is_traced
 from polyfuse.dispatch._gradients import without_gradients
@@ -115,6 +117,9 @@ class Calls:
             raise SpecError(f"{self.spec.name}: backend: expected backends of one array family, got {got}")
         if target == "jax":
             usable = [(name, self._guarded(name, implementation, call)) for name, implementation in usable]
+        share, seed = shadow()
+        if share:
+            usable = [(name, self._watched(name, implementation, share, seed)) for name, implementation in usable]
         name, implementation = usable[0]
         return Plan(
             usable=tuple(usable),
@@ -134,6 +139,16 @@ class Calls:
             return implementation
         function = without_gradients(self.spec.name, backend, reason, implementation.function)
         return Implementation(function, implementation.capability)
+
+    def _watched(self, backend: str, implementation: Implementation, share: float, seed: int) -> Implementation:
+        """The implementation, with a share of its calls checked in the background.
+
+        The module is named by string, as backends are: it stands above dispatch, and is not needed without shadow mode.
+        """
+        watched = import_module("polyfuse.conformance.shadow").watched
+        return Implementation(
+            watched(self.spec.name, backend, implementation.function, share, seed), implementation.capability
+        )
 
 
 CALLS = {name: Calls(spec) for name, spec in OPS.items()}
