@@ -35,7 +35,7 @@ def run(
     chosen = [registry().get(name) for name in backends] if backends else _all_backends()
     report = Report(device_name(device), profile, settings.seed)
     wanted = {op: selected(op, profile, settings) for op in ops or OPS}
-    total = sum(len(c) for c in wanted.values()) * len(chosen)
+    total = report.planned = sum(len(c) for c in wanted.values()) * len(chosen)
     for op, its_cases in wanted.items():
         for case, left_out in its_cases:
             trial = Trial(op, case, settings.seed)
@@ -47,9 +47,11 @@ def run(
                 except Exception:
                     status, detail = "failed", traceback.format_exc(limit=-3).strip()
                 seconds = time.perf_counter() - started
-                report.results.append(Result(op, backend.name, case.name, status, round(seconds, 5), detail))
+                core = case.name in OPS[op].core
+                report.results.append(Result(op, backend.name, case.name, status, round(seconds, 5), detail, core=core))
                 if on_result:
                     on_result(report, total)
+    report.finish()
     return report
 
 
