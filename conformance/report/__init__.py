@@ -1,12 +1,17 @@
 """What a conformance run found: results, verdicts, and the files that one hands on."""
 
+from polyfuse.conformance.report._diff import Difference, compare
 from polyfuse.conformance.report._facts import BackendFacts, backend_facts, chip, commit, device_name, versions
+from polyfuse.conformance.report._merge import merge
+from polyfuse.conformance.report._read import read
 from polyfuse.conformance.report._report import SCHEMA, Report
 from polyfuse.conformance.report._result import Margin, Result, Verdict
+from polyfuse.conformance.report._text import printable
 
 __all__ = [
     "SCHEMA",
     "BackendFacts",
+    "Difference",
     "Margin",
     "Report",
     "Result",
@@ -14,6 +19,10 @@ __all__ = [
     "backend_facts",
     "chip",
     "commit",
+    "compare",
     "device_name",
+    "merge",
+    "printable",
+    "read",
     "versions",
 ]

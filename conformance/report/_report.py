@@ -1,13 +1,15 @@
 """A conformance run: where and with what it ran, every result, and what the results prove."""
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from polyfuse.conformance.report import _facts
+from polyfuse.conformance.report import _facts, _files
 from polyfuse.conformance.report._facts import BackendFacts
 from polyfuse.conformance.report._result import STRICT, Result, Verdict
 
@@ -24,9 +26,10 @@ def now() -> str:
 class Report:
     """A run and its results. `state` is `running` until `finish` is called: such a report proves nothing yet.
 
-    `filters` holds what chose among the cases (`{"cases": [patterns]}`); choosing ops or backends is no filter.
-    `planned` is the number of results of the whole run, `checks` what each check that ran proves, and `command` the
-    command line that made the report. docs/reports.md describes every field.
+    `proves` is what the level says that it proves. `filters` holds what chose among the cases
+    (`{"cases": [patterns]}`); choosing ops or backends is no filter. `planned` is the number of results of the whole
+    run, `checks` what each check that ran proves, and `command` the command line, of a merged report a line for each
+    part. docs/reports.md describes every field.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -34,6 +37,7 @@ class Report:
     device: str
     level: str
     seed: int
+    proves: str = ""
     command: str = ""
     filters: Mapping[str, list[str]] = field(default_factory=dict)
     started: str = field(default_factory=now)
@@ -135,11 +139,37 @@ class Report:
         derived = {"counts": dict(self.counts()), "conformant": conformant, "verdicts": verdicts, "ok": self.ok}
         return {"schema": SCHEMA, **derived, **asdict(self)}
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write `conformance.json` and `junit.xml` into a folder; returns their paths."""
-        from polyfuse.conformance.report._files import write
+    def rerun(self, result: Result) -> str:
+        """The command that runs a result's case again."""
+        words = ["polyfuse", "conformance", "--op", result.op, "--backend", result.backend, "--case", result.case]
+        words += ["--level", self.level, "--device", self.device.partition(" ")[0], *self._plugins]
+        return shlex.join(words)
 
-        return write(self, folder)
+    @property
+    def _plugins(self) -> list[str]:
+        """The options of the run's command that add backends."""
+        found: list[str] = []
+        for line in self.command.splitlines():
+            words = line.split()
+            for word, following in pairwise(words):
+                if word == "--plugin" and following not in found:
+                    found += [word, following]
+        return found
+
+    def save(self, folder: Path) -> Path:
+        """Write `conformance.json` alone, for a run that goes on; returns its path."""
+        return _files.save(self, folder)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write `conformance.json`, `junit.xml`, `conformance.md` and `conformance.html`; returns their paths."""
+        return _files.write(self, folder)
+
+    def write_file(self, path: Path) -> Path:
+        """Write one file, of the kind that its suffix names: `.json`, `.xml`, `.md` or `.html`; returns its path.
+
+        Raises `SpecError` for another suffix.
+        """
+        return _files.write_file(self, path)
 
 
 def _cases(number: int) -> str:

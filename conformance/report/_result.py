@@ -1,8 +1,10 @@
 """What became of one case on one backend, and what the cases of an op add up to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
+
+from typing_extensions import TypedDict  # pydantic takes that of `typing` from Python 3.12 on
 
 Status = Literal["passed", "failed", "waived", "skipped"]
 Ending = Literal["", "raised", "crashed", "timed_out", "out_of_memory", "exited"]
@@ -13,17 +15,14 @@ Standing = Literal["conformant", "partial", "failed", "not run"]
 STRICT: Mapping[str, str] = {"extra": "forbid"}
 
 
-@dataclass(frozen=True)
-class Margin:
+class Margin(TypedDict):
     """How near a result came to its bound: the largest error, as a share of the bound, and the element that has it.
 
     `share` is None where the error is no finite number.
     """
 
-    __pydantic_config__: ClassVar = STRICT
-
     share: float | None
-    at: tuple[int, ...] = ()
+    at: Sequence[int]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`polyfuse conformance`."""
+"""`polyfuse conformance`: without a subcommand it runs the cases."""
 
 import importlib
 import sys
@@ -8,19 +8,22 @@ import click
 
 from polyfuse.cli._conformance import run_conformance
 from polyfuse.cli._device import chosen_device
+from polyfuse.cli._group import ModuleGroup
 from polyfuse.cli._options import backends_option, check_backends, device_option, known_ops, ops_option
 from polyfuse.cli._terminal import console
 from polyfuse.spec import BackendError
 
 
-@click.command()
+@click.group(cls=ModuleGroup, package=__name__, invoke_without_command=True)
 @ops_option
 @backends_option
 @click.option("--profile", default="standard", show_default=True, help="quick, standard or full.")
 @device_option
 @click.option("--plugin", "plugins", multiple=True, metavar="MODULE:OBJECT", help="A Backend object to register first.")
 @click.option("--report", type=click.Path(file_okay=False, path_type=Path), help="Folder for the JSON and JUnit files.")
+@click.pass_context
 def command(
+    ctx: click.Context,
     op_names: tuple[str, ...],
     backends: tuple[str, ...],
     profile: str,
@@ -34,6 +37,8 @@ def command(
     Example:
       polyfuse conformance --op pos_embed_interpolate --backend torch --backend triton --report report
     """
+    if ctx.invoked_subcommand is not None:
+        return
     op_names = known_ops(op_names)
     for plugin in plugins:
         _register(plugin)
