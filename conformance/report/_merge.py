@@ -76,6 +76,6 @@ def _shown(value: object, other: object) -> str:
     """A value, or of two mappings what differs."""
     if not isinstance(value, Mapping) or not isinstance(other, Mapping):
         return repr(value)
-    return ", ".join(
-        f"{key} {value.get(key)!r}" for key in value.keys() | other.keys() if value.get(key) != other.get(key)
-    )
+    names = sorted(name for name in value.keys() | other.keys() if value.get(name) != other.get(name))
+    names = sorted(name for name in value.keys() | other.keys() if value.get(name) != other.get(name))
+    return ", ".join(f"{name} {value.get(name)}" for name in names)

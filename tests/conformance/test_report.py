@@ -3,18 +3,9 @@
 import pytest
 
 from polyfuse.conformance import Report, Result
-
-WORDS = {"p": "passed", "f": "failed", "s": "skipped", "w": "waived"}
-
-
-def made(statuses="p", core=True, state="complete", **fields):
-    """A report on op `a` of backend `mine`, its first case core, a letter for each result's status."""
-    report = Report("cpu", "quick", 0, **fields)
-    for number, letter in enumerate(statuses):
-        report.results.append(Result("a", "mine", f"case{number}", WORDS[letter], core=core and number == 0))
-    if state != "running":
-        report.finish(state)
-    return report
+from polyfuse.conformance.report import backend_facts
+from polyfuse.dispatch import registry
+from tests.conformance.reports import made, varied
 
 
 @pytest.mark.parametrize(
@@ -72,3 +63,19 @@ def test_a_verdict_on_what_has_no_results_is_not_run():
 def test_a_run_is_ok_if_it_is_complete_and_something_passed_and_nothing_failed(report, ok):
     assert report.ok is ok
     assert report.as_dict()["ok"] is ok
+
+
+def test_the_command_that_reruns_a_case_names_it_and_adds_the_plugin_again():
+    report = varied(nasty="it's $HOME")
+    assert report.rerun(report.results[1]) == (
+        "polyfuse conformance --op a --backend mine --case 'case it'\"'\"'s $HOME' --level standard --device cuda"
+        " --plugin mypackage:BACKEND"
+    )
+
+
+def test_a_backends_facts_name_its_distribution_and_its_claims():
+    facts = backend_facts(registry().get("pallas"), ["gdn_in_proj"])
+    assert (facts.family, facts.origin, facts.distribution) == ("jax", "built in", "polyfuse")
+    assert facts.version == Report("cpu", "quick", 0).versions["polyfuse"]
+    assert facts.claims["gdn_in_proj"].limits[-1] == "strategy in 'auto', 'fused'"
+    assert facts.claims["gdn_in_proj"].missing is None
