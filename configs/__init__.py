@@ -6,31 +6,31 @@ if __name__ != "polyfuse.configs":
 from polyfuse.configs._environment import check_variables, did_you_mean, flag
 from polyfuse.configs._load import (
     EncoderConfig,
+    Level,
     ModelCase,
     ModelConfig,
-    Profile,
     UserConfig,
     encoder_config,
+    level,
     model_configs,
     platform_order,
-    profile,
     projection_strategies,
     user_config,
 )
 
 __all__ = [
     "EncoderConfig",
+    "Level",
     "ModelCase",
     "ModelConfig",
-    "Profile",
     "UserConfig",
     "check_variables",
     "did_you_mean",
     "encoder_config",
     "flag",
+    "level",
     "model_configs",
     "platform_order",
-    "profile",
     "projection_strategies",
     "user_config",
 ]

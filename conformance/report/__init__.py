@@ -5,14 +5,16 @@ from polyfuse.conformance.report._facts import BackendFacts, backend_facts, chip
 from polyfuse.conformance.report._merge import merge
 from polyfuse.conformance.report._read import read
 from polyfuse.conformance.report._report import SCHEMA, Report
-from polyfuse.conformance.report._result import Margin, Result, Verdict
+from polyfuse.conformance.report._result import Ending, Margin, Reason, Result, Verdict
 from polyfuse.conformance.report._text import printable
 
 __all__ = [
     "SCHEMA",
     "BackendFacts",
     "Difference",
+    "Ending",
     "Margin",
+    "Reason",
     "Report",
     "Result",
     "Verdict",
