@@ -14,7 +14,8 @@ from polyfuse.conformance import Result
 from polyfuse.conformance.report import SCHEMA, printable, read
 from tests.conformance.reports import NASTY, made, varied
 
-RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path):
@@ -59,6 +60,18 @@ def test_a_file_is_replaced_at_once_and_nothing_is_left_beside_it(tmp_path, monk
 def test_a_line_of_the_json_file_is_a_result(tmp_path):
     lines = varied().save(tmp_path).read_text().splitlines()
     assert sum('"case": ' in line for line in lines) == 11
+
+
+def test_the_page_on_reports_has_every_field_in_the_files_order(tmp_path):
+    text = (ROOT / "docs/reports.md").read_text(encoding="utf-8")
+    derived, run, backend, result = (
+        [name for row in re.findall(r"^\| (`.+?) \|", part, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+        for part in re.split(r"^\| field \| type .*$", text.split("## JUnit")[0], flags=re.MULTILINE)[1:]
+    )
+    data = json.loads(varied().save(tmp_path).read_text())
+    assert derived + run == list(data)
+    assert backend == list(data["backends"]["mine"])
+    assert result == list(data["results"][0])
 
 
 def edited(path, **changes):
