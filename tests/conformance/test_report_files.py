@@ -43,7 +43,10 @@ def test_a_margin_that_is_no_number_is_null_and_numbers_of_numpy_are_numbers(tmp
 
 def test_a_file_is_replaced_at_once_and_nothing_is_left_beside_it(tmp_path, monkeypatch):
     made("p").write(tmp_path)
-    before = (tmp_path / "conformance.json").read_bytes()
+    with (tmp_path / "conformance.json").open("rb") as reader:
+        made("pp").save(tmp_path)
+        before = (tmp_path / "conformance.json").read_bytes()
+        assert len(json.load(reader)["results"]) == 1  # what a reader has begun, it ends
 
     def full(self, text, encoding):
         self.write_bytes(text.encode()[:20])
@@ -51,7 +54,7 @@ def test_a_file_is_replaced_at_once_and_nothing_is_left_beside_it(tmp_path, monk
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="no space left"):
-        made("pp").save(tmp_path)
+        made("ppp").save(tmp_path)
     assert (tmp_path / "conformance.json").read_bytes() == before
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"conformance.json", "junit.xml", "conformance.md", "conformance.html"}
