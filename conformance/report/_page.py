@@ -55,6 +55,7 @@ def page(report: "Report") -> str:
         groups=groups,
         cells={(group.op, group.backend): group for group in groups},
         headline=_summary.headline(report),
+        standing=_summary.standing(report),
         reservations=_summary.reservations(report),
         gaps=_summary.gaps(report),
         always=_summary.ALWAYS,

@@ -71,6 +71,14 @@ def headline(report: "Report") -> str:
     return f"{', '.join([conformant, *rest])}. Cases: {cases}."
 
 
+def standing(report: "Report") -> str:
+    """The verdict on the run as a whole: conformant only if every op that ran is so on every backend."""
+    found = {verdict.status for verdict in report.verdicts().values()} - {"not run"}
+    if "failed" in found:
+        return "failed"
+    return "conformant" if found == {"conformant"} else "partial"
+
+
 def facts(report: "Report") -> dict[str, str]:
     """With what the report was made, as names and texts; those that are unknown are left out."""
     found = {

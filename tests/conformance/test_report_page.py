@@ -180,6 +180,21 @@ def test_a_run_that_was_cut_short_says_so_first(visit, tmp_path):
     assert "partial" in page.locator(".matrix td").inner_text()
 
 
+@pytest.mark.parametrize(
+    ("report", "standing"),
+    [
+        (made("pp"), "conformant"),
+        (made("pp", core=False), "partial"),
+        (made("ss"), "partial"),
+        (made("pf"), "failed"),
+        (made("pp", state="running"), "partial"),
+    ],
+)
+def test_the_banner_has_the_colour_of_the_least_verdict(report, standing, tmp_path):
+    text = report.write_file(tmp_path / "x.html").read_text()
+    assert f'<div class="banner {standing}">' in text
+
+
 def test_ten_thousand_results_make_a_page_that_opens_and_filters_at_once(visit, tmp_path):
     numbers = random.Random(0)
     report = Report("cpu (x86_64)", "full", 0, commit="abc")
