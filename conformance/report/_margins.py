@@ -79,7 +79,7 @@ def plots(report: "Report") -> dict[str, list[Plot]]:
             counts.setdefault((r.op, r.backend), Counter())[place(share), r.status != "passed"] += 1
             known = worst.setdefault((r.op, r.backend), {})
             if name not in known or _size(share) > _size(known[name].share):
-                known[name] = Worst(name, share, r.case, tuple(margin["at"]))
+                known[name] = Worst(name, share, r.case, tuple(margin["at"] or ()))
     found: dict[str, list[Plot]] = {}
     for (op, backend), dots in counts.items():
         drawn = [Dot(x, count, failed) for (x, failed), count in sorted(dots.items())]

@@ -1,5 +1,6 @@
 """A report as one HTML page that needs nothing beside it, from `templates/report`."""
 
+import math
 import re
 from base64 import b64encode
 from collections.abc import Mapping
@@ -54,6 +55,7 @@ def page(report: "Report") -> str:
         groups=groups,
         cells={(group.op, group.backend): group for group in groups},
         headline=_summary.headline(report),
+        standing=_summary.standing(report),
         reservations=_summary.reservations(report),
         gaps=_summary.gaps(report),
         always=_summary.ALWAYS,
@@ -115,9 +117,9 @@ def _seconds(seconds: float) -> str:
 
 
 def _share(share: float | None) -> str:
-    if share is None:
+    if share is None or not math.isfinite(share):
         return "not finite"
-    return f"{share:.3f}" if 0.001 <= share < 100 or share == 0 else f"{share:.1e}"
+    return f"{share:.3f} of the bound" if 0.001 <= share < 100 or share == 0 else f"{share:.1e} of the bound"
 
 
 def _shortened(detail: str) -> str:

@@ -1,17 +1,18 @@
 """A conformance run: where and with what it ran, every result, and what the results prove."""
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from polyfuse.conformance.report import _facts, _files
 from polyfuse.conformance.report._facts import BackendFacts
 from polyfuse.conformance.report._result import STRICT, Result, Verdict
+from polyfuse.conformance.report._text import number, words
 
 SCHEMA = 2
 State = Literal["running", "complete", "interrupted"]
@@ -92,7 +93,7 @@ class Report:
         asked = [r for r in results if r.reason not in ("left_out", "too_large")]
         claimed = sum(r.reason not in ("unclaimed", "unavailable") for r in asked)
         if counts["failed"]:
-            return Verdict("failed", f"{_cases(counts['failed'])} failed", claimed, len(asked))
+            return Verdict("failed", f"{number(counts['failed'], 'case')} failed", claimed, len(asked))
         if not counts["passed"]:
             return Verdict("not run", _why_not_run(results), claimed, len(asked))
         gaps = self._gaps(results)
@@ -115,7 +116,7 @@ class Report:
             found.append("no core case among the results")
         for r in core:
             if r.status != "passed":
-                found.append(f"core case {r.case} {r.reason.replace('_', ' ') or r.status}")
+                found.append(f"core case {r.case} {words(r.reason) or r.status}")
         return found
 
     def conformant(self, backend: str) -> list[str]:
@@ -141,39 +142,35 @@ class Report:
 
     def rerun(self, result: Result) -> str:
         """The command that runs a result's case again."""
-        words = ["polyfuse", "conformance", "--op", result.op, "--backend", result.backend, "--case", result.case]
-        words += ["--level", self.level, "--device", self.device.partition(" ")[0], *self._plugins]
-        return shlex.join(words)
+        command = ["polyfuse", "conformance", "--op", result.op, "--backend", result.backend, "--case", result.case]
+        command += ["--level", self.level, "--device", self.device.partition(" ")[0], *self._plugins]
+        return shlex.join(command)
 
     @property
     def _plugins(self) -> list[str]:
         """The options of the run's command that add backends."""
-        found: list[str] = []
-        for line in self.command.splitlines():
-            words = line.split()
-            for word, following in pairwise(words):
-                if word == "--plugin" and following not in found:
-                    found += [word, following]
-        return found
+        found = dict.fromkeys(re.findall(r"--plugin[ =](\S+)", self.command))
+        return [word for plugin in found for word in ("--plugin", plugin)]
+
+    @property
+    def _itself(self) -> Any:
+        """The report without its type: pyright takes that of the linked module for another one."""
+        return self
 
     def save(self, folder: Path) -> Path:
         """Write `conformance.json` alone, for a run that goes on; returns its path."""
-        return _files.save(self, folder)
+        return _files.save(self._itself, folder)
 
     def write(self, folder: Path) -> list[Path]:
         """Write `conformance.json`, `junit.xml`, `conformance.md` and `conformance.html`; returns their paths."""
-        return _files.write(self, folder)
+        return _files.write(self._itself, folder)
 
     def write_file(self, path: Path) -> Path:
         """Write one file, of the kind that its suffix names: `.json`, `.xml`, `.md` or `.html`; returns its path.
 
         Raises `SpecError` for another suffix.
         """
-        return _files.write_file(self, path)
-
-
-def _cases(number: int) -> str:
-    return "1 case" if number == 1 else f"{number} cases"
+        return _files.write_file(self._itself, path)
 
 
 def _why_not_run(results: list[Result]) -> str:
@@ -182,4 +179,4 @@ def _why_not_run(results: list[Result]) -> str:
     if len(details) == 1:
         return details.pop() or "no case ran"
     reasons = Counter(r.reason or r.status for r in results)
-    return ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in reasons.items())
+    return ", ".join(f"{count} {words(reason)}" for reason, count in reasons.items())

@@ -18,11 +18,11 @@ STRICT: Mapping[str, str] = {"extra": "forbid"}
 class Margin(TypedDict):
     """How near a result came to its bound: the largest error, as a share of the bound, and the element that has it.
 
-    `share` is None where the error is no finite number.
+    `share` is None where the error is no finite number, `at` where no element has an error.
     """
 
     share: float | None
-    at: Sequence[int]
+    at: Sequence[int] | None
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from polyfuse.conformance.report._report import Report
 
 GAPS = {
+    "waived": "failed, as the backend has declared in a waiver",
     "left_out": "left out by the level or a filter",
     "too_large": "too large for the level",
     "unclaimed": "not claimed by the backend, which refused them",
     "unavailable": "on a backend that does not have the op, or cannot run here",
+    "skipped": "not run for another reason",
 }
 ALWAYS = (
     "Other shapes, values and memory layouts than those of the cases.",
@@ -23,23 +25,24 @@ ALWAYS = (
 
 @dataclass(frozen=True)
 class Gap:
-    """Cases that did not run, by why: the number of all, and of each (backend, reason), most first."""
+    """Cases that prove nothing, and why: the number of all, and of each (backend, reason), most first."""
 
-    kind: str
     title: str
     count: int
     reasons: list[tuple[str, str, int]]
 
 
 def gaps(report: "Report") -> list[Gap]:
-    """The skipped cases of each kind."""
-    found = []
-    for kind, title in {**GAPS, "": "not run for another reason"}.items():
-        skipped = [(r.backend, r.detail) for r in report.results if r.status == "skipped" and r.reason == kind]
-        if skipped:
-            reasons = [(backend, detail, count) for (backend, detail), count in Counter(skipped).most_common()]
-            found.append(Gap(kind or "other", title, len(skipped), reasons))
-    return found
+    """The cases that neither passed nor failed, by why."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for r in report.results:
+        if r.status in ("skipped", "waived"):
+            found.setdefault(r.reason or r.status, []).append((r.backend, r.detail))
+    return [
+        Gap(title, len(found[kind]), [(*reason, count) for reason, count in Counter(found[kind]).most_common()])
+        for kind, title in GAPS.items()
+        if kind in found
+    ]
 
 
 def reservations(report: "Report") -> list[str]:
@@ -66,6 +69,14 @@ def headline(report: "Report") -> str:
     cases = ", ".join(f"{counts[status]:,} {status}" for status in ("passed", "failed", "waived", "skipped"))
     conformant = f"{tally['conformant']} of {number(ran, 'pair')} of op and backend conformant"
     return f"{', '.join([conformant, *rest])}. Cases: {cases}."
+
+
+def standing(report: "Report") -> str:
+    """The verdict on the run as a whole: conformant only if every op that ran is so on every backend."""
+    found = {verdict.status for verdict in report.verdicts().values()} - {"not run"}
+    if "failed" in found:
+        return "failed"
+    return "conformant" if found == {"conformant"} else "partial"
 
 
 def facts(report: "Report") -> dict[str, str]:

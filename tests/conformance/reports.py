@@ -6,7 +6,9 @@ from polyfuse.dispatch import Support
 
 WORDS = {"p": "passed", "f": "failed", "s": "skipped", "w": "waived"}
 # Control characters, markup of every format, half a character, a character past 16 bits, text that runs backwards.
-NASTY = "\x00\x1b[31m <script>alert('x')</script> \"]]>\" &amp; | `*_ \ud800 \U0001f9ea \u202edesrever \ufffe {{ 7*7 }} é"
+NASTY = (
+    "\x00\x1b[31m <script>alert('x')</script> \"]]>\" &amp; | `*_ \ud800 \U0001f9ea \u202edesrever \ufffe {{ 7*7 }} é"
+)
 
 
 def made(statuses="p", core=True, state="complete", op="a", backend="mine", **fields):
@@ -42,7 +44,7 @@ def varied(nasty=NASTY):
         spec_versions={"a": 2, "b": 1},
         checks={"values": "Every element lies in the oracle's interval.", "inputs": "No input is written."},
     )
-    margins = {"y": {"share": 0.25, "at": [3, 1]}, nasty: {"share": 0.0, "at": [0]}}
+    margins = {"y": {"share": 0.25, "at": [3, 1]}, nasty: {"share": 0.0, "at": None}}
     beyond = {"y": {"share": 4.0, "at": [2, 0]}, "scale": {"share": float("inf"), "at": []}}
     wrong = f"y: [2, 0]: expected 1.0 to 1.5, got 2.0\nscale: {nasty}"
     report.results += [

@@ -14,7 +14,8 @@ from polyfuse.conformance import Result
 from polyfuse.conformance.report import SCHEMA, printable, read
 from tests.conformance.reports import NASTY, made, varied
 
-RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path):
@@ -42,7 +43,10 @@ def test_a_margin_that_is_no_number_is_null_and_numbers_of_numpy_are_numbers(tmp
 
 def test_a_file_is_replaced_at_once_and_nothing_is_left_beside_it(tmp_path, monkeypatch):
     made("p").write(tmp_path)
-    before = (tmp_path / "conformance.json").read_bytes()
+    with (tmp_path / "conformance.json").open("rb") as reader:
+        made("pp").save(tmp_path)
+        before = (tmp_path / "conformance.json").read_bytes()
+        assert len(json.load(reader)["results"]) == 1  # what a reader has begun, it ends
 
     def full(self, text, encoding):
         self.write_bytes(text.encode()[:20])
@@ -50,7 +54,7 @@ def test_a_file_is_replaced_at_once_and_nothing_is_left_beside_it(tmp_path, monk
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="no space left"):
-        made("pp").save(tmp_path)
+        made("ppp").save(tmp_path)
     assert (tmp_path / "conformance.json").read_bytes() == before
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"conformance.json", "junit.xml", "conformance.md", "conformance.html"}
@@ -59,6 +63,18 @@ def test_a_file_is_replaced_at_once_and_nothing_is_left_beside_it(tmp_path, monk
 def test_a_line_of_the_json_file_is_a_result(tmp_path):
     lines = varied().save(tmp_path).read_text().splitlines()
     assert sum('"case": ' in line for line in lines) == 11
+
+
+def test_the_page_on_reports_has_every_field_in_the_files_order(tmp_path):
+    text = (ROOT / "docs/reports.md").read_text(encoding="utf-8")
+    derived, run, backend, result = (
+        [name for row in re.findall(r"^\| (`.+?) \|", part, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+        for part in re.split(r"^\| field \| type .*$", text.split("## JUnit")[0], flags=re.MULTILINE)[1:]
+    )
+    data = json.loads(varied().save(tmp_path).read_text())
+    assert derived + run == list(data)
+    assert backend == list(data["backends"]["mine"])
+    assert result == list(data["results"][0])
 
 
 def edited(path, **changes):

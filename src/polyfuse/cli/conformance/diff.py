@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
 TITLES = {"regressions": "worse", "improvements": "better", "new": "new", "changes": "changed"}
 
 

@@ -7,7 +7,7 @@ import click
 
 @click.command()
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
-@click.argument("reports", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("reports", nargs=-1, required=True, type=click.Path(dir_okay=False, path_type=Path))
 def command(out: Path, reports: tuple[Path, ...]) -> None:
     """Make one report of several that have other ops or backends of one run, or another file of one report.
 
