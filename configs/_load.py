@@ -130,19 +130,38 @@ class Tuning(_Strict):
     gdn_in_proj: list[ProjectionEntry] = []
 
 
-class Profile(_Strict):
-    """How much a conformance run does: the largest output, in elements, that each kind of execution takes on.
+Cases = Literal["all", "sample", "core", "none"]
 
-    `sample` runs one in that many of the op's own cases; the others are reported as skipped.
-    `max_elements_repeated` is for cases that only repeat smaller ones, on an accelerator.
+
+class Level(_Strict):
+    """How much a conformance run does; `proves` says in a sentence what that shows.
+
+    `sample` runs one in that many of the op's own cases, and `models` the real shapes of models; an op's core cases run
+    at every level. `checks` says on which of these cases a check runs, `others` what holds for the checks that it does
+    not name: on all, on the core cases and one in `check_sample` of the others, on the core cases, or on none.
+    `repeats` is how often a check calls a backend that looks for what one call in many shows.
+
+    A case runs if its results have no more elements than `max_elements`, or `max_elements_interpreted` where kernels
+    are emulated; `max_elements_repeated` is for cases that only repeat smaller ones, on an accelerator. In a worker
+    process it may take `time_limit` seconds on a backend, and add `memory_limit` GiB to what is resident.
     """
 
+    proves: str
     seed: int = 0
     models: bool = True
-    sample: int = 1
+    sample: int = Field(default=1, ge=1)
+    checks: dict[str, Cases] = {}
+    check_sample: int = Field(default=1, ge=1)
+    repeats: int = Field(default=1, ge=1)
     max_elements: int
     max_elements_interpreted: int
     max_elements_repeated: int = 0
+    time_limit: float = Field(gt=0)
+    memory_limit: float = Field(gt=0)
+
+    def cases_of(self, check: str) -> Cases:
+        """The cases on which a check runs."""
+        return self.checks.get(check, self.checks.get("others", "all"))
 
 
 _T = TypeVar("_T", bound=_Strict)
@@ -190,6 +209,8 @@ def _expected(error: Any) -> str:
             return f"one of {context['expected']}"
         case "greater_than_equal":
             return f"a number >= {context['ge']}"
+        case "greater_than":
+            return f"a number > {context['gt']}"
         case kind:
             return _EXPECTED.get(kind, "another kind of value")
 
@@ -291,8 +312,9 @@ def projection_strategies(
     return {(e.hidden, e.n1, e.n2, e.dtype): tuple((r.rows, tuple(r.ranking)) for r in e.ranges) for e in entries}
 
 
-def profile(name: str) -> Profile:
-    """A conformance profile by name. Raises `SpecError` for an unknown one."""
+@lru_cache(maxsize=8)
+def level(name: str) -> Level:
+    """A level of conformance by name. Raises `SpecError` for an unknown one."""
     if name not in _names("conformance"):
-        raise SpecError(f"profile: expected one of {', '.join(_names('conformance'))}, got {name!r}")
-    return _read(ROOT / "conformance" / f"{name}.yaml", Profile)
+        raise SpecError(f"level: expected one of {', '.join(_names('conformance'))}, got {name!r}")
+    return _read(ROOT / "conformance" / f"{name}.yaml", Level)

@@ -1,26 +1,42 @@
 """One case run on one backend: its inputs, its exact results, and the checks that give the verdict."""
 
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
+from numpy.typing import NDArray
 
-from polyfuse.configs import Profile
-from polyfuse.configs import profile as load_profile
+from polyfuse.configs import Level
+from polyfuse.configs import level as load_level
 from polyfuse.conformance.attempt import Attempt
 from polyfuse.conformance.case import Case
 from polyfuse.conformance.checks import checks, values
 from polyfuse.conformance.claims import check_refusal
 from polyfuse.conformance.inputs import make_inputs
-from polyfuse.dispatch import Backend, device_of, examine, family_of
+from polyfuse.conformance.report import Ending, Margin, Reason, Result
+from polyfuse.dispatch import Backend, device_of, examine, family_of, to_numpy
 from polyfuse.reference import Exact, oracle
-from polyfuse.spec import OPS, Call, bind
+from polyfuse.spec import OPS, Call, Output, bind, dtype_name
+
+# What goes on at the moment, for whoever watches: one of these two, or the name of a check.
+LOADING, EXACT = "loading the backend", "the exact results"
+Note = Callable[[str], None]
 
 
 class Trial:
-    """One case with its inputs and exact results, made once and run on every backend."""
+    """One case with its inputs and exact results, made once and run on every backend.
+
+    `error` is what the backend raised in the latest run, if it did.
+    """
 
     def __init__(self, op: str, case: Case, seed: int) -> None:
         self.op, self.case, self.seed = op, case, seed
+        self.core = case.name in OPS[op].core
+        self.error: BaseException | None = None
         self._made: tuple[dict[str, Any], Call] | None = None
         self._exact: dict[str, Exact] | None = None
 
@@ -41,51 +57,136 @@ class Trial:
         """What is wrong with a result, or None."""
         return values.verdict(values.as_tuple(result), call, self.exact())
 
-    def on(self, backend: Backend, device: str = "cpu", limits: Profile | None = None) -> tuple[str, str]:
-        """(status, detail) of this case on one backend; the limits default to those of the standard profile.
+    def on(self, backend: Backend, device: str = "cpu") -> tuple[str, str]:
+        """(status, detail) of this case on one backend at the standard level."""
+        found = self.result(backend, device, load_level("standard"))
+        return found.status, found.detail
 
-        A failure that the backend waives is `waived`, and a pass in spite of a waiver has failed: the waiver is stale.
+    def result(self, backend: Backend, device: str, level: Level, note: Note = lambda stage: None) -> Result:
+        """What becomes of this case on one backend. `note` is called with what goes on, before it does.
+
+        Whatever the backend raises is a failure, `SystemExit` included. The time that the exact results take is not
+        part of the result's.
         """
-        reason = backend.waiver(self.op, self.case.name)
+        self.error = None
+        self._uncounted = 0.0
+        started = time.perf_counter()
+        found = Result(self.op, backend.name, self.case.name, "passed", core=self.core)
+        note(LOADING)
         try:
-            status, detail = self._verdict(backend, device, limits or load_profile("standard"))
-        except Exception as error:
-            if reason is None:
-                raise
-            status, detail = "failed", f"{type(error).__name__}: {error}"
-        if reason is None or status == "skipped":
-            return status, detail
-        return ("waived", f"{reason} ({detail})") if status == "failed" else ("failed", f"stale waiver: {reason}")
+            attempt = self._attempt(found, backend, device, level)
+            found = attempt if isinstance(attempt, Result) else self._checked(found, attempt, level, note)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            found = replace(found, status="failed", detail=self._described(error), ending=_ending(error))
+        return waived(replace(found, seconds=round(time.perf_counter() - started - self._uncounted, 5)), backend)
 
-    def _verdict(self, backend: Backend, device: str, limits: Profile) -> tuple[str, str]:
+    def _attempt(self, found: Result, backend: Backend, device: str, level: Level) -> Attempt | Result:
+        """What the checks look at, or the result of a case that they do not look at."""
         missing = backend.missing(self.op)
         if missing:
-            return "skipped", missing[1]
-        interpreted = device in backend.load(self.op).capability.interpreted
-        too_large = self._too_large(device, interpreted, limits)
+            return _skipped(found, "unavailable", missing[1])
+        capability = backend.load(self.op).capability
+        too_large = self._too_large(device, device in capability.interpreted, level)
         if too_large:
-            return "skipped", too_large
-        attempt = Attempt(self, backend, device, backend.load(self.op).capability)
+            return _skipped(found, "too_large", too_large)
+        attempt = Attempt(self, backend, device, capability)
         first = next(v for v in attempt.arrays.values() if family_of(v))
         where = device_of(first, backend.family)
         verdict, _ = examine(self.op, backend.name, attempt.call, backend.family, where, False)
         if verdict.status == "unsupported":
             problem = check_refusal(attempt, verdict.reason)
-            return ("failed", problem) if problem else ("skipped", f"unsupported: {verdict.reason}")
-        if verdict.status != "usable":
-            return "skipped", f"{verdict.status}: {verdict.reason}"
-        for check in checks().values():
-            problem = next(check.check(attempt), None)
             if problem:
-                return "failed", problem
-        return "passed", ""
+                return replace(found, status="failed", detail=problem, checks=("refusal",))
+            return _skipped(found, "unclaimed", f"unsupported: {verdict.reason}")
+        if verdict.status != "usable":
+            return _skipped(found, "unavailable", f"{verdict.status}: {verdict.reason}")
+        return attempt
 
-    def _too_large(self, device: str, interpreted: bool, limits: Profile) -> str | None:
+    def _checked(self, found: Result, attempt: Attempt, level: Level, note: Note) -> Result:
+        """The verdict of the checks. The others run only if the values are right, as they take them to be."""
+        started = time.perf_counter()
+        note(EXACT)
+        self.exact()
+        self._uncounted = time.perf_counter() - started
+        for name, check in checks().items():
+            if not self._runs(name, level):
+                continue
+            note(name)
+            try:
+                problems = list(check.check(attempt))
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                problems = [self._described(error)]
+                found = replace(found, ending=found.ending or _ending(error))
+            if problems:
+                lines = "\n".join(filter(None, (found.detail, *problems)))
+                found = replace(found, status="failed", detail=lines, checks=(*found.checks, name))
+            if name == "values":
+                found = replace(found, margins={} if found.ending else _margins(attempt))
+                if problems:
+                    break
+        return found
+
+    def _runs(self, check: str, level: Level) -> bool:
+        """Whether a check of that name runs on this case."""
+        cases = level.cases_of(check)
+        sampled = crc32(f"{self.op}/{self.case.name}".encode()) % level.check_sample == 0
+        return cases == "all" or (cases != "none" and self.core) or (cases == "sample" and sampled)
+
+    def _described(self, error: BaseException) -> str:
+        self.error = self.error or error
+        return "".join(traceback.format_exception(error, limit=-3)).strip()
+
+    def _too_large(self, device: str, interpreted: bool, level: Level) -> str | None:
         _, call = self.inputs()
         elements = sum(int(np.prod(output.shape)) for output in call.results)
-        most = limits.max_elements_interpreted if interpreted else limits.max_elements
+        most = level.max_elements_interpreted if interpreted else level.max_elements
         if self.case.repeat > 1:
             elements *= self.case.repeat
-            most = most if device == "cpu" else limits.max_elements_repeated
+            most = most if device == "cpu" else level.max_elements_repeated
         how = " interpreted" if interpreted else ""
-        return f"more output elements than the {most} that the profile runs{how}" if elements > most else None
+        return f"more output elements than the {most} that the level runs{how}" if elements > most else None
+
+
+def waived(found: Result, backend: Backend) -> Result:
+    """The result, as the backend's waivers have it.
+
+    A failure that the backend waives is `waived`, and a pass in spite of a waiver has failed: the waiver is stale.
+    """
+    reason = backend.waiver(found.op, found.case)
+    if reason is None or found.status == "skipped":
+        return found
+    if found.status == "failed":
+        return replace(found, status="waived", detail=f"{reason} ({found.detail})")
+    return replace(found, status="failed", detail=f"stale waiver: {reason}")
+
+
+def _skipped(found: Result, reason: Reason, detail: str) -> Result:
+    return replace(found, status="skipped", reason=reason, detail=detail)
+
+
+def _ending(error: BaseException) -> Ending:
+    """How a case ended that raised an error: that of torch for a device's memory is known by its name."""
+    if isinstance(error, SystemExit):
+        return "exited"
+    return "out_of_memory" if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" else "raised"
+
+
+def _margins(attempt: Attempt) -> dict[str, Margin]:
+    """How near each result came to its bound, if all have the shapes and dtypes that the op gives."""
+    results = attempt.results(attempt.arrays, attempt.outputs)
+    got = [to_numpy(result) for result in results]
+    if not len(got) == len(attempt.call.results) or not all(map(_is_like, got, attempt.call.results)):
+        return {}
+    found = values.margins(results, attempt.call, attempt.exact)
+    return {name: Margin(share=margin.share, at=list(margin.at or ())) for name, margin in found.items()}
+
+
+def _is_like(got: NDArray[Any], want: Output) -> bool:
+    """Whether an array has the dtype and the shape of a result, as far as the call tells them."""
+    sizes = zip(got.shape, want.shape, strict=False)
+    same = len(got.shape) == len(want.shape) and all(n in (None, m) for m, n in sizes)
+    return same and dtype_name(got.dtype) == want.dtype

@@ -6,7 +6,20 @@ from pathlib import Path
 import pytest
 
 from polyfuse.bench.limits import draw, lines
-from polyfuse.bench.page import bytes_us, caption, layers, ops, read, render, rules, short, table, whole_model
+from polyfuse.bench.page import (
+    bytes_us,
+    caption,
+    conformance,
+    layers,
+    ops,
+    read,
+    render,
+    rules,
+    short,
+    table,
+    whole_model,
+)
+from polyfuse.conformance import Report, Result
 from polyfuse.spec import SpecError
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +48,20 @@ def test_a_result_that_does_not_say_how_it_was_made_is_refused(lost, tmp_path):
     path.write_text(json.dumps(BENCH | {"made": {} if lost == "made" else made}))
     missing = "by, commit, date" if lost == "made" else lost
     with pytest.raises(SpecError, match=rf"^page: h200.json: made: .*none of {missing}"):
+        read(path)
+
+
+def test_a_conformance_report_says_itself_how_it_was_made(tmp_path):
+    report = Report("cpu", "full", 0, command="run a\nrun b", commit="0123456", started="2026-01-02T03:04:05Z")
+    report.results.append(Result("gdn_post_conv", "mine", "rows_67", "passed"))
+    report.finish()
+    path = report.write_file(tmp_path / "conformance_x.json")
+    data = read(path)
+    assert data["made"] == {"by": "run a; run b", "commit": "0123456", "date": "2026-01-02"}
+    assert "| gdn_post_conv | 1 |" in conformance({"conformance_x": data})
+    report.commit = None
+    report.write_file(path)
+    with pytest.raises(SpecError, match="none of commit"):
         read(path)
 
 

@@ -17,7 +17,7 @@ FILES = dict(re.findall(r"^`([\w/]+\.py)`\n\n```python\n(.*?)```", PAGE, re.MULT
 
 pytestmark = pytest.mark.skipif("rms_norm" in OPS, reason="the example has been added to this tree already")
 
-IGNORED = ignore_patterns("__pycache__", ".*cache", ".git", ".venv", "*.egg-info", "build", "dist", "report", "results")
+IGNORED = ignore_patterns("__pycache__", ".*cache", ".git", ".venv", "*.egg-info", "build", "dist", "results")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 `python -m polyfuse.bench.page` writes the page from `benchmarks/results/*.json` and the text around the tables in
 `benchmarks/page.md.j2`. A result names the command, the commit and the date that it was made with under `made`, which
 is added by hand when the file is committed: a new run drops it, and the page is refused until it is there again.
+A conformance report with a schema number says so itself.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from polyfuse.bench.baseline import compare, size_of, variants_of
+from polyfuse.conformance.report import read as read_report
 from polyfuse.spec import fail
 
 TEMPLATE = "page.md.j2"
@@ -62,7 +64,11 @@ def render(benchmarks: Path) -> str:
 
 def read(path: Path) -> Result:
     """One file of results. Raises `SpecError` if it does not say how it was made."""
-    data: Result = json.loads(path.read_text(encoding="utf-8"))
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if "schema" in data:
+        report = read_report(path)
+        by = "; ".join(report.command.splitlines())
+        data["made"] = {"by": by, "commit": report.commit, "date": report.started.partition("T")[0]}
     made = data.get("made", {})
     missing = [key for key in ("by", "commit", "date") if not made.get(key)]
     if missing:

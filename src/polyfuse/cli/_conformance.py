@@ -1,8 +1,11 @@
 """A conformance run on a terminal, as `polyfuse conformance` and `polyfuse demo` do it."""
 
-from collections.abc import Sequence
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,63 +14,102 @@ from rich.table import Table
 from polyfuse.cli._terminal import progress
 
 if TYPE_CHECKING:
-    from polyfuse.conformance import Report
+    from polyfuse.conformance import Report, Result
 
-SAVE_EVERY = 100  # results
+INTERRUPTED = 130  # what shells say of a command that Ctrl-C has ended
+SAVE_EVERY = 10.0  # seconds
 STATUS_STYLE = {"passed": "green", "failed": "bold red", "waived": "magenta", "skipped": "yellow"}
+VERDICT_STYLE = {"conformant": "green", "partial": "yellow", "failed": "bold red", "not run": "dim"}
 
 
-def run_conformance(
-    out: Console,
-    op_names: Sequence[str],
-    backends: Sequence[str],
-    profile: str,
-    device: str,
-    folder: Path | None,
-) -> bool:
-    """Run conformance with a live progress bar, print what it found, and return whether the report is ok.
+def run_conformance(out: Console, folder: Path | None, **options: Any) -> int:
+    """Run conformance with a live progress bar, print what it found, and return the exit status.
 
-    No names of ops or backends mean all. The report is written into `folder`, if there is one, as it grows.
+    That is 0 if the report is ok, else 1, or `INTERRUPTED`. `options` are those of `polyfuse.conformance.run`; no
+    `workers` means as many as fit the device. The report is written into `folder`, if there is one, before the first
+    case and as it grows: a run that is killed leaves one that says that it has not ended.
     """
     from polyfuse import conformance as suite
+    from polyfuse.conformance.workers import default_count
 
-    with progress(out) as bar:
+    if options.get("workers") is None:
+        options["workers"] = default_count(options["device"])
+    with _terminated_as_interrupted(), progress(out) as bar:
         task = bar.add_task("conformance", total=None)
+        saved = time.monotonic()
 
-        def show(so_far: suite.Report, total: int) -> None:
-            latest = so_far.results[-1]
-            bar.update(task, advance=1, total=total, description=f"{latest.op} {latest.backend}")
-            if folder and len(so_far.results) % SAVE_EVERY == 0:  # what a killed run leaves behind
-                so_far.write(folder)
+        def begin(report: suite.Report) -> None:
+            bar.update(task, completed=len(report.results), total=report.planned)
+            if folder:
+                report.write(folder)
 
-        report = suite.run(op_names or None, backends or None, profile=profile, device=device, on_result=show)
-    _print_report(out, report, profile)
+        def show(report: suite.Report, latest: "Result") -> None:
+            nonlocal saved
+            bar.update(task, advance=1, description=f"{latest.op} {latest.backend}")
+            if folder and time.monotonic() - saved > SAVE_EVERY:
+                saved = time.monotonic()
+                report.save(folder)
+
+        report = suite.run(**options, on_start=begin, on_result=show)
+        if report.state == "interrupted":
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the report is written
+    _print_report(out, report)
     if folder:
         out.print("written: " + ", ".join(map(str, report.write(folder))), soft_wrap=True)
-    return report.ok
+    if report.state == "interrupted":
+        return INTERRUPTED
+    return 0 if report.ok else 1
 
 
-def _print_report(out: Console, report: "Report", profile: str) -> None:
-    """Print the matrix of ops and backends, every failure and waiver, why cases were skipped, and the counts."""
-    names = list(dict.fromkeys(r.backend for r in report.results))
-    ran = list(dict.fromkeys(r.op for r in report.results))
-    table = Table("op", *names, title=f"Conformance on {report.device}, profile {profile}, seed {report.seed}")
-    for op in ran:
-        table.add_row(op, *(_cell(report.counts(op, name)) for name in names))
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end what runs as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print_report(out: Console, report: "Report") -> None:
+    """Print the matrix of ops and backends, every failure and waiver, why cases were skipped, verdicts and counts."""
+    table = Table(
+        "op", *report.backend_names, title=f"Conformance on {report.device}, level {report.level}, seed {report.seed}"
+    )
+    verdicts = report.verdicts()
+    for op in report.ops:
+        cells = []
+        for name in report.backend_names:
+            verdict = verdicts.get((op, name))
+            style = VERDICT_STYLE[verdict.status] if verdict else ""
+            cells.append(f"[{style}]{verdict.status}[/] {_counts(report.counts(op, name))}" if verdict else "-")
+        table.add_row(op, *cells)
     out.print(table)
     for r in report.results:
         if r.status in ("failed", "waived"):
             style = STATUS_STYLE[r.status]
-            out.print(f"[{style}]{r.status}[/] {r.op} {r.backend} {r.case}: {escape(r.detail)}", soft_wrap=True)
-    reasons = {(r.backend, r.detail) for r in report.results if r.status == "skipped"}
-    for name, reason in sorted(reasons):
-        cases = sum(r.backend == name and r.detail == reason for r in report.results)
-        out.print(f"[yellow]skipped[/] {name}: {cases} cases: {escape(reason)}", soft_wrap=True)
-    for name in names:
-        out.print(f"{name}: {len(report.conformant(name))} of {len(ran)} ops conformant")
+            how = f" ({r.ending.replace('_', ' ')})" if r.ending else ""
+            out.print(f"[{style}]{r.status}{how}[/] {r.op} {r.backend} {r.case}: {escape(r.detail)}", soft_wrap=True)
+    skipped: dict[tuple[str, str], int] = {}
+    for r in report.results:
+        if r.status == "skipped":
+            skipped[r.backend, r.detail] = skipped.get((r.backend, r.detail), 0) + 1
+    for (name, detail), count in sorted(skipped.items()):
+        out.print(f"[yellow]skipped[/] {name}: {count} cases: {escape(detail)}", soft_wrap=True)
+    for (op, name), verdict in verdicts.items():
+        if verdict.status == "partial":
+            claimed = f"{verdict.claimed} of {verdict.asked} cases claimed"
+            out.print(f"[yellow]partial[/] {op} {name}: {escape(verdict.why)}; {claimed}", soft_wrap=True)
+    for name in report.backend_names:
+        out.print(f"{name}: {len(report.conformant(name))} of {len(report.ops)} ops conformant")
     counts = report.counts()
-    out.print(", ".join(f"{counts[s]} {s}" for s in STATUS_STYLE))
+    ended = "" if report.complete else f"{report.state}, {len(report.results)} of {report.planned} results: "
+    out.print(ended + ", ".join(f"{counts[s]} {s}" for s in STATUS_STYLE))
 
 
-def _cell(counts: dict[str, int]) -> str:
-    return " ".join(f"[{style}]{counts[s]} {s}[/]" for s, style in STATUS_STYLE.items() if counts[s]) or "-"
+def _counts(counts: dict[str, int]) -> str:
+    return " ".join(f"{counts[s]} {s}" for s in STATUS_STYLE if counts[s])

@@ -30,5 +30,5 @@ def command(fast: bool, report: Path) -> None:
     from polyfuse.cli._demo import run_demo
 
     status = run_demo(fast, out, device)
-    ok = run_conformance(out, (), (), "quick", device, report)
-    sys.exit(status or (0 if ok else 1))
+    conformance = run_conformance(out, report, level="quick", device=device)
+    sys.exit(status or conformance)

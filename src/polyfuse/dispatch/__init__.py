@@ -2,6 +2,7 @@
 
 from polyfuse.dispatch._arrays import Device, check_device, convert, device_of, family_of, from_numpy, to_numpy
 from polyfuse.dispatch._call import call_counts, explain, named, public, refresh, run
+from polyfuse.dispatch._matrix import Support, support
 from polyfuse.dispatch._registry import GROUP, Backend, Implementation, registry
 from polyfuse.dispatch._select import Candidate, Explanation, Preference, examine, use_backend
 
@@ -13,6 +14,7 @@ __all__ = [
     "Explanation",
     "Implementation",
     "Preference",
+    "Support",
     "call_counts",
     "check_device",
     "convert",
@@ -26,6 +28,7 @@ __all__ = [
     "refresh",
     "registry",
     "run",
+    "support",
     "to_numpy",
     "use_backend",
 ]

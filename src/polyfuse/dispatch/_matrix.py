@@ -39,26 +39,23 @@ COLUMNS = ("op", "backend", "arrays", "devices", "gradients", "limits")
 
 def support_matrix() -> list[Support]:
     """Every known backend's claim on every op. Loads all of them; a broken one is left to `polyfuse info`."""
-    rows = []
-    for op in OPS:
-        for name in registry().names():
-            try:
-                backend = registry().get(name)
-                missing = backend.missing(op)
-                if missing:
-                    rows.append(Support(op, name, backend.family, missing[1]))
-                    continue
-                capability = backend.load(op).capability
-            except BackendError as error:
-                rows.append(Support(op, name, "", str(error).strip().splitlines()[-1]))
-                continue
-            rows.append(
-                Support(
-                    op, name, backend.family, None, capability.devices, capability.interpreted,
-                    capability.differentiable, tuple(_limits(capability)),
-                )
-            )  # fmt: skip
-    return rows
+    return [support(op, name) for op in OPS for name in registry().names()]
+
+
+def support(op: str, name: str) -> Support:
+    """A backend's claim on an op. Loads the backend."""
+    try:
+        backend = registry().get(name)
+        missing = backend.missing(op)
+        if missing:
+            return Support(op, name, backend.family, missing[1])
+        capability = backend.load(op).capability
+    except BackendError as error:
+        return Support(op, name, "", str(error).strip().splitlines()[-1])
+    return Support(
+        op, name, backend.family, None, capability.devices, capability.interpreted,
+        capability.differentiable, tuple(_limits(capability)),
+    )  # fmt: skip
 
 
 def _limits(capability: Any) -> list[str]:

@@ -6,8 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyfuse.conformance import compare
+from polyfuse.conformance import cases, compare
+from polyfuse.conformance.checks.values import Margin, margin, margins, problems, verdict
+from polyfuse.conformance.inputs import make_inputs
+from polyfuse.reference import oracle
 from polyfuse.reference._numerics import Exact, round_to
+from polyfuse.spec import OPS, bind
 
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"]
 
@@ -107,3 +111,54 @@ def test_packed_bytes_are_compared_as_numbers():
     wrong = compare("scale", np.array([[128 | 127 << 8 | 1 << 16]], np.int32), exact, "int32")
     assert wrong is not None
     assert "2 of 4 elements wrong" in wrong
+
+
+def test_a_wrong_sign_is_shown_in_bits():
+    copy = Exact.copy(np.array([np.nan, 0.0]), 0)
+    got = np.array([0xFFC0, 0x0000], np.uint16).view(ml_dtypes.bfloat16)
+    assert compare("v", got, copy, "bfloat16") == (
+        "v: 1 of 2 elements wrong; at [0] expected nan with the sign +, got the bits 0xffc0"
+    )
+    got = np.array([np.nan, -0.0], np.float16)
+    assert compare("v", got, copy, "float16") == (
+        "v: 1 of 2 elements wrong; at [1] expected 0 with the sign +, got the bits 0x8000"
+    )
+
+
+def test_a_margin_is_the_share_of_the_granted_error():
+    """bfloat16 has 1, 1.0078125, ...: what lies within 0.00390625 of 1.0078125 is rounded to it."""
+    exact = Exact.around(np.array([1.0, 1.0, 3.0, np.nan, np.inf]), np.array([0.0078125, 0.0078125, 0.0, 0.0, 0.0]))
+    near = np.array([1.0, 1.0, 3.0, np.nan, np.inf]).astype(ml_dtypes.bfloat16)
+    assert margin(near, exact, "bfloat16") == Margin(0.0, None)
+    near[1] = 1.0078125
+    assert margin(near, exact, "bfloat16") == Margin(0.5, (1,))
+    near[0] = 0.9921875  # which reaches up to 0.994140625, 0.005859375 below 1
+    assert margin(near, exact, "bfloat16") == Margin(0.75, (0,))
+    near[2] = 3.015625
+    assert margin(near, exact, "bfloat16") == Margin(np.inf, (2,))
+
+
+def test_a_margin_of_what_overflows_and_of_integers():
+    """float16 rounds to infinity from 65520 on."""
+    exact = Exact.around(np.array([65500.0, 10.2]), np.array([40.0, 0.8]))
+    assert margin(np.array([np.inf, 10.2], np.float16), exact, "float16") == Margin(0.5, (0,))
+    assert margin(
+        np.array([127, 11], np.int8), Exact.around(np.array([127.0, 10.2]), np.array([0.0, 0.6])), "int8"
+    ) == (Margin(pytest.approx(0.5), (1,)))
+    anything = Exact(np.zeros(1), np.array([-np.inf]), np.array([np.inf]))
+    assert margin(np.array([7.0], np.float32), anything, "float32") == Margin(0.0, None)
+
+
+def test_every_wrong_result_is_named():
+    spec = OPS["gdn_post_conv"]
+    made = make_inputs(spec, cases("gdn_post_conv")[0])
+    call, exact = bind(spec, made), oracle("gdn_post_conv").intervals(**made)
+    right = oracle("gdn_post_conv")(**made)
+    assert list(problems(right, call, exact)) == []
+    assert verdict(right, call, exact) is None
+    wrong = [right[0], right[1] * 0, right[2], right[3] + 1, right[4]]
+    assert [line.partition(":")[0] for line in problems(wrong, call, exact)] == ["k", "g"]
+    found = margins(right, call, exact)
+    assert set(found) == {"q", "k", "v", "g", "beta"}
+    assert all(0 <= m.share <= 1 for m in found.values())
+    assert list(problems(right[:2], call, exact)) == ["expected 5 outputs, got 2"]

@@ -1,0 +1,292 @@
+"""Worker processes: a case that crashes, hangs, leaks or exits costs its own result and no other."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+from polyfuse.conformance.report import Ending, Result
+from polyfuse.conformance.tasks import Task
+from polyfuse.conformance.trial import EXACT, LOADING, waived
+from polyfuse.conformance.worker import Message, Setup
+from polyfuse.dispatch import Support, registry
+from polyfuse.spec import OPS, BackendError
+
+_POLL = 0.05  # seconds between two looks at the time and the memory of the workers
+_START = 120.0  # seconds until a worker is ready, and for loading a backend, which imports whole frameworks
+_GRACE = 2.0  # seconds until a process that has hung up has ended
+_GIB = 2**30
+_LINES = 8  # of what a process said last, in a detail
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a case may take on one backend: seconds, and GiB that its process holds more than when it began."""
+
+    time: float
+    memory: float
+
+
+class Workers:
+    """Some worker processes, each started when there is a task for it, and replaced when it has ended or grown.
+
+    They are started anew, not forked: JAX and CUDA do not survive that.
+    """
+
+    def __init__(self, setup: Setup, count: int, limits: Limits, device: str) -> None:
+        self._setup, self._count, self._limits, self._device = setup, count, limits, device
+        self._workers: dict[int, _Worker] = {}
+
+    def perform(self, tasks: Sequence[Task]) -> Generator[tuple[int, Support | Result]]:
+        """What becomes of the tasks as it comes, each result with its number in the run.
+
+        Raises `BackendError` if a worker cannot start.
+        """
+        waiting = deque(tasks)
+        try:
+            while waiting or any(worker.task for worker in self._workers.values()):
+                self._employ(waiting)
+                wait([worker.connection for worker in self._workers.values()], _POLL)
+                for slot, worker in list(self._workers.items()):
+                    yield from worker.heard()
+                    yield from self._stopped(worker)
+                    if worker.task and worker.gone:
+                        waiting.appendleft(worker.task)
+                    if worker.gone or (worker.idle and worker.grown > self._limits.memory / 2):
+                        worker.close()
+                        del self._workers[slot]
+        finally:
+            for worker in self._workers.values():
+                worker.close()
+
+    def _employ(self, waiting: deque[Task]) -> None:
+        """Give every idle worker a task, and start those that are missing."""
+        for slot in range(self._count):
+            if waiting and slot not in self._workers:
+                self._workers[slot] = _Worker(self._setup, _environment(self._device, slot))
+            if waiting and self._workers[slot].idle:
+                self._workers[slot].give(waiting.popleft())
+
+    def _stopped(self, worker: "_Worker") -> Iterator[tuple[int, Result]]:
+        """The result of a case that has ended its process, or that is at a limit."""
+        stop, task = worker.stopped(self._limits), worker.task
+        if not stop or not task:
+            return
+        # Without exact results none of the backends can be judged.
+        names = task.backends if worker.stage == EXACT else task.backends[:1]
+        for number, name in enumerate(names, task.first):
+            core = task.case.name in OPS[task.op].core
+            found = Result(task.op, name, task.case.name, "failed", round(worker.used, 5), stop.text, core=core)
+            checks = () if worker.stage in (LOADING, EXACT) else (worker.stage,)
+            yield number, waived(replace(found, ending=stop.ending, checks=checks), registry().get(name))
+        worker.finish(len(names))
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """How a process ended without a result, and what there is to say of it."""
+
+    ending: Ending
+    text: str
+
+
+class _Worker:
+    """One process, and how far it is. `task` is what it has to do yet: the backends that have no result.
+
+    `idle` is True if it waits for a task, and `gone` if it takes no more.
+    """
+
+    def __init__(self, setup: Setup, environment: dict[str, str]) -> None:
+        self.task: Task | None = None
+        self.idle, self.gone, self.stage = False, False, ""
+        self._ready = self._dead = False
+        self._since, self._counted = time.monotonic(), 0.0
+        self._base: int | None = None  # resident when the first task was done
+        self._before = 0  # resident when the case that runs began
+        self._output = tempfile.TemporaryFile()
+        self._mark = 0  # where the output of the case that runs begins
+        self.connection: Connection[Any, Message]
+        self.connection, theirs = Pipe()
+        serve = f"from polyfuse.conformance.worker import serve; serve({theirs.fileno()})"
+        # In a session of its own Ctrl-C does not reach it, and what it has started ends with it.
+        self._process = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-c", f"import sys; sys.path[:] = {sys.path!r}; {serve}"],
+            stdin=subprocess.DEVNULL, stdout=self._output, stderr=subprocess.STDOUT, env=environment,
+            pass_fds=[theirs.fileno()], start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+        self._send(setup)
+
+    def give(self, task: Task) -> None:
+        """Send a task."""
+        self.task, self.idle = task, False
+        self._begin()
+        self._send(task)
+
+    def finish(self, count: int) -> None:
+        """Take note that so many of the task's backends have a result."""
+        if self.task:
+            left = self.task.backends[count:]
+            self.task = replace(self.task, backends=left, first=self.task.first + count) if left else None
+        self._begin()
+
+    def heard(self) -> Iterator[tuple[int, Support | Result]]:
+        """What the process has said since. Raises `BackendError` if it says that it cannot start."""
+        dead = self._process.poll() is not None
+        try:
+            while self.connection.poll():
+                yield from self._hear(self.connection.recv())
+        except (EOFError, OSError):
+            dead = True
+        if dead and not self.gone:
+            self.gone = self._dead = True
+            try:
+                self._process.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                self._kill()
+
+    @property
+    def used(self) -> float:
+        """Seconds that the case has taken on the backend, without those for loading it and for the exact results."""
+        return self._counted + (0.0 if self.stage in (LOADING, EXACT) else time.monotonic() - self._since)
+
+    @property
+    def grown(self) -> float:
+        """GiB that the process holds more than after its first task."""
+        return 0.0 if self._base is None else (self._resident() - self._base) / _GIB
+
+    def stopped(self, limits: Limits) -> _Stop | None:
+        """How the case has ended the process, or is ended here as it is at a limit.
+
+        Raises `BackendError` if the process has ended before it was ready, or takes too long for that.
+        """
+        if self._dead:
+            if not self._ready:
+                raise BackendError(f"a worker process could not start: {self._death().text}")
+            return self._death() if self.task else None
+        if self.gone or self.idle:
+            return None
+        loading = not self._ready or self.stage == LOADING
+        limit = _START if loading else limits.time
+        taken = time.monotonic() - self._since if loading or self.stage == EXACT else self.used
+        more = (self._resident() - self._before) / _GIB
+        if taken <= limit and (more <= limits.memory or not self.task):
+            return None
+        if taken > limit:
+            self._process.send_signal(signal.SIGUSR1)  # which makes it write where it is
+            time.sleep(_GRACE / 10)
+            stop = _Stop("timed_out", f"took longer than {limit:g} s{self._where()}")
+        else:
+            stop = _Stop("out_of_memory", f"took {more:.1f} GiB of memory, of {limits.memory:g} allowed{self._where()}")
+        self._kill()
+        self.gone = True
+        if not self._ready:
+            raise BackendError(f"a worker process could not start: {stop.text}")
+        return stop
+
+    def close(self) -> None:
+        """End the process, and all that it has started, at once."""
+        self._kill()
+        self.connection.close()
+        self._output.close()
+
+    def _kill(self) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # all have ended, or it has not begun its session yet
+            self._process.kill()
+        self._process.wait()
+
+    def _send(self, content: Setup | Task) -> None:
+        try:
+            self.connection.send(content)
+        except OSError:  # it has ended, which `heard` finds out
+            pass
+
+    def _hear(self, message: Message) -> Iterator[tuple[int, Support | Result]]:
+        match message.kind:
+            case "broken":
+                raise BackendError(f"a worker process could not start: {message.content}")
+            case "ready":
+                self._ready = self.idle = True
+            case "at":
+                self._counted, self._since, self.stage = self.used, time.monotonic(), message.content
+            case "found":
+                yield self.task.first if self.task else 0, message.content
+                if isinstance(message.content, Result):
+                    self.finish(1)
+            case "done":
+                self._base = self._base or self._resident()
+                self.idle = True
+            case "lost":
+                self.gone = True
+
+    def _begin(self) -> None:
+        """Begin to count for the next case."""
+        self._since, self._counted, self.stage = time.monotonic(), 0.0, LOADING
+        self._mark = os.fstat(self._output.fileno()).st_size
+        self._before = self._resident()
+
+    def _resident(self) -> int:
+        """Bytes of memory that the process holds, where the system says so (Linux), else 0."""
+        try:
+            pages = Path(f"/proc/{self._process.pid}/statm").read_text(encoding="ascii").split()[1]
+        except (OSError, IndexError):
+            return 0
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def _death(self) -> _Stop:
+        code = self._process.returncode
+        if code >= 0:
+            return _Stop("exited", f"ended the process with exit status {code}{self._where()}")
+        name, meaning = signal.Signals(-code).name, signal.strsignal(-code)
+        killed = ", as the system does if memory runs out" if name == "SIGKILL" else ""
+        return _Stop("crashed", f"ended the process by {name} ({meaning}{killed}){self._where()}")
+
+    def _where(self) -> str:
+        """What went on, and on further lines what the process said last."""
+        stage = self.stage if self.stage in (LOADING, EXACT) else f"the check {self.stage}"
+        lines = self._said()
+        return (f" during {stage}" if self._ready and self.stage else "") + "".join(f"\n  {line}" for line in lines)
+
+    def _said(self) -> list[str]:
+        """The last lines of the case's output; of a dump of all threads, those of the one that ended the process."""
+        self._output.seek(self._mark)
+        text = self._output.read().decode(errors="replace")
+        dump = max(text.rfind("Current thread"), text.rfind("Fatal Python error"))
+        if dump >= 0:
+            return text[dump:].splitlines()[:_LINES]
+        return text.rstrip().splitlines()[-_LINES:]
+
+
+def _environment(device: str, slot: int) -> dict[str, str]:
+    """The environment of a worker. Of several GPUs each sees one, the first of all as `device`."""
+    environment = dict(os.environ)
+    if device == "cuda":
+        given = environment.get("CUDA_VISIBLE_DEVICES")
+        visible = given.split(",") if given else [str(number) for number in range(accelerators(device))]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
+    return environment
+
+
+def accelerators(device: str) -> int:
+    """How many accelerators there are that a run on `device` may use."""
+    import torch
+
+    return max(1, torch.get_device_module(device.partition(":")[0]).device_count()) if ":" not in device else 1
+
+
+def default_count(device: str) -> int:
+    """How many workers a run has unless told: one for each accelerator, or for each core up to four."""
+    if device != "cpu":
+        return accelerators(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores)
