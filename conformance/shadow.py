@@ -173,7 +173,7 @@ def _work() -> None:
 def problem_of(op: str, given: Mapping[str, Any], results: tuple[Array, ...]) -> str | None:
     """What is wrong with the results of a call, updated arguments last, or None."""
     with np.errstate(all="ignore"):
-        return values.check(results, bind(OPS[op], given), oracle(op).intervals(**given))
+        return values.verdict(results, bind(OPS[op], given), oracle(op).intervals(**given))
 
 
 def _say(sample: _Sample, problem: str, given: Mapping[str, Any], results: tuple[Array, ...]) -> None:
