@@ -8,6 +8,8 @@ import sys
 from functools import lru_cache
 from importlib.util import find_spec
 
+from polyfuse.spec import how_to_install
+
 
 def _gpu_usable() -> bool:
     import torch
@@ -25,7 +27,7 @@ def unavailable() -> str | None:
     """Why no kernel of this backend can run on this machine, or None if they can."""
     for package in ("torch", "triton"):
         if find_spec(package) is None:
-            return f"the package {package} is not installed"
+            return how_to_install(package)
     if _gpu_usable():
         return None
     if "triton" in sys.modules:
