@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEV := $(VENV)/.developed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-transformers check check-mypy check-rest generate docs clean
+.PHONY: dist help demo test test-all test-transformers check check-mypy check-rest generate docs clean
 
 help:
 	@echo "make demo    install, then run the demo"
@@ -17,6 +17,7 @@ help:
 	@echo "make check   install, then run ruff, mypy, pyright and import-linter"
 	@echo "make generate   write the public functions and docs/ops from the specs"
 	@echo "make docs    the same, and docs/benchmarks.md from the results"
+	@echo "make dist    build the sdist and the wheel, and check them as a release is checked"
 	@echo "make clean   remove the virtual environment, builds and caches"
 	@echo "PYTHON=python3.12 make ...   use another interpreter (3.11 or later)"
 
@@ -58,6 +59,17 @@ docs: generate
 	@$(BIN)/python -m polyfuse.bench.page
 	@$(BIN)/python -m polyfuse.bench.limits
 
+# The tools in an environment of their own: they share no version with what is tested.
+RELEASE := .venv-release
+dist:
+	@test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
+	@$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["release"])') --constraint constraints.txt
+	@rm -rf build dist
+	$(RELEASE)/bin/python -m build --outdir dist .
+	$(RELEASE)/bin/twine check --strict dist/*
+	$(RELEASE)/bin/check-wheel-contents dist/*.whl
+	$(RELEASE)/bin/pyroma --min 8 .
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: PYTHON=python3.12 make")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -70,5 +82,5 @@ $(DEV): $(STAMP)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-transformers-* build dist report src/*.egg-info .coverage* .*_cache .hypothesis
+	rm -rf $(VENV) .venv-transformers-* .venv-release build dist report src/*.egg-info .coverage* .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

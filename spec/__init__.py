@@ -10,6 +10,7 @@ import warnings
 from importlib import import_module
 
 from polyfuse.spec._errors import BackendError, SpecError, Unsupported
+from polyfuse.spec._extras import EXTRAS, how_to_install, not_installed
 from polyfuse.spec._render import docstring, op_page
 from polyfuse.spec._source import literal, package_stub, parameters_source, public_module, result_names
 from polyfuse.spec._types import (
@@ -49,6 +50,7 @@ FORMER_NAMES = {"gdn_conv_post": "gdn_conv_prep"}  # accepted for one more relea
 OPS: dict[str, OpSpec] = {name: import_module(f"polyfuse.spec.{name}").SPEC for name in _NAMES}
 
 __all__ = [
+    "EXTRAS",
     "FLOATS",
     "FORMER_NAMES",
     "FP32_ROUNDOFF",
@@ -74,7 +76,9 @@ __all__ = [
     "docstring",
     "dtype_name",
     "fail",
+    "how_to_install",
     "literal",
+    "not_installed",
     "op_page",
     "package_stub",
     "parameters_source",

@@ -1,5 +1,6 @@
 """The example backend `examples/polyfuse-numba`, installed from its wheel beside polyfuse's own, outside the tree."""
 
+import json
 import os
 import subprocess
 import sys
@@ -64,9 +65,9 @@ def test_both_packages_come_from_their_wheels(python: Path, tmp_path: Path) -> N
 
 
 def test_info_lists_it_as_available(python: Path, tmp_path: Path) -> None:
-    rows = [line.split(line[0]) for line in run([str(python), "-m", "polyfuse", "info"], tmp_path).splitlines()[2:]]
-    (number,) = [i for i, name in enumerate(rows[1]) if name.strip() == "numba"]
-    assert [row[number].strip() for row in rows if len(row) > number].count("available") == 5
+    data = json.loads(run([str(python), "-m", "polyfuse", "info", "--json"], tmp_path))
+    (listed,) = [backend for backend in data["backends"] if backend["name"] == "numba"]
+    assert [verdict["status"] for verdict in listed["ops"].values()].count("available") == 5
 
 
 @pytest.mark.slow

@@ -27,6 +27,9 @@ def test_import_takes_under_200_ms() -> None:
     assert min(seconds) < 0.2, seconds
 
 
-def test_version_is_that_of_the_project() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert polyfuse.__version__ == project["version"]
+def test_version_is_that_of_the_project_and_the_newest_of_the_changelog() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert pyproject["project"]["dynamic"] == ["version"]
+    assert pyproject["tool"]["setuptools"]["dynamic"] == {"version": {"attr": "polyfuse.__version__"}}
+    newest = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    assert newest == f"## {polyfuse.__version__}"

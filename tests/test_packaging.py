@@ -9,6 +9,8 @@ from shutil import copytree, ignore_patterns
 
 import pytest
 
+import polyfuse
+
 ROOT = Path(__file__).parents[1]
 LAYERS = ("configs", "conformance", "reference", "spec", "torch_impl", "triton_impl")
 LINKED = (*LAYERS, "templates")
@@ -39,6 +41,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."]
     run = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+    warned = [line for line in (run.stdout + run.stderr).splitlines() if "warning" in line.lower()]
+    assert [line for line in warned if "byte-compiling is disabled" not in line] == []
     (path,) = (tree / "dist").glob("*.whl")
     return path
 
@@ -53,7 +57,7 @@ def test_declared_packages_are_those_of_the_tree() -> None:
 
 def test_wheel_contains_every_file_and_polyfuse_only(wheel: Path) -> None:
     files = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
-    info = f"polyfuse-{PROJECT['project']['version']}.dist-info"
+    info = f"polyfuse-{polyfuse.__version__}.dist-info"
     metadata = {name for name in files if name.startswith(f"{info}/")}
     assert f"{info}/licenses/LICENSE" in metadata
     assert {"polyfuse/py.typed", "polyfuse/spec/__init__.py", "polyfuse/reference/jax/__init__.py"} <= files

@@ -7,6 +7,9 @@ import os
 import sys
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
+
+from polyfuse.spec import how_to_install
 
 
 def _gpu_usable() -> bool:
@@ -15,23 +18,31 @@ def _gpu_usable() -> bool:
     return torch.cuda.is_available() or torch.xpu.is_available()
 
 
-if "triton" not in sys.modules and find_spec("torch") is not None and not _gpu_usable():
-    # Triton reads this when it is imported: later is too late for its own library functions.
-    os.environ["TRITON_INTERPRET"] = "1"
+def _interpret_library() -> None:
+    """Make a triton that was imported to compile interpret its own library functions, such as `tl.sum`.
+
+    They became one or the other when triton was imported; Transformers imports it before polyfuse can say which.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    interpreted: dict[int, Any] = {}
+    modules = [module for name, module in sys.modules.items() if name.startswith("triton.language")]
+    for place in (*modules, tl.tensor):
+        for name, function in list(vars(place).items()):
+            if isinstance(function, JITFunction):
+                made = interpreted.setdefault(id(function), InterpretedFunction(function.fn))
+                setattr(place, name, made)
+
+
+if find_spec("torch") is not None and find_spec("triton") is not None and not _gpu_usable():
+    os.environ["TRITON_INTERPRET"] = "1"  # is read when triton.jit decorates a kernel
+    if "triton" in sys.modules:
+        _interpret_library()
 
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     """Why no kernel of this backend can run on this machine, or None if they can."""
-    for package in ("torch", "triton"):
-        if find_spec(package) is None:
-            return f"the package {package} is not installed"
-    if _gpu_usable():
-        return None
-    if "triton" in sys.modules:
-        from triton.language import cdiv
-        from triton.runtime.jit import JITFunction
-
-        if isinstance(cdiv, JITFunction):
-            return "no GPU, and triton was imported without TRITON_INTERPRET=1; import polyfuse.triton_impl before it"
-    return None
+    return next((how_to_install(package) for package in ("torch", "triton") if find_spec(package) is None), None)

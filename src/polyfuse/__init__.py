@@ -4,7 +4,7 @@ from typing import Any
 
 from polyfuse.spec import FORMER_NAMES, OPS, BackendError, SpecError, Unsupported, canonical, result_names
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # What is imported when it is first asked for.
 _PUBLIC_OPS = (*OPS, *result_names(OPS.values()))

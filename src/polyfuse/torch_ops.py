@@ -3,6 +3,11 @@
 `torch.compile` of the public functions needs no import: they register themselves when traced.
 """
 
+from polyfuse.spec import not_installed
+
+if missing := not_installed(__name__, "torch"):
+    raise missing
+
 from polyfuse.dispatch import _torch_library
 from polyfuse.dispatch._plan import CALLS
 

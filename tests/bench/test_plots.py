@@ -170,4 +170,4 @@ def test_without_matplotlib(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = invoke(model, "--out", tmp_path)
     assert result.exit_code == 2
-    assert "this command needs matplotlib; try: pip install 'polyfuse[all]'" in " ".join(result.output.split())
+    assert "matplotlib is not installed: pip install 'polyfuse[plots]'" in " ".join(result.output.split())

@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import importlib.util
 import json
 import sys
 
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 import polyfuse
 from polyfuse.cli import main
 from polyfuse.dispatch import registry
+from polyfuse.spec import OPS
 
 OP = "pos_embed_interpolate"
 
@@ -28,6 +30,7 @@ def invoke(*args, env=None):
     "command",
     [
         "info",
+        "doctor",
         "ops",
         "explain",
         "conformance",
@@ -67,7 +70,7 @@ def test_explain_as_json():
     ("args", "message"),
     [
         (["explain", "nope"], f"op: expected one of {OP}"),
-        (["explain", OP, "--family", "tf"], "--family: expected one of torch, jax, numpy, got 'tf'"),
+        (["explain", OP, "--family", "tf"], "'tf' is not one of 'torch', 'jax', 'numpy'"),
         (["conformance", "--op", "nope"], "got 'nope'"),
         (
             ["conformance", "--backend", "nope"],
@@ -110,8 +113,8 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.data", None)
     result = invoke("demo", "--fast")
     assert result.exit_code == 2
-    assert "this command needs skimage" in result.output
-    assert "pip install 'polyfuse[all]'" in result.output
+    assert "skimage is not installed" in result.output
+    assert "pip install 'polyfuse[transformers]'" in result.output
 
 
 def test_a_broken_config_file_is_one_line(tmp_path):
@@ -153,3 +156,28 @@ def test_ops_prints_the_page_of_an_op():
     page = invoke("ops", OP).output
     assert page.startswith(f"# `{OP}`")
     assert "source = i * (s - 1) / (n - 1)" in page
+
+
+def test_info_fits_80_columns_and_says_the_same_as_json():
+    lines = invoke("info").output.splitlines()
+    assert max(map(len, lines)) <= 80
+    (row,) = [line.split() for line in lines if line.split()[:1] == [OP]]
+    (names,) = [line.split() for line in lines if line.split()[:2] == ["numpy", "jax"]]
+    words = {"available": "yes", "interpreted": "interpreted", "not_implemented": "-"}
+    backends = json.loads(invoke("info", "--json").output)["backends"]
+    for backend in backends:
+        assert row[1 + names.index(backend["name"])] == words[backend["ops"][OP]["status"]]
+    assert {"numpy", "jax", "pallas", "torch", "triton"} <= {backend["name"] for backend in backends}
+
+
+def test_doctor_says_what_is_there_what_runs_and_what_to_install(monkeypatch):
+    said = invoke("doctor", env={"POLYFUSE_STRICT": "0"}).output
+    for line in (
+        f"  torch: {len(OPS)} of {len(OPS)} ops for torch arrays; a call of silu_mul_block_quant ran",
+        "  POLYFUSE_STRICT=0",
+    ):
+        assert line in said.splitlines()
+    assert "  nothing: every extra is there" in said.splitlines()
+    found = importlib.util.find_spec
+    monkeypatch.setattr("polyfuse.cli.doctor.find_spec", lambda name: None if name == "matplotlib" else found(name))
+    assert "  matplotlib is not installed: pip install 'polyfuse[plots]'" in invoke("doctor").output.splitlines()

@@ -93,7 +93,7 @@ def test_a_broken_plugin_breaks_only_itself(install):
     assert "backend 'mychip': OSError: no driver" in out
     assert "backend mychip cannot be used: Traceback" in out
     assert "backend triton cannot be used: Traceback" in out
-    assert "┃ triton " in out
+    assert "  triton" in out
 
 
 def test_two_plugins_of_one_name_are_both_named(install):
@@ -117,7 +117,7 @@ def test_a_broken_plugin_and_two_of_one_name_leave_everything_else_working(insta
     assert "backend mychip cannot be used: two installed packages provide it: one:BACKEND and two:BACKEND" in out
     assert "backend bad cannot be used: Traceback" in out
     assert "OSError: no driver" in out
-    assert all(f"┃ {name} " in out for name in ("numpy", "jax", "pallas", "torch", "triton"))
+    assert " ".join(out.split()).count("numpy jax pallas torch triton") == 1
 
 
 @pytest.mark.parametrize(

@@ -173,20 +173,19 @@ def test_a_captured_graph_follows_its_grid() -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about a machine without a GPU")
-@pytest.mark.parametrize(
-    ("first", "reason"),
-    [
-        ("", "None"),
-        (
-            "import triton; ",
-            "no GPU, and triton was imported without TRITON_INTERPRET=1; import polyfuse.triton_impl before it",
-        ),
-    ],
-)
-def test_the_interpreter_is_chosen_before_triton_is_imported(
-    first: str, reason: str, run_uninterpreted: Callable[[str], list[str]]
+@pytest.mark.parametrize("first", ["", "import triton, triton.language\n", "import transformers.modeling_utils\n"])
+def test_kernels_are_interpreted_whoever_imports_triton_first(
+    first: str, run_uninterpreted: Callable[[str], list[str]]
 ) -> None:
-    assert run_uninterpreted(f"{first}from polyfuse.triton_impl import unavailable; print(unavailable())") == [reason]
+    """Library functions of Triton are needed for it: `tl.sum` and `x.to`, which a kernel of gated_rms_norm calls."""
+    code = """
+import torch, polyfuse
+torch.manual_seed(0)
+x, gate, weight = torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)
+ran, want = (polyfuse.gated_rms_norm(x, gate, weight, backend=name) for name in ("triton", "torch"))
+print((ran - want).abs().max().item() < 1e-5, polyfuse.call_counts()["gated_rms_norm", "triton"])
+"""
+    assert run_uninterpreted(first + code)[-1] == "True 1"
 
 
 COMPILE = """

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from polyfuse.spec import BackendError, SpecError, Unsupported
+from polyfuse.spec import BackendError, SpecError, Unsupported, how_to_install
 
 
 class ModuleGroup(click.Group):
@@ -42,7 +42,9 @@ class ModuleGroup(click.Group):
         except (SpecError, Unsupported, BackendError) as error:
             raise click.UsageError(str(error)) from error
         except ModuleNotFoundError as error:
-            raise click.UsageError(f"this command needs {error.name}; try: pip install 'polyfuse[all]'") from error
+            if error.name is None or error.name.partition(".")[0] == "polyfuse":
+                raise  # a mistake of ours: no package is missing
+            raise click.UsageError(how_to_install(error.name)) from error
 
     def _modules(self) -> dict[str, str]:
         """The name of every command to the name of its module."""

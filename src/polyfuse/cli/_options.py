@@ -5,11 +5,23 @@ from pathlib import Path
 
 import click
 
-from polyfuse.spec import canonical
+from polyfuse.spec import OPS, canonical
 
-ops_option = click.option("--op", "op_names", multiple=True, help="An op; repeat for several. Default: all.")
+ops_option = click.option(
+    "--op", "op_names", multiple=True, help=f"An op; repeat for several. Default: all. One of {', '.join(OPS)}."
+)
 backends_option = click.option(
-    "--backend", "backends", multiple=True, help="A backend; repeat for several. Default: all."
+    "--backend",
+    "backends",
+    multiple=True,
+    help="A backend: numpy, jax, pallas, torch, triton, or one of a package; repeat for several. Default: all.",
+)
+family_option = click.option(
+    "--family",
+    type=click.Choice(["torch", "jax", "numpy"]),
+    default="torch",
+    show_default=True,
+    help="Kind of arrays.",
 )
 device_option = click.option("--device", default=None, help="cpu, cuda, ...; the accelerator if there is one.")
 tiny_option = click.option("--tiny", is_flag=True, help="Take a tiny model instead of the real one.")

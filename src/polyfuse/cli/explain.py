@@ -8,13 +8,14 @@ from rich.table import Table
 
 import polyfuse
 from polyfuse.cli._device import chosen_device
+from polyfuse.cli._options import family_option
 from polyfuse.cli._terminal import console
-from polyfuse.spec import OPS, SpecError, canonical
+from polyfuse.spec import OPS, canonical
 
 
 @click.command()
 @click.argument("op")
-@click.option("--family", default="torch", show_default=True, help="Kind of arrays: torch, jax or numpy.")
+@family_option
 @click.option(
     "--device", default=None, help="Device of the arrays, such as cpu or cuda; the accelerator if there is one."
 )
@@ -27,11 +28,8 @@ def command(op: str, family: str, device: str | None, as_json: bool) -> None:
       POLYFUSE_BACKEND=triton polyfuse explain pos_embed_interpolate
     """
     from polyfuse.conformance import cases, make_inputs, place
-    from polyfuse.dispatch._arrays import FAMILIES
 
     op = canonical(op)
-    if family not in FAMILIES:
-        raise SpecError(f"--family: expected one of {', '.join(FAMILIES)}, got {family!r}")
     device = chosen_device(device, [family])
     spec = OPS[op]
     values = make_inputs(spec, cases(spec.name)[0])

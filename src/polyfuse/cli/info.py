@@ -1,25 +1,25 @@
 """`polyfuse info`."""
 
-import traceback
-from typing import TYPE_CHECKING
+import json
+from typing import Any
 
 import click
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from polyfuse.cli._backends import Verdict, verdicts
 from polyfuse.cli._device import default_device
 from polyfuse.cli._terminal import console
-from polyfuse.spec import OPS, BackendError
+from polyfuse.spec import OPS
 
-if TYPE_CHECKING:
-    from polyfuse.dispatch import Backend
-
-# Backends that cannot be loaded, each with its traceback, to the ops that it was to run.
-Broken = dict[tuple[str, str], list[str]]
+# What the table has room for; every other verdict is said in full below it.
+CELLS = {"available": "[green]yes[/]", "interpreted": "[yellow]interpreted[/]", "not_implemented": "-"}
 
 
 @click.command()
-def command() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, with every reason.")
+def command(as_json: bool) -> None:
     """Show the platform and, for every backend, whether it can run here.
 
     \b
@@ -29,37 +29,60 @@ def command() -> None:
     from polyfuse.conformance import versions
     from polyfuse.dispatch import registry
 
-    out, device = console(), default_device()
-    out.print(f"device: {device}   " + "   ".join(f"{k} {v}" for k, v in versions().items()), soft_wrap=True)
-    broken: Broken = {}
-    columns: dict[str, list[str]] = {"": ["arrays", "from", *OPS]}
+    device = default_device()
+    found = [(backend, verdicts(backend, device)) for backend in _usable()]
+    if as_json:
+        backends = [
+            {
+                "name": backend.name,
+                "family": backend.family,
+                "origin": backend.origin,
+                "ops": {op: {"status": v.status, "reason": v.reason} for op, v in ops.items()},
+            }
+            for backend, ops in found
+        ]
+        problems = dict(registry().problems)
+        click.echo(
+            json.dumps({"device": device, "versions": versions(), "backends": backends, "problems": problems}, indent=1)
+        )
+        return
+    out = console()
+    out.print(f"device {device}, " + ", ".join(f"{k} {v}" for k, v in versions().items()), width=80)
+    table = Table("", *(escape(backend.name) for backend, _ in found), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_row("[dim]arrays[/]", *(f"[dim]{backend.family}[/]" for backend, _ in found))
+    for op in OPS:
+        table.add_row(op, *(CELLS.get(ops[op].status, "[red]no[/]") for _, ops in found))
+    out.print(table)
+    out.print("yes: it runs; interpreted: right, and slow; -: not implemented; no: see below", width=80)
+    for backend, ops in found:
+        if backend.origin != "built in":
+            out.print(f"{escape(backend.name)} is from {escape(backend.origin)}", width=80)
+        for verdict, names in _grouped(ops).items():
+            kind = "red" if verdict.status == "broken" else "yellow"
+            text = f"[{kind}]backend {escape(backend.name)} cannot run {names}:[/] {escape(verdict.reason)}"
+            out.print(text, soft_wrap=True)
+    for name, text in registry().problems:
+        out.print(f"[red]backend {escape(name)} cannot be used:[/] {escape(text)}", soft_wrap=True)
+
+
+def _usable() -> list[Any]:
+    """Every backend but those that the registry has a problem with."""
+    from polyfuse.dispatch import registry
+    from polyfuse.spec import BackendError
+
+    found = []
     for name in registry().names():
         try:
-            backend = registry().get(name)
-        except BackendError:  # one of the registry's problems, which are printed below
+            found.append(registry().get(name))
+        except BackendError:  # one of the registry's problems
             continue
-        verdicts = [_verdict(backend, op, device, broken) for op in OPS]
-        columns[name] = [backend.family, escape(backend.origin), *verdicts]
-    table = Table(*columns, title="Backends")
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*row)
-    out.print(table)
-    for name, text in registry().problems:
-        out.print(f"[red]backend {escape(name)} cannot be used:[/] {escape(text)}")
-    for (name, text), ops in broken.items():
-        out.print(f"[red]backend {escape(name)} cannot run {', '.join(ops)}:[/] {escape(text)}")
+    return found
 
 
-def _verdict(backend: "Backend", op: str, device: str, broken: Broken) -> str:
-    """What the table says of a backend and an op; a backend that cannot be loaded is noted in `broken`."""
-    try:
-        missing = backend.missing(op)
-        if missing is not None:
-            code, reason = missing
-            return f"[yellow]{'not implemented' if code == 'not_implemented' else escape(reason)}[/]"
-        emulated = device in backend.load(op).capability.interpreted
-    except BackendError as error:
-        text = "".join(traceback.format_exception(error.__cause__ or error))
-        broken.setdefault((backend.name, text), []).append(op)
-        return "[red]broken, see below[/]"
-    return "[green]available[/]" + (", interpreted" if emulated else "")
+def _grouped(ops: dict[str, Verdict]) -> dict[Verdict, str]:
+    """The verdicts that need a sentence, each with the ops that it is on."""
+    grouped: dict[Verdict, list[str]] = {}
+    for op, verdict in ops.items():
+        if verdict.status not in CELLS:
+            grouped.setdefault(verdict, []).append(op)
+    return {v: "any op" if len(names) == len(OPS) else ", ".join(names) for v, names in grouped.items()}

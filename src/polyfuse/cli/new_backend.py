@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 import polyfuse
+from polyfuse.cli._options import family_option
 from polyfuse.spec import OPS, OpSpec, docstring, fail, literal, parameters_source
 
 TEMPLATES = Path(__file__).parents[1] / "templates/backend"
@@ -19,7 +20,7 @@ WIDTH = 120  # before a docstring's indentation; no line of a formula is longer
 @click.command()
 @click.argument("name")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder to write. Default: polyfuse-NAME.")
-@click.option("--family", default="torch", show_default=True, help="Kind of arrays: torch, jax or numpy.")
+@family_option
 def command(name: str, folder: Path | None, family: str) -> None:
     """Write a package for a backend NAME of your own, with a stub for every op.
 

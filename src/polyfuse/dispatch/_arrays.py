@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from polyfuse.spec import SpecError, dtype_name
+from polyfuse.spec import SpecError, dtype_name, how_to_install
 from polyfuse.spec._validate import one_line, shown
 
 FAMILIES = ("torch", "jax", "numpy")
@@ -135,7 +135,7 @@ def check_device(argument: str, device: str, families: Iterable[str]) -> None:
             return
         except (RuntimeError, AssertionError, ImportError) as error:  # unknown, not compiled in, no driver, none there
             reasons.append(f"{family}: {str(error).strip().splitlines()[0]}")
-    why = "; ".join(reasons) or "neither torch nor jax is installed"
+    why = "; ".join(reasons) or " or ".join(map(how_to_install, frameworks))
     raise SpecError(f"{argument}: expected a device of this machine, such as {_accelerator()}, got {device!r} ({why})")
 
 

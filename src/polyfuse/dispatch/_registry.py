@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from polyfuse.spec import FORMER_NAMES, OPS, BackendError, Capability, canonical
+from polyfuse.spec import FORMER_NAMES, OPS, BackendError, Capability, canonical, how_to_install
 
 GROUP = "polyfuse.backends"
 
@@ -61,7 +61,7 @@ class Backend:
         """
         for module in self.requires:
             if importlib.util.find_spec(module) is None:
-                return "not_installed", f"{module} is not installed"
+                return "not_installed", how_to_install(module)
         name = self._name_of(op)
         if name not in self.implements:
             return "not_implemented", f"does not implement {op}"

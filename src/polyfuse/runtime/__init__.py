@@ -1,5 +1,10 @@
 """What makes the kernels pay in real models: parallel streams, and encoders in graphs."""
 
+from polyfuse.spec import not_installed
+
+if missing := not_installed(__name__, "torch"):
+    raise missing
+
 from polyfuse._torch.projections import choose as choose_projection_strategy
 from polyfuse._torch.projections import stack_weights
 from polyfuse._torch.streams import StreamModule, execute_in_parallel, register_stream_module

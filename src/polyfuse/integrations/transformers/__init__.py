@@ -1,5 +1,10 @@
 """Transformers models on polyfuse: `accelerate(model)`, `report(model)` of what it does, and `restore(model)`."""
 
+from polyfuse.spec import not_installed
+
+if missing := not_installed(__name__, "torch", "transformers"):
+    raise missing
+
 from polyfuse.integrations.transformers._accelerate import accelerate, encoder_manager, invalidate, restore
 from polyfuse.integrations.transformers._gated_delta_net import projection_weights, stack_projections
 from polyfuse.integrations.transformers._graphs import make_encoder

@@ -57,8 +57,12 @@ def accelerate(
         fail("accelerate", "model", f"{expected} in it", _seen(model))
     refused = {}
     for kind, name, module in found:
-        if not _patch.is_installed(module) and (why := fuse(kind, module, name, graphs, parts is not None)):
-            refused[name or type(model).__name__] = why
+        if _patch.is_installed(module):
+            continue
+        name_of_part = name or type(model).__name__
+        if why := fuse(kind, module, name, graphs, parts is not None):
+            refused[name_of_part] = why
+        _patch.log.debug("accelerate: %s, %s: %s", name_of_part, kind, f"not patched: {why}" if why else "patched")
     if len(refused) == len(found):
         got = "; ".join(f"{name} {why}" for name, why in refused.items())
         fail("accelerate", "model", "a part that nobody else has patched", got)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,8 @@ def kernel_mapping() -> dict[str, dict[str, dict[Any, LocalRepository]]]:
     have to be given their name first, with `kernels.replace_kernel_forward_from_hub(Qwen3NextGatedDeltaNet,
     "Qwen3NextGatedDeltaNet")`. Raises `ImportError` without the `kernels` package.
     """
+    if find_spec("kernels") is None:
+        raise ModuleNotFoundError("kernel_mapping: kernels is not installed: pip install kernels", name="kernels")
     mode = import_module("kernels").Mode
     repositories = {name: {mode.INFERENCE | mode.TORCH_COMPILE: LocalRepository(name)} for name in _LAYERS}
     return {name: dict.fromkeys(_DEVICES, repository) for name, repository in repositories.items()}

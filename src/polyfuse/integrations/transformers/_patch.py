@@ -130,6 +130,8 @@ def count(module: nn.Module, reason: str) -> None:
     if found is None:
         found = _calls[module] = Calls(type(module).__name__)
     if not reason:
+        if not found.fused:
+            log.debug("%s: first fused call", found.name)
         found.fused += 1
         return
     if not found.fused and not found.unfused:
