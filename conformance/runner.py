@@ -4,9 +4,9 @@ from bisect import bisect
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from polyfuse.configs import Level
 from polyfuse.configs import level as load_level
 from polyfuse.conformance.case import Case
 from polyfuse.conformance.cases import all_cases, cases
@@ -136,19 +136,24 @@ def _plan(
     tasks: list[Task] = []
     names = tuple(backend.name for backend in backends)
     unused, number = set(only), 0
+    known: set[str] = set()
     for op in ops:
         claims = True
         for case, left_out in selected(op, level, only):
+            known.add(case.name)
             unused -= {pattern for pattern in unused if _matches(case.name, [pattern])}
             if left_out:
-                blank = Result(op, "", case.name, "skipped", 0.0, left_out, reason="left_out", core=case.name in OPS[op].core)
+                blank = Result(
+                    op, "", case.name, "skipped", 0.0, left_out, reason="left_out", core=case.name in OPS[op].core
+                )
                 found += [(number + i, replace(blank, backend=name)) for i, name in enumerate(names)]
             else:
                 tasks.append(Task(number, op, case, names, device, level, claims))
                 claims = False
             number += len(names)
     if unused:
-        fail("conformance", "case", f"a case of {', '.join(ops)}", ", ".join(sorted(unused)), "* and ? in the name")
+        close = [name for pattern in sorted(unused) for name in get_close_matches(pattern, known)]
+        fail("conformance", "case", f"cases of {', '.join(ops)}", ", ".join(sorted(unused)), " or ".join(close))
     if not only:
         stale = [result for backend in backends for result in unmatched_waivers(backend, ops)]
         found += enumerate(stale, number)

@@ -137,8 +137,11 @@ class Trial:
         return cases == "all" or (cases != "none" and self.core) or (cases == "sample" and sampled)
 
     def _described(self, error: BaseException) -> str:
+        """What was raised, and behind it where."""
         self.error = self.error or error
-        return "".join(traceback.format_exception(error, limit=-3)).strip()
+        summary = "".join(traceback.format_exception_only(error)).strip()
+        whole = "".join(traceback.format_exception(error, limit=-3)).strip()
+        return f"{summary}\n{whole.removesuffix(summary).rstrip()}"
 
     def _too_large(self, device: str, interpreted: bool, level: Level) -> str | None:
         _, call = self.inputs()

@@ -2,15 +2,18 @@
 
 import ctypes
 import faulthandler
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal
 
 from polyfuse.conformance.report import Result
 from polyfuse.conformance.tasks import answers, perform, register
+from polyfuse.conformance.trial import LOADING
 from polyfuse.dispatch import registry
 from polyfuse.spec import BackendError
 
@@ -29,12 +32,13 @@ class Setup:
 class Message:
     """What a worker says.
 
-    `ready` comes once, or `broken` with the reason. Of each task come `at` with what goes on, `found` with a `Result`
-    or a `Support`, and in the end `done`, or `lost` if the device answers no more: the rest of the task is for another
+    `ready` comes once, or `broken` with the reason. Of each case on each backend come `begin` with the memory that is
+    resident and the length of the output so far, `at` with what goes on, and `found` with a `Result`, or before with a
+    `Support`. In the end comes `done`, or `lost` if the device answers no more: the rest of the task is for another
     worker.
     """
 
-    kind: Literal["ready", "broken", "at", "found", "done", "lost"]
+    kind: Literal["ready", "broken", "begin", "at", "found", "done", "lost"]
     content: Any = None
 
 
@@ -50,17 +54,32 @@ def serve(descriptor: int) -> None:
         connection.send(Message("broken", str(error)))
         return
     connection.send(Message("ready"))
+
+    def note(stage: str) -> None:
+        if stage == LOADING:
+            connection.send(Message("begin", (resident(os.getpid()), os.fstat(sys.stdout.fileno()).st_size)))
+        connection.send(Message("at", stage))
+
     while True:
         try:
             task = connection.recv()
         except EOFError:
             return
-        for found in perform(task, lambda stage: connection.send(Message("at", stage))):
+        for found in perform(task, note):
             connection.send(Message("found", found))
             if isinstance(found, Result) and found.status in ("failed", "waived") and not answers(task.device):
                 connection.send(Message("lost"))
                 return
         connection.send(Message("done"))
+
+
+def resident(process: int) -> int:
+    """Bytes of memory that a process holds, where the system says so (Linux), else 0."""
+    try:
+        pages = Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1]
+    except (OSError, IndexError):
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _prepare(setup: Setup) -> None:

@@ -10,13 +10,12 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
 from typing import Any
 
 from polyfuse.conformance.report import Ending, Result
 from polyfuse.conformance.tasks import Task
 from polyfuse.conformance.trial import EXACT, LOADING, waived
-from polyfuse.conformance.worker import Message, Setup
+from polyfuse.conformance.worker import Message, Setup, resident
 from polyfuse.dispatch import Support, registry
 from polyfuse.spec import OPS, BackendError
 
@@ -118,7 +117,7 @@ class _Worker:
         serve = f"from polyfuse.conformance.worker import serve; serve({theirs.fileno()})"
         # In a session of its own Ctrl-C does not reach it, and what it has started ends with it.
         self._process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-c", f"import sys; sys.path[:] = {sys.path!r}; {serve}"],
+            [sys.executable, "-u", "-X", "faulthandler", "-c", f"import sys; sys.path[:] = {sys.path!r}; {serve}"],
             stdin=subprocess.DEVNULL, stdout=self._output, stderr=subprocess.STDOUT, env=environment,
             pass_fds=[theirs.fileno()], start_new_session=True,
         )  # fmt: skip
@@ -161,7 +160,7 @@ class _Worker:
     @property
     def grown(self) -> float:
         """GiB that the process holds more than after its first task."""
-        return 0.0 if self._base is None else (self._resident() - self._base) / _GIB
+        return 0.0 if self._base is None else (resident(self._process.pid) - self._base) / _GIB
 
     def stopped(self, limits: Limits) -> _Stop | None:
         """How the case has ended the process, or is ended here as it is at a limit.
@@ -177,7 +176,7 @@ class _Worker:
         loading = not self._ready or self.stage == LOADING
         limit = _START if loading else limits.time
         taken = time.monotonic() - self._since if loading or self.stage == EXACT else self.used
-        more = (self._resident() - self._before) / _GIB
+        more = (resident(self._process.pid) - self._before) / _GIB
         if taken <= limit and (more <= limits.memory or not self.task):
             return None
         if taken > limit:
@@ -217,6 +216,8 @@ class _Worker:
                 raise BackendError(f"a worker process could not start: {message.content}")
             case "ready":
                 self._ready = self.idle = True
+            case "begin":
+                self._before, self._mark = message.content
             case "at":
                 self._counted, self._since, self.stage = self.used, time.monotonic(), message.content
             case "found":
@@ -224,7 +225,7 @@ class _Worker:
                 if isinstance(message.content, Result):
                     self.finish(1)
             case "done":
-                self._base = self._base or self._resident()
+                self._base = self._base or resident(self._process.pid)
                 self.idle = True
             case "lost":
                 self.gone = True
@@ -232,16 +233,6 @@ class _Worker:
     def _begin(self) -> None:
         """Begin to count for the next case."""
         self._since, self._counted, self.stage = time.monotonic(), 0.0, LOADING
-        self._mark = os.fstat(self._output.fileno()).st_size
-        self._before = self._resident()
-
-    def _resident(self) -> int:
-        """Bytes of memory that the process holds, where the system says so (Linux), else 0."""
-        try:
-            pages = Path(f"/proc/{self._process.pid}/statm").read_text(encoding="ascii").split()[1]
-        except (OSError, IndexError):
-            return 0
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     def _death(self) -> _Stop:
         code = self._process.returncode
@@ -261,10 +252,9 @@ class _Worker:
         """The last lines of the case's output; of a dump of all threads, those of the one that ended the process."""
         self._output.seek(self._mark)
         text = self._output.read().decode(errors="replace")
-        dump = max(text.rfind("Current thread"), text.rfind("Fatal Python error"))
-        if dump >= 0:
-            return text[dump:].splitlines()[:_LINES]
-        return text.rstrip().splitlines()[-_LINES:]
+        lines = text.strip().splitlines()
+        dumps = [n for n, line in enumerate(lines) if line.startswith(("Current thread", "Stack (most recent"))]
+        return lines[dumps[-1] : dumps[-1] + _LINES] if dumps else lines[-_LINES:]
 
 
 def _environment(device: str, slot: int) -> dict[str, str]:

@@ -17,9 +17,7 @@ from polyfuse.cli._terminal import console
 @ops_option
 @backends_option
 @click.option("--case", "only", multiple=True, help="Only this case, whatever the level; * and ? fit; may be repeated.")
-@click.option(
-    "--level", "--profile", "level", default="standard", show_default=True, help="quick, standard or full."
-)
+@click.option("--level", "--profile", "level", default="standard", show_default=True, help="quick, standard or full.")
 @device_option
 @click.option("--plugin", "plugins", multiple=True, metavar="MODULE:OBJECT", help="A Backend object to register first.")
 @click.option(
@@ -27,7 +25,10 @@ from polyfuse.cli._terminal import console
     help="Worker processes; 0 runs the cases in this one, for debuggers. Default: one per core up to 4, or per GPU.",
 )  # fmt: skip
 @click.option(
-    "--time-limit", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Seconds for a case. Default: the level's."
+    "--time-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Seconds for a case. Default: the level's.",
 )
 @click.option(
     "--memory-limit", type=click.FloatRange(min=0, min_open=True), metavar="GIB",

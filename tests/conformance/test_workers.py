@@ -1,0 +1,179 @@
+"""Worker processes: what a case does to its process costs its own result and no other."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+
+import pytest
+
+import polyfuse
+from polyfuse.conformance import run, workers
+from polyfuse.conformance.trial import EXACT
+from polyfuse.dispatch import Backend, registry
+from tests.conformance import hostile
+
+NUMBERS = count()
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Writes a hostile package under a name of its own, whose modules are then new; gives the names."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def write(more=""):
+        name = f"hostile{next(NUMBERS)}"
+        hostile.write(tmp_path, name, more)
+        return name
+
+    yield write
+    registry.cache_clear()
+    polyfuse.refresh()
+
+
+def outcomes(report):
+    """The results without the times."""
+    return [
+        (r.op, r.backend, r.case, r.status, r.ending, r.checks, r.reason, r.margins, r.core) for r in report.results
+    ]
+
+
+def test_each_case_that_ends_its_process_fails_alone(plugin):
+    report = run(
+        [hostile.OP], ["hostile", "numpy"], only=hostile.ONLY, workers=2, plugins=[f"{plugin()}:BACKEND"],
+        time_limit=2, memory_limit=0.5,
+    )  # fmt: skip
+    assert (report.state, report.ok) == ("complete", False)
+    assert len(report.results) == report.planned
+    found = {(r.backend, r.case): r for r in report.results}
+    assert {case: found["hostile", case].ending for case in hostile.ENDINGS} == hostile.ENDINGS
+    details = {case: found["hostile", case].detail for case in hostile.ENDINGS}
+    assert details["rows_1"].startswith("ended the process by SIGSEGV (Segmentation fault) during the check values\n")
+    assert f"{hostile.OP}.py" in details["rows_1"]
+    assert details["rows_2"].startswith("took longer than 2 s during the check values\n")
+    assert f"{hostile.OP}.py" in details["rows_2"]
+    expected = "ended the process with exit status 0 during the check values\n  this chip needs a rest"
+    assert details["rows_67"] == expected
+    assert details["dims_k24-v40-heads3"].startswith("ZeroDivisionError: deliberate\n")
+    assert details["dims_k80-v96-heads4"].startswith("SystemExit: 0\n")
+    assert "GiB of memory, of 0.5 allowed during the check values" in details["one_value_head"]
+    assert {found["hostile", case].checks for case in hostile.ENDINGS} == {("values",)}
+    assert found["hostile", "qkv_large"].status == "passed"
+    assert {found["numpy", case].status for case in hostile.ONLY} == {"passed"}
+    assert 2 <= found["hostile", "rows_2"].seconds < 6
+    assert report.verdict(hostile.OP, "hostile").status == "failed"
+
+
+def test_a_crash_can_be_waived(plugin):
+    report = run([hostile.OP], ["hostile"], only=["rows_1"], workers=1, plugins=[f"{plugin()}:WAIVING"])
+    (result,) = [r for r in report.results if r.reason != "left_out"]
+    assert (result.status, result.ending) == ("waived", "crashed")
+    assert result.detail.startswith("erratum 1 (ended the process by SIGSEGV")
+
+
+def test_the_same_report_from_any_number_of_workers(plugin):
+    only = ["dims_*", "rows_0", "qkv_*"]
+    plugins = [f"{plugin()}:BACKEND"]
+    names = ["torch", "hostile", "numpy"]
+    first, *others = (
+        run([hostile.OP, "gdn_in_proj"], names, only=[*only, "bias-auto"], workers=workers, plugins=plugins)
+        for workers in (0, 1, 2)
+    )
+    assert {r.status for r in first.results} == {"passed", "failed", "skipped"}
+    assert any(r.margins for r in first.results)
+    for other in others:
+        assert outcomes(other) == outcomes(first)
+        assert (other.planned, other.backends) == (first.planned, first.backends)
+    assert first.backends["hostile"].claims.keys() == {hostile.OP, "gdn_in_proj"}
+
+
+def test_a_leak_does_not_accumulate(plugin):
+    """Each case of 5 rows keeps 0.125 GiB, and says so if 6 have done so before it in the same process."""
+    report = run(
+        [hostile.OP], ["hostile"], only=["float*", "bfloat16-*"], workers=1, plugins=[f"{plugin()}:BACKEND"],
+        memory_limit=0.5,
+    )  # fmt: skip
+    ran = [r for r in report.results if r.reason != "left_out"]
+    assert len(ran) == 12
+    assert [r.detail for r in ran if r.status != "passed"] == []
+
+
+def test_workers_do_not_know_what_is_registered_in_this_process_alone():
+    registry().add(Backend("mine", "torch", "polyfuse.torch_impl", implements={hostile.OP: 1}))
+    try:
+        with pytest.raises(polyfuse.BackendError, match=r"could not start.*got 'mine'; .* try workers=0 \(-j 0\)"):
+            run([hostile.OP], ["mine"], only=["rows_0"], workers=1)
+    finally:
+        registry.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("if IN_WORKER: raise ImportError('no driver')", r"could not start: --plugin: expected .* \(no driver\)"),
+        ("if IN_WORKER: os._exit(3)", "could not start: ended the process with exit status 3"),
+        ("if IN_WORKER: time.sleep(99)", "could not start: took longer than 0.8 s"),
+    ],
+)
+def test_a_worker_that_cannot_start_is_one_error(plugin, monkeypatch, more, message):
+    monkeypatch.setattr(workers, "_START", 0.8 if "sleep" in more else 60.0)
+    with pytest.raises(polyfuse.BackendError, match=message):
+        run([hostile.OP], ["hostile"], only=["rows_0"], workers=2, plugins=[f"{plugin(more)}:BACKEND"])
+
+
+def test_without_exact_results_no_backend_is_judged(plugin):
+    more = """
+        if IN_WORKER:
+            from polyfuse.conformance import trial
+            trial.oracle = lambda op: time.sleep(99)
+    """
+    report = run(
+        [hostile.OP], ["numpy", "hostile"], only=["rows_0"], workers=1, plugins=[f"{plugin(more)}:BACKEND"],
+        time_limit=0.5,
+    )  # fmt: skip
+    ran = [r for r in report.results if r.reason != "left_out"]
+    assert [(r.backend, r.ending, r.checks) for r in ran] == [("numpy", "timed_out", ()), ("hostile", "timed_out", ())]
+    assert all(r.detail.startswith(f"took longer than 0.5 s during {EXACT}") for r in ran)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_leaves_its_results(plugin, tmp_path, stop):
+    command = [sys.executable, "-m", "polyfuse", "conformance", "--op", hostile.OP, "--backend", "hostile", "-j", "2"]
+    cases = ("--case", "rows_2", "--case", "qkv_large", "--plugin", f"{plugin()}:BACKEND", "--report", "report")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [*command, *cases], env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "hangs").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)  # for the other case
+    running = json.loads((tmp_path / "report/conformance.json").read_text())
+    assert (running["state"], running["ok"]) == ("running", False)
+    os.killpg(process.pid, stop)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, out
+    data = json.loads((tmp_path / "report/conformance.json").read_text())
+    assert (data["state"], data["ok"]) == ("interrupted", False)
+    ran = [(r["case"], r["status"]) for r in data["results"] if r["reason"] != "left_out"]
+    assert ran == [("qkv_large", "passed")]
+    assert len(data["results"]) == data["planned"] - 1
+    assert "interrupted" in (tmp_path / "report/junit.xml").read_text()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "hangs").read_text()), 0)
+
+
+def test_several_gpus_are_one_for_each_worker(monkeypatch):
+    monkeypatch.setattr(workers, "accelerators", lambda device: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    seen = [workers._environment("cuda", slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert seen == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert [workers._environment("cuda", slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["5", "3"]
+    assert workers._environment("cuda:1", 0)["CUDA_VISIBLE_DEVICES"] == "5,3"
+    assert workers.default_count("cuda") == 2
