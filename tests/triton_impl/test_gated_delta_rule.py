@@ -188,3 +188,25 @@ for present in (False, True):
 def test_compiles_for_hopper(run_uninterpreted: Callable[[str], list[str]]) -> None:
     """The scan has products on matrix units of 64 rows, tiles fetched ahead and stores of 16 bytes; without a GPU."""
     assert run_uninterpreted(COMPILE) == ["0 False True", "32 True True"] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 40 GB of an accelerator's memory")
+def test_results_and_states_past_2_31_elements() -> None:
+    """4,224 packed sequences of 128 rows, with 2.2e9 elements of results and of states: each run of 64 gives its bits."""
+    count, part, length = 4224, 64, 128
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
+
+    rows = part * length
+    few = {name: torch.nn.functional.normalize(normal(rows, 16, 128), dim=-1) for name in ("q", "k")}
+    few |= {"v": normal(rows, 32, 128), "g": -normal(rows, 32).float().abs(), "beta": normal(rows, 32).sigmoid()}
+    state = normal(part, 32, 128, 128) / 8
+    many = {name: x.repeat(count // part, *[1] * (x.ndim - 1)) for name, x in few.items()}
+    assert many["v"].numel() > 2**31
+    states = state.repeat(count // part, 1, 1, 1)
+    ends = torch.arange(count + 1, device=DEVICE) * length
+    o, final = gated_delta_rule(**many, initial_state=states, cu_seqlens=ends, output_final_state=True)
+    wanted = gated_delta_rule(**few, initial_state=state, cu_seqlens=ends[: part + 1], output_final_state=True)
+    assert torch.equal(o.view(-1, *wanted[0].shape), wanted[0].expand(count // part, *wanted[0].shape))
+    assert torch.equal(final.view(-1, *wanted[1].shape), wanted[1].expand(count // part, *wanted[1].shape))

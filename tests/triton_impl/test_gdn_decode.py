@@ -195,3 +195,28 @@ def test_plans_are_kept_apart() -> None:
     assert len({*wanted}) == 3
     assert (step(arguments()), step(arguments(norm_eps=0.5)), step(arguments(scale=2.0))) == wanted
     assert len({id(plan) for plan in module._plans.plans.values()}) == len(module._plans.plans)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 20 GB of an accelerator's memory")
+def test_states_past_2_31_elements() -> None:
+    """4,224 sequences with recurrent states of 2.2e9 elements, in slots in reverse: each run of 64 gives its bits."""
+    rows, part, heads = 4224, 64, {"num_k_heads": 16, "head_k_dim": 128, "head_v_dim": 128}
+    channels, values = 8192, 32 * 128
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
+
+    few: dict[str, Any] = {"x": normal(part, channels), "z": normal(part, values)}
+    few |= {"a": normal(part, 32), "b": normal(part, 32)}
+    states = {"conv_state": normal(part, channels, 4), "recurrent_state": normal(part, 32, 128, 128) / 8}
+    fixed = {"conv_weight": normal(channels, 4), "norm_weight": normal(128)}
+    fixed |= {"A_log": normal(32).float(), "dt_bias": normal(32).float()}
+    many = {name: x.repeat(rows // part, *[1] * (x.ndim - 1)) for name, x in few.items()}
+    pools = {name: x.flip(0).repeat(rows // part, *[1] * (x.ndim - 1)) for name, x in states.items()}
+    assert pools["recurrent_state"].numel() > 2**31
+    slots = torch.arange(rows - 1, -1, -1, device=DEVICE)
+    out = gdn_decode(**many, **fixed, **pools, **heads, state_indices=slots)
+    wanted = gdn_decode(**few, **fixed, **states, **heads)
+    assert torch.equal(out.view(-1, part, values), wanted.expand(rows // part, -1, -1))
+    for name, state in states.items():
+        assert torch.equal(pools[name].view(-1, *state.shape), state.flip(0).expand(rows // part, *state.shape)), name
