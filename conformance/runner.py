@@ -99,14 +99,17 @@ def selected(op: str, level: str, only: Sequence[str] = ()) -> list[tuple[Case, 
     settings = load_level(level)
     if only:
         return [(case, "" if _matches(case.name, only) else "not among the cases asked for") for case in all_cases(op)]
-    left_out = f"the level {level} runs one in {settings.sample} of the op's own cases"
     own = len(cases(op))
-    chosen = all_cases(op) if settings.models else cases(op)
-    core = OPS[op].core
-    return [
-        (case, left_out if number < own and number % settings.sample and case.name not in core else "")
-        for number, case in enumerate(chosen)
-    ]
+
+    def left_out(number: int, case: Case) -> str:
+        if case.name in OPS[op].core:
+            return ""
+        if number >= own:
+            return "" if settings.models else f"the level {level} leaves the shapes of real models out"
+        sampled = number % settings.sample == 0
+        return "" if sampled else f"the level {level} runs one in {settings.sample} of the op's own cases"
+
+    return [(case, left_out(number, case)) for number, case in enumerate(all_cases(op))]
 
 
 def unmatched_waivers(backend: Backend, ops: Sequence[str]) -> list[Result]:

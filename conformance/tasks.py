@@ -2,7 +2,8 @@
 
 import importlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from polyfuse.configs import level as load_level
 from polyfuse.conformance.case import Case
@@ -16,7 +17,8 @@ from polyfuse.spec import BackendError
 class Task:
     """One case on some backends, by their names.
 
-    `first` is the number of its first result in the run. With `claims` it also gives what each backend claims of the op.
+    `first` is the number of its first result in the run. With `claims` it also gives what each backend claims of the
+    op.
     """
 
     first: int
@@ -26,6 +28,11 @@ class Task:
     device: str
     level: str
     claims: bool = False
+
+    @cached_property
+    def kind(self) -> str:
+        """What a compiler sees of the case: a process that ran one case of a kind need not compile for the next."""
+        return f"{self.op} {replace(self.case, name='', fill={}, layout={}, stacked=())}"
 
 
 def perform(task: Task, note: Note = lambda stage: None) -> Iterator[Support | Result]:

@@ -182,7 +182,7 @@ def _margins(attempt: Attempt) -> dict[str, Margin]:
     """How near each result came to its bound, if all have the shapes and dtypes that the op gives."""
     results = attempt.results(attempt.arrays, attempt.outputs)
     got = [to_numpy(result) for result in results]
-    if not len(got) == len(attempt.call.results) or not all(map(_is_like, got, attempt.call.results)):
+    if len(got) != len(attempt.call.results) or not all(map(_is_like, got, attempt.call.results)):
         return {}
     found = values.margins(results, attempt.call, attempt.exact)
     return {name: Margin(share=margin.share, at=list(margin.at or ())) for name, margin in found.items()}

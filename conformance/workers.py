@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
@@ -72,7 +73,15 @@ class Workers:
             if waiting and slot not in self._workers:
                 self._workers[slot] = _Worker(self._setup, _environment(self._device, slot))
             if waiting and self._workers[slot].idle:
-                self._workers[slot].give(waiting.popleft())
+                task = self._next(self._workers[slot], waiting)
+                waiting.remove(task)
+                self._workers[slot].give(task)
+
+    def _next(self, worker: "_Worker", waiting: deque[Task]) -> Task:
+        """The first task of a kind that the worker has compiled already, else the first that no other worker has."""
+        others = {kind for other in self._workers.values() if other is not worker for kind in other.kinds}
+        known = (task for task in waiting if task.kind in worker.kinds)
+        return next(known, None) or next((task for task in waiting if task.kind not in others), waiting[0])
 
     def _stopped(self, worker: "_Worker") -> Iterator[tuple[int, Result]]:
         """The result of a case that has ended its process, or that is at a limit."""
@@ -100,17 +109,18 @@ class _Stop:
 class _Worker:
     """One process, and how far it is. `task` is what it has to do yet: the backends that have no result.
 
-    `idle` is True if it waits for a task, and `gone` if it takes no more.
+    `idle` is True if it waits for a task, and `gone` if it takes no more. `kinds` are those of its tasks so far.
     """
 
     def __init__(self, setup: Setup, environment: dict[str, str]) -> None:
         self.task: Task | None = None
         self.idle, self.gone, self.stage = False, False, ""
+        self.kinds: set[str] = set()
         self._ready = self._dead = False
         self._since, self._counted = time.monotonic(), 0.0
         self._base: int | None = None  # resident when the first task was done
         self._before = 0  # resident when the case that runs began
-        self._output = tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115, it is closed in `close`
         self._mark = 0  # where the output of the case that runs begins
         self.connection: Connection[Any, Message]
         self.connection, theirs = Pipe()
@@ -127,6 +137,7 @@ class _Worker:
     def give(self, task: Task) -> None:
         """Send a task."""
         self.task, self.idle = task, False
+        self.kinds.add(task.kind)
         self._begin()
         self._send(task)
 
@@ -205,10 +216,8 @@ class _Worker:
         self._process.wait()
 
     def _send(self, content: Setup | Task) -> None:
-        try:
+        with suppress(OSError):  # it has ended, which `heard` finds out
             self.connection.send(content)
-        except OSError:  # it has ended, which `heard` finds out
-            pass
 
     def _hear(self, message: Message) -> Iterator[tuple[int, Support | Result]]:
         match message.kind:

@@ -15,14 +15,19 @@ from polyfuse.spec import OPS
 OP = "gdn_post_conv"
 BACKEND = f"""
     from polyfuse.dispatch import Backend
-    BACKEND = Backend("mychip", "numpy", "mychip", implements={{"{OP}": {OPS[OP].version}}})
+    import os
+    waivers = {{"{OP}/nope": "erratum 1"}} if "STALE" in os.environ else {{}}
+    BACKEND = Backend("mychip", "numpy", "mychip", implements={{"{OP}": {OPS[OP].version}}}, waivers=waivers)
 """
 KERNEL = """
+    import os, signal
     from polyfuse.reference.gdn_post_conv import gdn_post_conv as oracle
     from polyfuse.spec import Capability
     CAPABILITY = Capability(attrs={"l2norm": (True,)})
     def gdn_post_conv(conv_out, a, b, A_log, dt_bias, *, l2norm_eps, output_g_exp, **sizes):
         if len(conv_out) == 67:
+            if "CRASH" in os.environ:
+                os.kill(os.getpid(), signal.SIGSEGV)
             raise ZeroDivisionError("deliberate")
         return oracle(conv_out, a, b, A_log, dt_bias, l2norm_eps=l2norm_eps, **sizes)
 """
@@ -43,11 +48,13 @@ def repository(tmp_path_factory):
     (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
     (folder / "test_all.py").write_text(TEST)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("POLYFUSE_", "PYTEST_"))}
-    environment["PYTHONPATH"] = str(folder)
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
-    def run(*arguments, status=0):
+    def run(*arguments, status=0, **variables):
         command = [sys.executable, *arguments]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=folder, env=environment | variables, capture_output=True, text=True, check=False
+        )
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -55,8 +62,16 @@ def repository(tmp_path_factory):
     return run
 
 
-def pytest_run(repository, *arguments, status=0):
-    return repository("-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "test_all.py", *arguments, status=status)
+def pytest_run(repository, *arguments, status=0, **variables):
+    command = ("-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "test_all.py")
+    return repository(*command, *arguments, status=status, **variables)
+
+
+def summary(out):
+    """The lines of the plugin at the end."""
+    lines = out.split("= polyfuse conformance, level ")[1].splitlines()[1:]
+    end = next(n for n, line in enumerate(lines) if line.endswith(" ops conformant"))
+    return lines[: end + 1]
 
 
 def statuses(path):
@@ -64,7 +79,7 @@ def statuses(path):
     found = {}
     for case in ET.parse(path).iter("testcase"):
         (status, detail), *_ = [(e.tag, e.get("message")) for e in case] or [("passed", "")]
-        found[case.get("name")] = {"failure": "failed"}.get(status, status), detail
+        found[case.get("name")] = {"failure": "failed", "error": "failed"}.get(status, status), detail
     return found
 
 
@@ -77,46 +92,75 @@ def test_ids_name_op_and_case_in_a_fixed_order(repository):
     ]
 
 
-def test_two_workers_find_what_a_conformance_run_finds(repository):
-    chosen = ("--op", OP, "--backend", "mychip", "--profile", "quick")
-    repository("-m", "polyfuse", "conformance", *chosen, "--report", "report", status=1)
-    report = json.loads((repository.folder / "report/conformance.json").read_text())["results"]
+@pytest.mark.parametrize("variables", [{}, {"CRASH": "1"}, {"STALE": "1"}])
+def test_two_workers_find_what_a_conformance_run_finds(repository, variables):
+    chosen = ("--op", OP, "--backend", "mychip", "--level", "quick", "-j", "2")
+    repository("-m", "polyfuse", "conformance", *chosen, "--report", "report", status=1, **variables)
+    report = json.loads((repository.folder / "report/conformance.json").read_text())
+    waivers = [r["detail"] for r in report["results"] if r["case"].startswith("waiver ")]
+    results = {r["case"]: r for r in report["results"] if not r["case"].startswith("waiver ")}
     options = ("-n", "2", "--junitxml", "junit.xml", "--polyfuse-backend", "mychip", "--polyfuse-op", OP)
-    pytest_run(repository, *options, status=1)
+    out = pytest_run(repository, *options, status=1, **variables)
     found = statuses(repository.folder / "junit.xml")
     assert {name: status for name, (status, _) in found.items()} == {
-        f"test_conformance[{OP}-{r['case']}]": r["status"] for r in report
+        f"test_conformance[{OP}-{name}]": r["status"] for name, r in results.items()
     }
     assert {status for status, _ in found.values()} == {"passed", "failed", "skipped"}
-    for r in report:
-        _, detail = found[f"test_conformance[{OP}-{r['case']}]"]
-        raised = "ZeroDivisionError: deliberate" in r["detail"]
-        assert detail.removeprefix("Failed: ") == ("ZeroDivisionError: deliberate" if raised else r["detail"])
+    for name, r in results.items():
+        _, detail = found[f"test_conformance[{OP}-{name}]"]
+        if r["ending"] == "crashed":
+            assert "crashed while running" in detail
+        else:
+            assert detail.removeprefix("Failed: ").splitlines()[:1] == r["detail"].splitlines()[:1]
+    (verdict,) = report["verdicts"]
+    counts = report["counts"]
+    assert results["rows_67"]["ending"] == ("crashed" if "CRASH" in variables else "raised")
+    assert len(waivers) == len(variables.keys() & {"STALE"})
+    assert summary(out) == [
+        f"{OP}: {counts['failed']} failed, {counts['passed']} passed, {counts['skipped']} skipped: failed, "
+        + verdict["why"],
+        *(f"{OP}: {line}" for line in waivers),
+        "mychip: 0 of 1 ops conformant",
+    ]
 
 
 def test_what_a_person_reads(repository):
     some = f"{OP}-float32 or {OP}-bfloat16 or {OP}-rows_67 or gdn_in_proj-float32-auto"
-    out = pytest_run(repository, "-rs", "--polyfuse-backend", "mychip", "-k", some, status=1)
+    options = ("--polyfuse-backend", "mychip", "--polyfuse-level", "standard", "-k", some)
+    out = pytest_run(repository, "-rs", *options, status=1)
     wrong, raised = (
         out.split(f"test_conformance[{OP}-{case}] ")[1] for case in ("float32-l2norm_True-g_exp_True", "rows_67")
     )
     assert wrong.splitlines()[1].startswith("g: 20 of 20 elements wrong; at [")
     assert 'raise ZeroDivisionError("deliberate")' in raised
-    assert "the profile quick runs one in 3 of the op's own cases" in out
     assert "unsupported: l2norm=False: supports True" in out
     assert "does not implement gdn_in_proj" in out
-    _, summary = out.split("= polyfuse conformance, profile quick =")
-    lines = summary.splitlines()[1:4]
-    assert lines[0].startswith(f"{OP}: 2 failed, ")
-    assert lines[1] == "gdn_in_proj: 1 skipped: does not implement gdn_in_proj"
+    lines = summary(out)
+    assert lines[0].startswith(f"{OP}: 3 failed, 2 passed, ")
+    assert lines[0].endswith(": failed, 3 cases failed")
+    assert lines[1].endswith("skipped: not run, does not implement gdn_in_proj")
     assert lines[2] == "mychip: 0 of 2 ops conformant"
+
+
+def test_a_run_in_which_nothing_ran_is_no_success(repository):
+    out = pytest_run(repository, "--polyfuse-backend", "mychip", "--polyfuse-op", "gdn_in_proj", status=1)
+    line, last = summary(out)
+    assert line.endswith("skipped: not run, does not implement gdn_in_proj")
+    assert last == "mychip: 0 of 1 ops conformant"
+
+
+def test_a_test_that_fails_after_its_check_fails_the_case(repository):
+    (repository.folder / "test_more.py").write_text(f"{TEST}    assert polyfuse_case.case.name != 'rows_0'\n")
+    chosen = ("--polyfuse-backend", "numpy", "--polyfuse-op", OP, "--polyfuse-level", "standard", "-k", "rows_")
+    out = pytest_run(repository, "-q", *chosen, "--deselect", "test_all.py", "test_more.py", status=1)
+    assert summary(out)[0].endswith("failed, 1 case failed")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--polyfuse-backend", "nope"], "ERROR: polyfuse: backend: expected one of numpy, jax, pallas, torch, triton"),
-        (["--polyfuse-profile", "nope"], "ERROR: polyfuse: profile: expected one of full, quick, standard, got 'nope'"),
+        (["--polyfuse-level", "nope"], "ERROR: polyfuse: level: expected one of full, quick, standard, got 'nope'"),
         (["--polyfuse-device", "nope"], "ERROR: polyfuse: --polyfuse-device: expected a device of this machine"),
         (["--polyfuse-op", "nope"], "ERROR: polyfuse: op: expected one of pos_embed_interpolate"),
     ],
@@ -127,14 +171,22 @@ def test_an_unknown_name_stops_the_run_with_one_line(repository, options, messag
     assert "Traceback" not in out
 
 
+def test_the_end_of_a_run_of_all_cases_says_what_is_conformant(repository):
+    out = pytest_run(repository, "--polyfuse-backend", "numpy", "--polyfuse-op", OP)
+    line, last = summary(out)
+    assert line.endswith("skipped: conformant, all core cases and nothing failed")
+    assert last == "numpy: 1 of 1 ops conformant"
+
+
 @pytest.mark.parametrize("options", [[], ["-n", "2"]])
-def test_the_end_of_a_run_says_how_many_ops_are_conformant(repository, options):
+def test_a_part_of_the_cases_proves_a_part(repository, options):
     some = f"{OP}-float32-l2norm_True-g_exp_True or {OP}-float32-l2norm_False-g_exp_False or gdn_in_proj-float32"
-    chosen = ("--polyfuse-backend", "numpy", "--polyfuse-profile", "standard", "-k", some)
+    chosen = ("--polyfuse-backend", "numpy", "--polyfuse-level", "standard", "-k", some)
     out = pytest_run(repository, *chosen, *options)
-    _, summary = out.split("= polyfuse conformance, profile standard =")
-    assert summary.splitlines()[1] == f"{OP}: 2 passed"
-    assert summary.splitlines()[3] == "numpy: 2 of 2 ops conformant"
+    lines = summary(out)
+    assert lines[0].startswith(f"{OP}: 2 passed, ")
+    assert ": partial, a filter chose the cases; core case " in lines[0]
+    assert lines[2] == "numpy: 0 of 2 ops conformant"
 
 
 def test_without_a_backend_nothing_happens(repository):

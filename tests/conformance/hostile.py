@@ -36,7 +36,7 @@ KERNEL = """
             case 7, _:
                 while True:
                     kept.append(np.ones(2**24))
-                    time.sleep(0.02)
+                    time.sleep(0.005)
             case 9, 384:
                 raise ZeroDivisionError("deliberate")
             case 9, 1408:

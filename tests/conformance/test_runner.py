@@ -106,7 +106,7 @@ def test_a_sampled_case_that_is_left_out_is_reported():
 
 
 def test_a_filter_runs_its_cases_whatever_the_level_and_proves_nothing_of_the_op():
-    core = [case for case in OPS[OP].core]
+    core = OPS[OP].core
     report = run([OP], ["numpy"], level="quick", only=["upsample-bicubic-*", core[0]])
     ran = [r.case for r in report.results if r.reason != "left_out"]
     assert ran == [c.name for c in all_cases(OP) if c.name.startswith("upsample-bicubic-") or c.name == core[0]]
@@ -192,7 +192,7 @@ def test_a_level_says_on_which_cases_a_check_runs(monkeypatch):
     for trial in tried:
         trial.result(registry().get("numpy"), "cpu", some)
     by_check = {name: {case for check, case in ran if check == name} for name in names}
-    core = {case for case in OPS[OP].core}
+    core = set(OPS[OP].core)
     assert by_check["everywhere"] == by_check["values"]
     assert by_check["seldom"] == core
     assert by_check["never"] == set()

@@ -12,6 +12,8 @@ from polyfuse.cli._group import ModuleGroup
 from polyfuse.cli._options import backends_option, check_backends, device_option, known_ops, ops_option
 from polyfuse.cli._terminal import console
 
+LIMIT = click.FloatRange(min=0, min_open=True)
+
 
 @click.group(cls=ModuleGroup, package=__name__, invoke_without_command=True)
 @ops_option
@@ -24,16 +26,8 @@ from polyfuse.cli._terminal import console
     "-j", "workers", type=click.IntRange(min=0), metavar="N",
     help="Worker processes; 0 runs the cases in this one, for debuggers. Default: one per core up to 4, or per GPU.",
 )  # fmt: skip
-@click.option(
-    "--time-limit",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="S",
-    help="Seconds for a case. Default: the level's.",
-)
-@click.option(
-    "--memory-limit", type=click.FloatRange(min=0, min_open=True), metavar="GIB",
-    help="Memory that a case may take. Default: the level's.",
-)  # fmt: skip
+@click.option("--time-limit", type=LIMIT, metavar="S", help="Seconds for a case on a backend. Default: the level's.")
+@click.option("--memory-limit", type=LIMIT, metavar="GIB", help="Memory that a case may take. Default: the level's.")
 @click.option("--report", type=click.Path(file_okay=False, path_type=Path), help="Folder for the files of the report.")
 @click.pass_context
 def command(
