@@ -49,6 +49,7 @@ def lay_out() -> None:
         page.with_suffix(".svg").write_text(picture_of(spec), encoding="utf-8")
         alternative = f"What {name} reads and writes"
         text = page.read_text(encoding="utf-8")
+        text = f"---\nsearch:\n  boost: 8\n---\n\n{text}"  # who looks for an op finds its page first
         page.write_text(text.replace("\n```text", f"\n![{alternative}]({name}.svg)\n\n```text", 1), encoding="utf-8")
     (PAGES / "site.css").write_text(CSS)
     sections = [f"## {title}\n\n::: {module}\n    options:\n      heading_level: 3" for title, module in API.items()]
