@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEV := $(VENV)/.developed
 
 .DEFAULT_GOAL := help
-.PHONY: dist help demo test test-all test-transformers check check-mypy check-rest generate docs clean
+.PHONY: dist docs-site docs-browser help demo test test-all test-transformers check check-mypy check-rest generate docs clean
 
 help:
 	@echo "make demo    install, then run the demo"
@@ -17,6 +17,8 @@ help:
 	@echo "make check   install, then run ruff, mypy, pyright and import-linter"
 	@echo "make generate   write the public functions and docs/ops from the specs"
 	@echo "make docs    the same, and docs/benchmarks.md from the results"
+	@echo "make docs-site   build the site of the documentation into build/site; a warning is an error"
+	@echo "make docs-browser   install the browser that the site's test opens it with"
 	@echo "make dist    build the sdist and the wheel, and check them as a release is checked"
 	@echo "make clean   remove the virtual environment, builds and caches"
 	@echo "PYTHON=python3.12 make ...   use another interpreter (3.11 or later)"
@@ -58,6 +60,17 @@ generate: $(DEV)
 docs: generate
 	@$(BIN)/python -m polyfuse.bench.page
 	@$(BIN)/python -m polyfuse.bench.limits
+
+SITE := $(VENV)/.docs
+$(SITE): $(DEV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]' --constraint constraints.txt
+	@touch $@
+
+docs-site: $(SITE)
+	@$(BIN)/python scripts/site.py build/site
+
+docs-browser: $(SITE)
+	$(BIN)/python -m playwright install --with-deps chromium
 
 # The tools in an environment of their own: they share no version with what is tested.
 RELEASE := .venv-release

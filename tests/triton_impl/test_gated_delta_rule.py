@@ -192,7 +192,7 @@ def test_compiles_for_hopper(run_uninterpreted: Callable[[str], list[str]]) -> N
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 40 GB of an accelerator's memory")
 def test_results_and_states_past_2_31_elements() -> None:
-    """4,224 packed sequences of 128 rows, with 2.2e9 elements of results and of states: each run of 64 gives its bits."""
+    """4,224 packed sequences of 128 rows: 2.2e9 elements of results and of states; each run of 64 gives its bits."""
     count, part, length = 4224, 64, 128
 
     def normal(*shape: int) -> torch.Tensor:

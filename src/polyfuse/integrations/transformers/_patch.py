@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from polyfuse.dispatch._select import log  # at the level of POLYFUSE_LOG
+
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 _OFF = "polyfuse_off"  # an attribute of a module whose wrapped forward of ours is to do nothing
 _REPLICATE = "_replicate_for_data_parallel"
-
-log = logging.getLogger("polyfuse")
 
 
 @dataclass
