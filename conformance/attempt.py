@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 class Attempt:
     """A case that a backend claims to run on a device. `made` are its NumPy inputs, `call` the validated call.
 
+    `repeats` is how often a check calls the backend that looks for what one call in many shows.
     The first call is made when something asks for its `outputs`; `arrays` are what it was given.
     """
 
-    def __init__(self, trial: "Trial", backend: Backend, device: str, capability: Capability) -> None:
+    def __init__(self, trial: "Trial", backend: Backend, device: str, capability: Capability, repeats: int = 1) -> None:
         self.trial, self.backend, self.device, self.capability = trial, backend, device, capability
         self.op, self.case = trial.op, trial.case
+        self.repeats = repeats
         self.made, self.call = trial.inputs()
 
     @property

@@ -91,7 +91,8 @@ class Trial:
         too_large = self._too_large(device, device in capability.interpreted, level)
         if too_large:
             return _skipped(found, "too_large", too_large)
-        attempt = Attempt(self, backend, device, capability)
+        interpreted = device in capability.interpreted
+        attempt = Attempt(self, backend, device, capability, 2 if interpreted else level.repeats)
         first = next(v for v in attempt.arrays.values() if family_of(v))
         where = device_of(first, backend.family)
         verdict, _ = examine(self.op, backend.name, attempt.call, backend.family, where, False)

@@ -156,7 +156,7 @@ def final_state(x: Array, state: Array | None, cu_seqlens: Array | None, columns
     for i in range(len(starts) - 1):
         before = np.zeros((columns, rows.shape[1])) if state is None else to_f64(state[i]).T
         states.append(np.concatenate([before, rows[starts[i] : starts[i + 1]]])[-columns:].T)
-    return np.array(states).reshape(-1, rows.shape[1], columns)
+    return np.array(states, order="C").reshape(-1, rows.shape[1], columns)
 
 
 def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:

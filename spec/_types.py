@@ -96,7 +96,7 @@ class OutputSpec:
     """One result. `dtype` is a dtype name, a dtype variable or a name that `OpSpec.derive` adds.
 
     `strides` names the tuple of element strides that `OpSpec.derive` adds; empty means contiguous. JAX arrays
-    have no strides and ignore it.
+    have no strides and ignore it. A `sliced` result may be part of the columns of one buffer with another such result.
     """
 
     name: str
@@ -104,6 +104,7 @@ class OutputSpec:
     dtype: str
     doc: str
     strides: str = ""
+    sliced: bool = False
 
 
 Count = float | Callable[[Mapping[str, Any]], float]  # a number, or a function of a call's attributes and dimensions
@@ -186,7 +187,8 @@ class OpSpec:
 
     `check(call)` raises `SpecError` for what shapes and dtypes cannot express. `derive(call)` returns
     further dims and dtypes that the outputs are written in. `rows` is the first dimension of the arguments
-    that grow with the batch. `core` names the conformance cases without which a backend does not have the op.
+    that grow with the batch; in a `row_wise` op the results of a row are the same bits whatever rows lie beside it, and
+    are that row of each output. `core` names the conformance cases without which a backend does not have the op.
     """
 
     name: str
@@ -204,6 +206,7 @@ class OpSpec:
     cost: Callable[[Call], Cost]
     check: Callable[[Call], None] = lambda call: None
     derive: Callable[[Call], Mapping[str, Any]] = lambda call: {}
+    row_wise: bool = False
 
     @property
     def positional(self) -> tuple[str, ...]:

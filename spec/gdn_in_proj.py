@@ -82,8 +82,8 @@ SPEC = OpSpec(
     ),
     attrs=(AttrSpec("strategy", "enum", "auto", "how the two products are run", STRATEGIES),),
     outputs=(
-        OutputSpec("qkvz", ("...", "M1"), "T", "the large projection"),
-        OutputSpec("ba", ("...", "M2"), "T", "the small projection"),
+        OutputSpec("qkvz", ("...", "M1"), "T", "the large projection", sliced=True),
+        OutputSpec("ba", ("...", "M2"), "T", "the small projection", sliced=True),
     ),
     errors=(
         ErrorBound(

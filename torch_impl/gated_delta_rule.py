@@ -54,14 +54,14 @@ def gated_delta_rule(
     u, w, mix, seen, kept, decay = _within_slots(queries, keys, in_slots(v), in_slots(g), in_slots(beta))
 
     shape = (count, heads_v, width, width_v)
-    first = torch.zeros(shape, device=v.device) if initial_state is None else initial_state
+    first = torch.zeros(shape, dtype=torch.float32, device=v.device) if initial_state is None else initial_state
     owned = None
     if state_pool is not None:
         owned = Slots(state_pool, state_indices, count)
         first = owned.read(has_initial_state).float()
-    last = torch.zeros(shape, device=v.device)
-    o = torch.zeros(slots * CHUNK + 1, heads_v, width_v, device=v.device)
-    state = torch.zeros(shape[1:], device=v.device)
+    last = torch.zeros(shape, dtype=torch.float32, device=v.device)
+    o = torch.zeros(slots * CHUNK + 1, heads_v, width_v, dtype=torch.float32, device=v.device)
+    state = torch.zeros(shape[1:], dtype=torch.float32, device=v.device)
     for slot in range(slots):
         number = numbers[slot : slot + 1]
         state = torch.where(begins[slot], first.index_select(0, number)[0], state)

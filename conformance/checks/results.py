@@ -1,14 +1,91 @@
 """What kind of arrays the results are, and how they lie in memory."""
 
 from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 
 from polyfuse.conformance.attempt import Attempt
+from polyfuse.dispatch import family_of
 
-PROVES = "Results have the strides that the spec gives."
+PROVES = (
+    "Results are arrays of the backend's kind on the inputs' device, contiguous or with the strides that the spec "
+    "gives, without a gradient, and share memory with no input and no other result."
+)
 
 
 def check(attempt: Attempt) -> Iterator[str]:
     """Which result is another array than the spec says."""
-    for want, got in zip(attempt.call.outputs, attempt.outputs, strict=False):
-        if want.strides and attempt.family == "torch" and got.stride() != want.strides:
-            yield f"{want.name}: expected strides {list(want.strides)}, got {list(got.stride())}"
+    wanted = attempt.call.outputs if attempt.family == "torch" else attempt.call.results
+    for want, got in zip(wanted, attempt.outputs, strict=False):
+        kind = family_of(got)
+        if kind != attempt.family:
+            yield f"{want.name}: expected a {attempt.family} array, got {type(got).__module__}.{type(got).__name__}"
+        elif kind == "torch":
+            yield from _of_torch(want, got, attempt)
+        elif kind == "numpy" and not (got.flags.c_contiguous or 0 in got.shape):
+            yield f"{want.name}: expected a contiguous array, got strides {got.strides} in bytes"
+    yield from _shared(attempt, [want.name for want in wanted])
+
+
+def _of_torch(want: Any, got: Any, attempt: Attempt) -> Iterator[str]:
+    device = next(x.device for x in attempt.arrays.values() if family_of(x) == "torch")
+    if type(got) is not type(got.data):
+        yield f"{want.name}: expected a plain tensor, got {type(got).__name__}"
+    if got.device != device:
+        yield f"{want.name}: expected a tensor on {device}, got one on {got.device}"
+    if got.requires_grad:
+        yield f"{want.name}: requires a gradient, though no input does"
+    if got.is_conj() or got.is_neg():
+        yield f"{want.name}: is a lazily changed view"
+    strides = want.strides or _contiguous(got.shape)
+    if want.name in _sliced(attempt) and got.dim() and got.stride(-1) == 1:
+        return
+    if got.numel() and _felt(got.stride(), got.shape) != _felt(strides, got.shape):
+        yield f"{want.name}: expected strides {list(strides)}, got {list(got.stride())}"
+
+
+def _sliced(attempt: Attempt) -> set[str]:
+    """The results that may lie beside one another in a buffer."""
+    return {output.name for output in attempt.call.op.outputs if output.sliced}
+
+
+def _contiguous(shape: Any) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * max(size, 1))
+    return tuple(strides[: len(shape)])
+
+
+def _felt(strides: Any, shape: Any) -> list[int]:
+    """The strides that matter: those of dimensions with more than one element."""
+    return [step for step, size in zip(strides, shape, strict=True) if size > 1]
+
+
+def _shared(attempt: Attempt, names: list[str]) -> Iterator[str]:
+    """Which results share memory with an input or another result. The memory of JAX's arrays is JAX's own affair."""
+    if attempt.family == "jax":
+        return
+    inputs = {f"input {name}": x for name, x in attempt.arrays.items() if family_of(x) == attempt.family}
+    outputs = dict(zip(names, attempt.outputs, strict=False))
+    sliced = _sliced(attempt)
+    for i, (name, x) in enumerate(outputs.items()):
+        others = inputs | dict(list(outputs.items())[i + 1 :])
+        for other, y in others.items():
+            if not {name, other} <= sliced and family_of(x) == family_of(y) and _overlap(x, y):
+                yield f"{name}: shares memory with {other}"
+
+
+def _overlap(x: Any, y: Any) -> bool:
+    """Whether two arrays may be in the same memory."""
+    if family_of(x) == "numpy":
+        return bool(x.size and y.size and np.may_share_memory(x, y))
+    if not x.numel() or not y.numel():
+        return False
+    (x_begin, x_end), (y_begin, y_end) = _extent(x), _extent(y)
+    return bool(x.device == y.device and x_begin < y_end and y_begin < x_end)
+
+
+def _extent(x: Any) -> tuple[int, int]:
+    last = sum(step * (size - 1) for step, size in zip(x.stride(), x.shape, strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

@@ -46,6 +46,10 @@ def run(name: str, args: tuple[Any, ...], backend: str | Sequence[str] | None) -
 
 
 def _execute(op: Calls, plan: Plan, args: tuple[Any, ...]) -> Any:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch._C._is_any_autocast_enabled():
+        with torch._C._DisableAutocast():  # the spec says what dtypes an op computes with
+            return _execute(op, plan, args)
     given = args
     if plan.convert_to:
         args = _converted(plan, args)

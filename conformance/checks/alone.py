@@ -1,0 +1,64 @@
+"""A row by itself: the rows beside it change nothing, bit for bit, where the spec promises that."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from polyfuse.conformance.attempt import Attempt
+from polyfuse.dispatch import family_of, to_numpy
+
+PROVES = "A row's result is the same bits alone, among few and among many rows, where the spec promises it."
+
+MANY = 1030  # rows: past the blocks of 1024 that kernels like
+
+
+def check(attempt: Attempt) -> Iterator[str]:
+    """Which row's result depends on the others."""
+    op = attempt.call.op
+    rows = _row_arguments(attempt)
+    if not op.row_wise or not rows or attempt.case.repeat > 1:
+        return
+    count = len(attempt.made[rows[0]])
+    slots = bool(attempt.call.updated)
+    if (slots and attempt.made["state_indices"] is None) or any(out.shape[0] != count for out in attempt.call.outputs):
+        return  # a row's number is that of its slot; or the results have other rows
+    whole = [to_numpy(x) for x in attempt.outputs]
+    choices = {f"row {i} alone": np.array([i]) for i in sorted({0, count // 2, count - 1}) if count > 1}
+    if count > 2:
+        choices["the rows in reverse"] = np.arange(count)[::-1]
+    most = 40 if attempt.device in attempt.capability.interpreted else MANY
+    if 0 < count < most and not slots:  # no two rows share a slot
+        choices[f"the rows among {most}"] = np.arange(most) % count
+    for name, picked in choices.items():
+        arrays = attempt.place(_picked(attempt.made, rows, picked))
+        outputs = [to_numpy(x) for x in attempt.run(arrays)]
+        for want, one, other in zip(attempt.call.outputs, whole, outputs, strict=False):
+            if one[picked].tobytes() != other.tobytes():
+                at = next(i for i in range(len(picked)) if one[picked[i]].tobytes() != other[i].tobytes())
+                yield f"{want.name}: {name}: row {int(picked[at])} differs in bits from the whole call"
+                break
+
+
+def _row_arguments(attempt: Attempt) -> list[str]:
+    """The arrays whose first dimension are the rows."""
+    op = attempt.call.op
+    return [
+        t.name
+        for t in op.tensors
+        if not t.updated and t.shape[0] == op.rows and isinstance(attempt.made[t.name], np.ndarray)
+    ]
+
+
+def _picked(made: Mapping[str, Any], rows: list[str], picked: Any) -> dict[str, Any]:
+    """The arguments of some rows, laid out like the whole ones as far as rows go."""
+    return {name: _rows_of(x, picked) if name in rows else x for name, x in made.items()}
+
+
+def _rows_of(x: Any, picked: Any) -> Any:
+    if family_of(x) != "numpy":
+        return x
+    order = np.argsort([-step for step in x.strides], kind="stable")
+    if x.ndim and order[0] != 0:  # rows do not lie outermost: keep them innermost
+        return np.asfortranarray(x[picked])
+    return np.ascontiguousarray(x[picked])
