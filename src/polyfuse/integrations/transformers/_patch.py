@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from polyfuse.dispatch._select import log  # at the level of POLYFUSE_LOG
+from polyfuse.dispatch._select import log as log  # at the level of POLYFUSE_LOG
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
