@@ -30,12 +30,13 @@ Note = Callable[[str], None]
 class Trial:
     """One case with its inputs and exact results, made once and run on every backend.
 
-    `error` is what the backend raised in the latest run, if it did.
+    Of the latest run `level` says how much the checks do, and `error` is what the backend raised, if it did.
     """
 
     def __init__(self, op: str, case: Case, seed: int) -> None:
         self.op, self.case, self.seed = op, case, seed
         self.core = case.name in OPS[op].core
+        self.level = load_level("standard")
         self.error: BaseException | None = None
         self._made: tuple[dict[str, Any], Call] | None = None
         self._exact: dict[str, Exact] | None = None
@@ -68,7 +69,7 @@ class Trial:
         Whatever the backend raises is a failure, `SystemExit` included. The time that the exact results take is not
         part of the result's.
         """
-        self.error = None
+        self.level, self.error = level, None
         self._uncounted = 0.0
         started = time.perf_counter()
         found = Result(self.op, backend.name, self.case.name, "passed", core=self.core)
@@ -92,7 +93,8 @@ class Trial:
         if too_large:
             return _skipped(found, "too_large", too_large)
         interpreted = device in capability.interpreted
-        attempt = Attempt(self, backend, device, capability, 2 if interpreted else level.repeats)
+        repeats = 2 if interpreted else level.repeats
+        attempt = Attempt(self, backend, device, capability, repeats)  # pyright: ignore[reportArgumentType], a file by two paths
         first = next(v for v in attempt.arrays.values() if family_of(v))
         where = device_of(first, backend.family)
         verdict, _ = examine(self.op, backend.name, attempt.call, backend.family, where, False)

@@ -57,7 +57,7 @@ def serve(descriptor: int) -> None:
 
     def note(stage: str) -> None:
         if stage == LOADING:
-            connection.send(Message("begin", (resident(os.getpid()), os.fstat(sys.stdout.fileno()).st_size)))
+            connection.send(Message("begin", (resident(os.getpid()), os.fstat(1).st_size)))
         connection.send(Message("at", stage))
 
     while True:

@@ -213,7 +213,8 @@ class _Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):  # all have ended, or it has not begun its session yet
             self._process.kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # what waits for a device that hangs cannot be ended
+            self._process.wait(_GRACE)
 
     def _send(self, content: Setup | Task) -> None:
         with suppress(OSError):  # it has ended, which `heard` finds out
@@ -245,6 +246,8 @@ class _Worker:
 
     def _death(self) -> _Stop:
         code = self._process.returncode
+        if code is None:
+            return _Stop("crashed", f"did not end when it was killed{self._where()}")
         if code >= 0:
             return _Stop("exited", f"ended the process with exit status {code}{self._where()}")
         name, meaning = signal.Signals(-code).name, signal.strsignal(-code)

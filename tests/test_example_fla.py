@@ -152,7 +152,7 @@ def test_an_older_fla_is_refused(registered, monkeypatch):
 
 
 def test_it_is_conformant(fla):
-    report = run([OP], ["fla"], profile="standard")
+    report = run([OP], ["fla"], level="standard")
     assert report.ok, [(r.case, r.detail) for r in report.results if r.status == "failed"]
     assert sum(r.status == "passed" for r in report.results) >= 80
     declared = ("unsupported: q.dtype=float32", "unsupported: K=", "unsupported: V=", "more output elements than")

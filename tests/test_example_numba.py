@@ -72,7 +72,7 @@ def test_info_lists_it_as_available(python: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_it_is_conformant(python: Path, tmp_path: Path) -> None:
-    command = ["conformance", "--backend", "numba", "--profile", "quick", "--device", "cpu"]
+    command = ["conformance", "--backend", "numba", "--level", "quick", "--device", "cpu"]
     out = run([str(python), "-m", "polyfuse", *command], tmp_path)
     assert " 0 failed" in out
 

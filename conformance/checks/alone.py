@@ -17,8 +17,8 @@ def check(attempt: Attempt) -> Iterator[str]:
     """Which row's result depends on the others."""
     op = attempt.call.op
     rows = _row_arguments(attempt)
-    if not op.row_wise or not rows or attempt.case.repeat > 1:
-        return
+    if not op.row_wise or not rows or attempt.case.repeat > 1 or attempt.family == "jax":
+        return  # XLA compiles each number of rows by itself, and promises nothing of their bits
     count = len(attempt.made[rows[0]])
     slots = bool(attempt.call.updated)
     if (slots and attempt.made["state_indices"] is None) or any(out.shape[0] != count for out in attempt.call.outputs):

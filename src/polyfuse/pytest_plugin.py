@@ -154,7 +154,7 @@ class Verdicts:
         """Keep the result of a case; that of one whose test has failed is a failure, whatever the test did."""
         from polyfuse.conformance import Result
 
-        crashed = report.when == "???"  # pytest-xdist's report of what a worker ran when it ended
+        crashed = report.when not in ("setup", "call", "teardown")  # pytest-xdist's report of what a worker died of
         key = self._crashed(report.nodeid) if crashed else tuple(getattr(report, "polyfuse_case", ()))
         if not key:
             return
@@ -166,8 +166,8 @@ class Verdicts:
             self.results.setdefault((op, case), Result(**noted))
         if report.failed and getattr(self.results.get((op, case)), "status", "") != "failed":
             backend = self.config.option.polyfuse_backend
-            ending = "crashed" if crashed else ""
-            self.results[op, case] = Result(op, backend, case, "failed", 0.0, report.longreprtext, ending=ending)
+            failed = Result(op, backend, case, "failed", detail=report.longreprtext)
+            self.results[op, case] = replace(failed, ending="crashed") if crashed else failed
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """A run in which something failed, or nothing ran, or a waiver matched nothing, is no success."""

@@ -76,7 +76,11 @@ def test_explain_as_json():
             ["conformance", "--backend", "nope"],
             "backend: expected one of numpy, jax, pallas, torch, triton, got 'nope'",
         ),
-        (["conformance", "--profile", "nope"], "profile: expected one of full, quick, standard, got 'nope'"),
+        (["conformance", "--level", "nope"], "level: expected one of full, quick, standard, got 'nope'"),
+        (
+            ["conformance", "--op", OP, "--case", "over_31"],
+            "got over_31; try over_2_31",
+        ),
         (["conformance", "--plugin", "nope:X"], "expected an importable MODULE:OBJECT, got 'nope:X'"),
         (["conformance", "--plugin", "math:pi"], "math:pi is not a polyfuse.dispatch.Backend but float"),
         (["conformance", "--device", "nope"], "--device: expected a device of this machine, such as cpu, got 'nope'"),
@@ -127,14 +131,28 @@ def test_a_broken_config_file_is_one_line(tmp_path):
 
 def test_conformance_writes_its_report(tmp_path):
     result = invoke(
-        "conformance", "--op", OP, "--backend", "numpy", "--profile", "quick", "--report", str(tmp_path / "r")
+        "conformance", "--op", OP, "--backend", "numpy", "--level", "quick", "--report", str(tmp_path / "r")
     )
     assert result.exit_code == 0, result.output
     assert "0 failed" in result.output
     assert "numpy: 1 of 1 ops conformant" in result.output
     data = json.loads((tmp_path / "r" / "conformance.json").read_text())
     assert data["ok"] is True
-    assert data["counts"]["passed"] > 20
+    assert data["counts"]["passed"] > 10
+    assert data["command"].startswith("polyfuse ")
+    assert data["spec_versions"] == {OP: OPS[OP].version}
+    assert data["backends"]["numpy"]["claims"][OP]["missing"] is None
+    assert data["checks"].keys() >= {"values"}
+
+
+def test_conformance_of_one_case_in_this_process(tmp_path):
+    result = invoke("conformance", "--op", OP, "--backend", "numpy", "--case", "over_2_31", "-j", "0")
+    assert result.exit_code == 1
+    assert "more output elements than the 8000000 that the level runs" in result.output
+    result = invoke("conformance", "--op", OP, "--backend", "numpy", "--case", "upsample-*-corners", "-j", "0")
+    assert result.exit_code == 0, result.output
+    assert "partial pos_embed_interpolate numpy: a filter chose the cases" in result.output
+    assert "numpy: 0 of 1 ops conformant" in result.output
 
 
 def test_bench_dispatch_measures_and_writes(tmp_path):

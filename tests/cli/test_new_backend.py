@@ -170,13 +170,13 @@ def test_the_way_to_a_first_conformant_op(porter):
     assert listed["origin"].startswith("entry point")
     assert {verdict["status"] for verdict in listed["ops"].values()} == {"not_implemented"}
 
-    conformance = ("polyfuse", "conformance", "--backend", "mychip", "--profile", "quick", "--device", "cpu")
+    conformance = ("polyfuse", "conformance", "--backend", "mychip", "--level", "quick", "--device", "cpu")
     out = porter(*conformance, "--report", "report", status=1)
     assert f"mychip: 0 of {len(OPS)} ops conformant" in out
     assert "0 passed, 0 failed" in out
     assert json.loads((porter.home / "report/conformance.json").read_text())["conformant"] == {"mychip": []}
 
-    out = porter("python", "-m", "pytest", "polyfuse-mychip")
+    out = porter("python", "-m", "pytest", "polyfuse-mychip", status=1)
     assert f"mychip: 0 of {len(OPS)} ops conformant" in out
 
     module = package / "src/polyfuse_mychip/gdn_in_proj.py"
@@ -198,5 +198,5 @@ def test_the_way_to_a_first_conformant_op(porter):
     out = porter("python", "-m", "pytest", "-rs", "polyfuse-mychip")
     assert f"{report['counts']['passed']} passed, {report['counts']['skipped']} skipped" in out
     assert "does not implement gdn_post_conv" in out
-    _, summary = out.split("= polyfuse conformance, profile quick =")
+    _, summary = out.split("= polyfuse conformance, level quick =")
     assert f"mychip: 1 of {len(OPS)} ops conformant" in summary

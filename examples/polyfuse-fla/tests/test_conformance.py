@@ -28,7 +28,7 @@ def made(rows: int) -> dict[str, torch.Tensor]:
 
 
 def test_op_conforms():
-    report = run(["gated_delta_rule"], ["fla"], profile="standard", device="cuda")
+    report = run(["gated_delta_rule"], ["fla"], level="standard", device="cuda")
     assert report.ok, [(r.case, r.detail) for r in report.results if r.status == "failed"]
     skipped = [r.detail for r in report.results if r.status == "skipped"]
     assert all(detail.startswith(DECLARED) for detail in skipped), skipped

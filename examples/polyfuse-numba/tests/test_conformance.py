@@ -12,7 +12,7 @@ DECLARED = ("unsupported: strategy=", "more output elements than")
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_conforms(op):
-    report = run([op], ["numba"], profile="standard")
+    report = run([op], ["numba"], level="standard")
     assert report.ok, [(r.case, r.detail) for r in report.results if r.status == "failed"]
     skipped = [r.detail for r in report.results if r.status == "skipped"]
     assert all(detail.startswith(DECLARED) for detail in skipped), skipped

@@ -33,7 +33,7 @@ def command(name: str, folder: Path | None, family: str) -> None:
         click.echo(f"created {path}")
     click.echo("next:")
     click.echo(f"  cd {shlex.quote(str(folder))} && python -m pip install --editable '.[test]'")
-    click.echo(f"  polyfuse conformance --backend {name} --profile quick")
+    click.echo(f"  polyfuse conformance --backend {name} --level quick")
     click.echo("  python -m pytest")
 
 

@@ -49,7 +49,7 @@ def command(
     option.
 
     \b
-    Examples:
+    Example:
       polyfuse conformance --op pos_embed_interpolate --backend torch --backend triton --report report
       polyfuse conformance --op gdn_post_conv --backend triton --case rows_67 -j 0
     """
