@@ -42,13 +42,28 @@ def place(values: Mapping[str, Any], family: str, device: str, stacked: Sequence
     placed = dict(values)
     for name, value in values.items():
         if isinstance(value, np.ndarray):
-            placed[name] = value.copy(order="K") if family == "numpy" else from_numpy(value, family, device)
+            placed[name] = _placed(value, family, device)
     if stacked and family == "torch":
         import torch
 
         parts = [placed[name] for name in stacked]
         placed |= dict(zip(stacked, torch.cat(parts).split([len(part) for part in parts]), strict=True))
     return placed
+
+
+def _placed(value: Array, family: str, device: str) -> Any:
+    """A fresh array of a family; NumPy's and torch's lie in a copy of the whole memory that `value` is a part of."""
+    if family == "jax" or not value.size:
+        return value.copy() if family == "numpy" else from_numpy(value, family, device)
+    owner = value
+    while isinstance(owner.base, np.ndarray) and owner.base.dtype == value.dtype:
+        owner = owner.base
+    memory = owner.ravel(order="K").copy()
+    first = (value.ctypes.data - owner.ctypes.data) // value.itemsize
+    if family == "numpy":
+        return np.lib.stride_tricks.as_strided(memory[first:], value.shape, value.strides)
+    strides = [stride // value.itemsize for stride in value.strides]
+    return from_numpy(memory, family, device).as_strided(value.shape, strides, first)
 
 
 def _is_known(tensor: TensorSpec, names: Mapping[str, Any]) -> bool:
