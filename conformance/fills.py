@@ -103,14 +103,14 @@ def one_hot(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64
     return values
 
 
-def equal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
-    """One value everywhere, which no dtype has more exactly than others: 0.75."""
-    return np.full(shape, 0.75)
-
-
 def odd_halves(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
     """Odd multiples of a half up to 16: the product of two is midway between numbers of a narrower dtype, often."""
     return (2 * rng.integers(-16, 16, shape) + 1) / 2.0
+
+
+def constant(value: float) -> Fill:
+    """One value everywhere."""
+    return lambda rng, shape, dtype: np.full(shape, value)
 
 
 def row_counts(count: int) -> NDArray[np.int64]:
@@ -143,7 +143,9 @@ FILLS: dict[str, Fill] = {
     "signed_zeros": signed_zeros,
     "largest": largest,
     "one_hot": one_hot,
-    "equal": equal,
+    "equal": constant(0.75),
+    "beyond": constant(1000.0),
+    "below": constant(-3.0),
     "odd_halves": odd_halves,
     "inf_some": sprinkled(np.inf, -np.inf),
     "integers": integers,

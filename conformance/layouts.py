@@ -70,6 +70,8 @@ def _sliced(values: Array) -> Array:
     No two dimensions then have strides that one longer dimension could have: such a part of the columns of a projection
     are the heads of one of the arrays in it.
     """
+    if values.ndim < 2:
+        return values
     first, *middle, last = values.shape
     wide = _unread((first, *(size + 3 for size in middle), last), values.dtype)
     return _part(wide, values, slice(None), *(slice(2, 2 + size) for size in middle))
