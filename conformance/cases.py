@@ -32,7 +32,7 @@ def covering(op: str) -> Covering:
             return str(error)
         return ""
 
-    return Covering(factors(spec, varied), refusal)
+    return Covering(factors(spec, varied), refusal, varied.needs)
 
 
 @cache

@@ -40,16 +40,22 @@ class Covering:
     """The rows over `factors`, of which those that are structure come first.
 
     `refusal(chosen)` says why the values of a row, by the factors' names, make no case; else it gives an empty text.
-    The first values of all factors make one. What a refused row owes it to is found by changing one value at a time:
-    `clauses` holds these sets of items with their reasons, and no other row has one. `void` has the pairs that no case
+    The first values of all factors make one. `needs` names factors that are absent or 0 where another is. What a
+    refused row owes it to is found by changing one value at a time: `clauses` holds these sets of items with their reasons, and no other row has one. `void` has the pairs that no case
     can have, each with its reasons; `rows` all rows, each under the pair that it was made for.
     """
 
-    def __init__(self, factors: Sequence[Factor], refusal: Callable[[Mapping[str, Any]], str]) -> None:
+    def __init__(
+        self,
+        factors: Sequence[Factor],
+        refusal: Callable[[Mapping[str, Any]], str],
+        needs: Mapping[str, str] | None = None,
+    ) -> None:
         self.factors, self._refusal = factors, refusal
         self._starts = [int(n) for n in np.cumsum([0, *(len(f.values) for f in factors)])]
         self._refusals: dict[Row, str] = {}
         self._by_item: dict[Item, list[Clause]] = {}
+        self._linked: dict[int, set[int]] = {}
         self.clauses: dict[Clause, str] = {}
         self._owners = {}
         for number, factor in enumerate(factors):
@@ -57,6 +63,9 @@ class Covering:
                 self._owners[number] = next(n for n, f in enumerate(factors) if f.name == factor.under)
         for clause in self._without_owners():
             self._add(clause, "")
+        for name, other in (needs or {}).items():
+            for clause in self._without(name, other):
+                self._add(clause, f"{name} without {other}")
         self._base = self._normal([0] * len(factors), ())
         reason = self.refused(self._base)
         if reason:
@@ -139,7 +148,7 @@ class Covering:
         if broken is not None:
             reasons.add(self.clauses[broken])
             return None
-        order = [n for n in range(len(self.factors)) if n not in chosen]
+        order = self._nearest_first(chosen)
         places = [self._starts[f] + v for f, v in chosen.items()]
         gains = self._open[places].sum(0) if places else np.zeros(self._starts[-1], np.int64)
         steps = 0
@@ -167,6 +176,18 @@ class Covering:
 
         return tuple(chosen[n] for n in range(len(self.factors))) if descend(0, gains) else None
 
+    def _nearest_first(self, chosen: Mapping[int, int]) -> list[int]:
+        """The other factors, of which those that share clauses with the chosen ones come first: they may not go."""
+        distance = dict.fromkeys(chosen, 0)
+        reached = list(chosen)
+        for number in reached:
+            for other in sorted(self._linked.get(number, ())):
+                if other not in distance:
+                    distance[other] = distance[number] + 1
+                    reached.append(other)
+        others = (n for n in range(len(self.factors)) if n not in chosen)
+        return sorted(others, key=lambda n: (distance.get(n, len(self.factors)), n))
+
     def _broken(self, chosen: Mapping[int, int]) -> Clause | None:
         return next((c for item in chosen.items() if (c := self._broken_by(item, chosen))), None)
 
@@ -181,6 +202,7 @@ class Covering:
         self.clauses[clause] = reason
         for item in clause:
             self._by_item.setdefault(item, []).append(clause)
+            self._linked.setdefault(item[0], set()).update(number for number, _ in clause)
 
     def _without_owners(self) -> Iterator[Clause]:
         """None for what is about an array that is there, and anything else for one that is not."""
@@ -189,6 +211,14 @@ class Covering:
                 for other, given in enumerate(self.factors[owner].values):
                     if (meant is None) != (given == ABSENT):
                         yield frozenset(((number, value), (owner, other)))
+
+    def _without(self, name: str, other: str) -> Iterator[Clause]:
+        """The first factor there, and the second absent or 0."""
+        numbers = {factor.name: n for n, factor in enumerate(self.factors)}
+        first, second = numbers[name], numbers[other]
+        for given in (n for n, v in enumerate(self.factors[first].values) if v not in (ABSENT, 0)):
+            for missing in (n for n, v in enumerate(self.factors[second].values) if v in (ABSENT, 0)):
+                yield frozenset(((first, given), (second, missing)))
 
     def _normal(self, row: list[int], fixed: Sequence[int]) -> Row:
         """The row with None for what is about an array that is not there, and a value where it is; `fixed` stay."""
@@ -204,17 +234,23 @@ class Covering:
 
         Several clauses may refuse it. Then more and more of the other values are the usual ones, until one is left.
         """
-        now = row
-        while True:
-            items = frozenset((n, v) for n, v in enumerate(now) if self._matters(now, n))
+        now: Row | None = row
+        while now is not None:
+            items = self._mattering(now)
             alone = self._normal([dict(items).get(n, v) for n, v in enumerate(self._base)], [n for n, _ in items])
             if items and self.refused(alone):
+                items = self._mattering(alone)
+                self._add(items, self.refused(alone))
+                if items <= set(enumerate(row)):
+                    return
                 break
-            trials = (self._usual(now, n) for n, v in enumerate(now) if v != self._base[n] and n not in dict(items))
-            now = next((t for t in trials if self.refused(t)), None) or self._usual(now, min(items)[0])
-        self._add(items, self.refused(alone))
-        if not items <= set(enumerate(row)):
-            self._add(frozenset(enumerate(row)), self.refused(row))
+            usual = (self._usual(now, n) for n, v in enumerate(now) if v != self._base[n] and n not in dict(items))
+            fit = (trial for trial in usual if not self._broken(dict(enumerate(trial))))
+            now = next((trial for trial in fit if self.refused(trial)), None)
+        self._add(frozenset(enumerate(row)), self.refused(row))
+
+    def _mattering(self, row: Row) -> Clause:
+        return frozenset((n, v) for n, v in enumerate(row) if self._matters(row, n))
 
     def _usual(self, row: Row, number: int) -> Row:
         """The row with the usual value of one factor."""

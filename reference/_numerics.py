@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from polyfuse.spec import FP32_TINY
+
 F64 = NDArray[np.float64]
 Array = NDArray[Any]
 
@@ -51,6 +53,11 @@ class Exact:
 def to_f64(array: Array) -> F64:
     """Widen any float array (ml_dtypes ones too) to float64, exactly."""
     return np.asarray(array).astype(np.float64)
+
+
+def may_flush(value: F64) -> Any:
+    """Whether a number is not 0 and may count as 0."""
+    return (value != 0) & (np.abs(value) < FP32_TINY)
 
 
 def numpy_dtype(name: str) -> np.dtype[np.generic]:
