@@ -41,8 +41,9 @@ class Covering:
 
     `refusal(chosen)` says why the values of a row, by the factors' names, make no case; else it gives an empty text.
     The first values of all factors make one. `needs` names factors that are absent or 0 where another is. What a
-    refused row owes it to is found by changing one value at a time: `clauses` holds these sets of items with their reasons, and no other row has one. `void` has the pairs that no case
-    can have, each with its reasons; `rows` all rows, each under the pair that it was made for.
+    refused row owes it to is found by changing one value at a time: `clauses` holds these sets of items with their
+    reasons. `void` has the pairs that no case can have, each with its reasons; `rows` all rows, each under the pair
+    that it was made for.
     """
 
     def __init__(

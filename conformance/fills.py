@@ -95,6 +95,12 @@ def largest(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64
     return np.where(rng.random(shape) < 0.1, rng.choice([-most, most], shape), rng.standard_normal(shape))
 
 
+def top(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """As `largest`, but not beyond 2**60: sums of products and of squares are float32 numbers."""
+    most = min(float(ml_dtypes.finfo(numpy_dtype(dtype)).max), 2.0**60)
+    return np.where(rng.random(shape) < 0.1, rng.choice([-most, most], shape), rng.standard_normal(shape))
+
+
 def one_hot(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
     """Zeros, but a 1 in each row of the last dimension."""
     values = np.zeros(shape)
@@ -142,6 +148,7 @@ FILLS: dict[str, Fill] = {
     "negative_inf_one": one(-np.inf),
     "signed_zeros": signed_zeros,
     "largest": largest,
+    "top": top,
     "one_hot": one_hot,
     "equal": constant(0.75),
     "beyond": constant(1000.0),

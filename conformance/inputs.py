@@ -17,7 +17,6 @@ from polyfuse.reference._numerics import Array, round_to
 from polyfuse.spec import OpSpec, TensorSpec, bind
 from polyfuse.spec._validate import evaluate
 
-
 # Of an array's declaration and the names of dimensions: the array.
 Make = Callable[[TensorSpec, Mapping[str, Any]], Any]
 
@@ -75,8 +74,10 @@ def place(values: Mapping[str, Any], family: str, device: str, stacked: Sequence
 
 def _placed(value: Array, family: str, device: str) -> Any:
     """A fresh array of a family; NumPy's and torch's lie in a copy of the whole memory that `value` is a part of."""
-    if family == "jax" or not value.size:
-        return value.copy() if family == "numpy" else from_numpy(value, family, device)
+    if not value.size:  # strides of NumPy's are 0
+        return from_numpy(np.zeros(0, value.dtype), family, device).reshape(value.shape)
+    if family == "jax":
+        return from_numpy(value.copy(), family, device)
     owner = value
     while isinstance(owner.base, np.ndarray) and owner.base.dtype == value.dtype:
         owner = owner.base

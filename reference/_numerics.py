@@ -21,7 +21,8 @@ class Exact:
 
     Where `low` is -inf and `high` is +inf anything is right, NaN too: an element the op leaves unwritten.
     `bits` asks for the sign of zero too: the output is a copy. `as_bytes`: the output's bytes are compared, as
-    numbers. `kept` marks the elements of an updated argument that a call must leave as they are.
+    numbers. `kept` marks elements whose sign counts too, as those of an updated
+    argument that a call must leave as they are.
     """
 
     value: F64

@@ -52,7 +52,7 @@ PLAN = Plan(
     needs={"state_indices": "state_pool", "has_initial_state": "state_pool"},
     attrs={"l2norm_eps": (1e-6, 1e-60, 0.5)},
     fills={
-        "x": f"{_VALUES} zeros nan_row largest tiny large",
+        "x": f"{_VALUES} zeros nan_row top tiny",
         "weight": _VALUES,
         "a": "normal wide_line nan_one inf_one",
         "b": "normal wide_line nan_one inf_one",
@@ -60,7 +60,7 @@ PLAN = Plan(
         "dt_bias": "normal nan_one",
         "bias": "normal nan_one inf_one",
         "initial_state": _VALUES,
-        "state_pool": f"odd_nan {_VALUES} largest",
+        "state_pool": f"odd_nan {_VALUES} top",
         "state_indices": _INDICES,
         "has_initial_state": "two_of_three zeros",
     },
