@@ -21,8 +21,9 @@ class Plan:
 
     `sizes` are factors of the op's own; `case(chosen)` turns their values into what else a `Case` needs: dimensions,
     host arguments, and attributes, dtypes or fills that depend on them. It raises `SpecError` for values that do not
-    go together. `needs` names arrays that are given only where another is, or where a size is not 0. `attrs` are values of attributes, `fills` and `layouts` the names of those of arrays, with blanks
-    between them; of each the first is the usual one.
+    go together. `needs` names arrays that are given only where another is, or where a size is not 0. `attrs` are values
+    of attributes, `fills` and `layouts` the names of those of arrays, with blanks between them; of each the first is
+    the usual one.
     """
 
     sizes: Mapping[str, tuple[Any, ...]]

@@ -55,7 +55,7 @@ PLAN = Plan(
     attrs={"scale": (None, 0.02, 2.0)},
     fills={
         "q": "unit zeros signed_zeros unit-one_nan unit-one_inf subnormal basis",
-        "k": "unit zeros unit-one_nan unit-one_inf subnormal basis parallel",
+        "k": "unit zeros unit-one_nan unit-one_inf subnormal parallel",
         "v": "normal zeros signed_zeros nan_one nan_row inf_one subnormal tiny integers",
         "g": "decay zeros strong resets very_negative decay-one_nan subnormal",
         "beta": "gate zeros ones to_two gate-one_nan subnormal",
@@ -66,7 +66,7 @@ PLAN = Plan(
     },
     layouts={
         **dict.fromkeys("qkv", f"{_LAYOUTS} expanded"),
-        "g": f"{_LAYOUTS} expanded expanded_last",
+        "g": f"{_LAYOUTS} expanded_last",
         "beta": f"{_LAYOUTS} expanded_last",
         "initial_state": f"{_STATES} expanded",
         "state_pool": _STATES,

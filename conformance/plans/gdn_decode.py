@@ -7,11 +7,14 @@ from polyfuse.conformance.plan import ABSENT, Plan
 
 # Key heads, value heads, K and V.
 _HEADS = ((2, 4, 16, 16), (1, 1, 1, 1), (3, 6, 5, 7), (2, 2, 24, 40), (1, 4, 33, 31), (1, 1, 64, 128), (1, 2, 128, 64))
+# Sequences of one token, of 1 or 2 tokens, and of more.
+_BATCHES = {"few": (4, 3, 2), "none": (0, 0, 0), "one": (1, 1, 1), "many": (33, 9, 4)}
 
 
 def _case(chosen: Mapping[str, Any]) -> Mapping[str, Any]:
     heads, heads_v, key, value = chosen["heads"]
-    batch, tokens, width = chosen["batch"], chosen["tokens"], chosen["width"]
+    tokens, width = chosen["tokens"], chosen["width"]
+    batch = _BATCHES[chosen["batch"]][0 if not tokens else 1 if tokens <= 2 else 2]
     pool = 2 * batch * max(tokens, 1) + 1
     columns = width - 1 + (tokens - 1 if tokens else chosen["more_columns"])
     fill = {}
@@ -45,7 +48,7 @@ _HEAD = "contiguous every_other"
 PLAN = Plan(
     sizes={
         "tokens": (0, 1, 2, 3, 4, 8),
-        "batch": (4, 0, 1, 9, 33),
+        "batch": tuple(_BATCHES),
         "heads": _HEADS,
         "width": (4, 2, 3),
         "more_columns": (0, 1, 3),
