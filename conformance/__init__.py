@@ -4,7 +4,7 @@ if __name__ != "polyfuse.conformance":
     raise ImportError(f"import polyfuse.conformance, not {__name__}")
 
 from polyfuse.conformance.case import Case
-from polyfuse.conformance.cases import all_cases, cases
+from polyfuse.conformance.cases import all_cases, cases, selected_for
 from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs, place
 from polyfuse.conformance.report import Report, Result, device_name, versions
@@ -23,5 +23,6 @@ __all__ = [
     "make_inputs",
     "place",
     "run",
+    "selected_for",
     "versions",
 ]

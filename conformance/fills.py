@@ -60,6 +60,65 @@ def wide_line(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F
     return np.linspace(-110, 110, int(np.prod(shape))).reshape(shape)
 
 
+def one(value: float, usual: Fill = normal) -> Fill:
+    """Values of another fill, of which one, anywhere, is `value`."""
+
+    def fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+        values = usual(rng, shape, dtype)
+        if values.size:
+            values[np.unravel_index(rng.integers(values.size), shape)] = value
+        return values
+
+    return fill
+
+
+def one_row(value: float, usual: Fill = normal) -> Fill:
+    """Values of another fill, of which one row of the first dimension is `value`."""
+
+    def fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+        values = usual(rng, shape, dtype)
+        if len(values):
+            values[rng.integers(len(values))] = value
+        return values
+
+    return fill
+
+
+def signed_zeros(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Zeros of either sign, and normal values among them."""
+    return np.where(rng.random(shape) < 0.3, rng.standard_normal(shape), rng.choice([0.0, -0.0], shape))
+
+
+def largest(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Normal values, of which one in ten is the largest finite value of the dtype, of either sign."""
+    most = float(ml_dtypes.finfo(numpy_dtype(dtype)).max)
+    return np.where(rng.random(shape) < 0.1, rng.choice([-most, most], shape), rng.standard_normal(shape))
+
+
+def top(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """As `largest`, but not beyond 2**60: sums of products and of squares are float32 numbers."""
+    most = min(float(ml_dtypes.finfo(numpy_dtype(dtype)).max), 2.0**60)
+    return np.where(rng.random(shape) < 0.1, rng.choice([-most, most], shape), rng.standard_normal(shape))
+
+
+def one_hot(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Zeros, but a 1 in each row of the last dimension."""
+    values = np.zeros(shape)
+    if values.size:
+        np.put_along_axis(values, rng.integers(shape[-1], size=(*shape[:-1], 1)), 1.0, -1)
+    return values
+
+
+def odd_halves(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Odd multiples of a half up to 16: the product of two is midway between numbers of a narrower dtype, often."""
+    return (2 * rng.integers(-16, 16, shape) + 1) / 2.0
+
+
+def constant(value: float) -> Fill:
+    """One value everywhere."""
+    return lambda rng, shape, dtype: np.full(shape, value)
+
+
 def row_counts(count: int) -> NDArray[np.int64]:
     """Rows per sequence or expert: 2, 0, 5, 3, 1, 6, 4, 2, ..."""
     return (5 * np.arange(count) + 2) % 7
@@ -83,6 +142,18 @@ FILLS: dict[str, Fill] = {
     "normal": normal,
     "zeros": zeros,
     "nan_some": sprinkled(np.nan),
+    "nan_one": one(np.nan),
+    "nan_row": one_row(np.nan),
+    "inf_one": one(np.inf),
+    "negative_inf_one": one(-np.inf),
+    "signed_zeros": signed_zeros,
+    "largest": largest,
+    "top": top,
+    "one_hot": one_hot,
+    "equal": constant(0.75),
+    "beyond": constant(1000.0),
+    "below": constant(-3.0),
+    "odd_halves": odd_halves,
     "inf_some": sprinkled(np.inf, -np.inf),
     "integers": integers,
     "huge": huge,

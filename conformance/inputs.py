@@ -1,7 +1,8 @@
 """Seeded NumPy inputs from a `Case`: the same case and seed give the same bits everywhere."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
@@ -16,9 +17,29 @@ from polyfuse.reference._numerics import Array, round_to
 from polyfuse.spec import OpSpec, TensorSpec, bind
 from polyfuse.spec._validate import evaluate
 
+# Of an array's declaration and the names of dimensions: the array.
+Make = Callable[[TensorSpec, Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Described:
+    """An array without values, for what looks at shapes and dtypes alone."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
 
 def make_inputs(spec: OpSpec, case: Case, seed: int = 0) -> dict[str, Any]:
     """Every parameter of the op for this case: NumPy arrays, host values and attributes."""
+    return _inputs(spec, case, lambda tensor, names: _array(spec, tensor, case, names, seed))
+
+
+def described(spec: OpSpec, case: Case) -> dict[str, Any]:
+    """The same without the arrays' values."""
+    return _inputs(spec, case, lambda tensor, names: Described(_shape(tensor, case, names), _dtype(tensor, case)))
+
+
+def _inputs(spec: OpSpec, case: Case, make: Make) -> dict[str, Any]:
     values: dict[str, Any] = {a.name: case.attrs.get(a.name, a.default) for a in spec.attrs}
     given = {t.name: t.name in case.present for t in spec.tensors if t.optional}
     names = {**values, **given, **case.dims}
@@ -30,10 +51,10 @@ def make_inputs(spec: OpSpec, case: Case, seed: int = 0) -> dict[str, Any]:
         elif tensor.name in case.host:
             values[tensor.name] = _host(tensor, case)
         else:
-            values[tensor.name] = _array(spec, tensor, case, names, seed)
+            values[tensor.name] = make(tensor, names)
     if derived:
         names = {**names, **bind(spec, values).dims, **case.dims}
-        values |= {tensor.name: _array(spec, tensor, case, names, seed) for tensor in derived}
+        values |= {tensor.name: make(tensor, names) for tensor in derived}
     return values
 
 
@@ -42,13 +63,30 @@ def place(values: Mapping[str, Any], family: str, device: str, stacked: Sequence
     placed = dict(values)
     for name, value in values.items():
         if isinstance(value, np.ndarray):
-            placed[name] = value.copy(order="K") if family == "numpy" else from_numpy(value, family, device)
+            placed[name] = _placed(value, family, device)
     if stacked and family == "torch":
         import torch
 
         parts = [placed[name] for name in stacked]
         placed |= dict(zip(stacked, torch.cat(parts).split([len(part) for part in parts]), strict=True))
     return placed
+
+
+def _placed(value: Array, family: str, device: str) -> Any:
+    """A fresh array of a family; NumPy's and torch's lie in a copy of the whole memory that `value` is a part of."""
+    if not value.size:  # strides of NumPy's are 0
+        return from_numpy(np.zeros(0, value.dtype), family, device).reshape(value.shape)
+    if family == "jax":
+        return from_numpy(value.copy(), family, device)
+    owner = value
+    while isinstance(owner.base, np.ndarray) and owner.base.dtype == value.dtype:
+        owner = owner.base
+    memory = owner.ravel(order="K").copy()
+    first = (value.ctypes.data - owner.ctypes.data) // value.itemsize
+    if family == "numpy":
+        return np.lib.stride_tricks.as_strided(memory[first:], value.shape, value.strides)
+    strides = [stride // value.itemsize for stride in value.strides]
+    return from_numpy(memory, family, device).as_strided(value.shape, strides, first)
 
 
 def _is_known(tensor: TensorSpec, names: Mapping[str, Any]) -> bool:
@@ -63,15 +101,24 @@ def _host(tensor: TensorSpec, case: Case) -> Any:
     return case.host[tensor.name]
 
 
-def _array(spec: OpSpec, tensor: TensorSpec, case: Case, names: Mapping[str, Any], seed: int) -> Array:
+def _shape(tensor: TensorSpec, case: Case, names: Mapping[str, Any]) -> tuple[int, ...]:
     shape: list[int] = []
     for symbol in tensor.shape:
         shape += names.get("...", ()) if symbol == "..." else [evaluate(symbol, names)]
-    dtype = case.dtypes.get(tensor.name) or case.dtypes.get(tensor.dtype_var) or tensor.dtypes[0]
-    rng = np.random.default_rng([seed, crc32(case.name.encode()), crc32(tensor.name.encode())])
-    fill = fill_named(case.fill.get(tensor.name, "normal"), suite(spec.name).FILLS)
-    values = round_to(fill(rng, tuple(shape), dtype), dtype)
     if tensor.name in case.split:
         first = names[tensor.split]
-        values = values.reshape(*shape[:-1], first, shape[-1] // first)
+        shape[-1:] = [first, shape[-1] // first]
+    return tuple(shape)
+
+
+def _dtype(tensor: TensorSpec, case: Case) -> str:
+    return case.dtypes.get(tensor.name) or case.dtypes.get(tensor.dtype_var) or tensor.dtypes[0]
+
+
+def _array(spec: OpSpec, tensor: TensorSpec, case: Case, names: Mapping[str, Any], seed: int) -> Array:
+    shape, dtype = _shape(tensor, case, names), _dtype(tensor, case)
+    whole = tensor.merged(shape, len(names.get("...", ())))
+    rng = np.random.default_rng([seed, crc32(case.name.encode()), crc32(tensor.name.encode())])
+    fill = fill_named(case.fill.get(tensor.name, "normal"), suite(spec.name).FILLS)
+    values = round_to(fill(rng, whole, dtype), dtype).reshape(shape)
     return LAYOUTS[case.layout.get(tensor.name, "contiguous")](values)

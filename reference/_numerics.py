@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from polyfuse.spec import FP32_TINY
+
 F64 = NDArray[np.float64]
 Array = NDArray[Any]
 
@@ -19,7 +21,8 @@ class Exact:
 
     Where `low` is -inf and `high` is +inf anything is right, NaN too: an element the op leaves unwritten.
     `bits` asks for the sign of zero too: the output is a copy. `as_bytes`: the output's bytes are compared, as
-    numbers. `kept` marks the elements of an updated argument that a call must leave as they are.
+    numbers. `kept` marks elements whose sign counts too, as those of an updated
+    argument that a call must leave as they are.
     """
 
     value: F64
@@ -51,6 +54,11 @@ class Exact:
 def to_f64(array: Array) -> F64:
     """Widen any float array (ml_dtypes ones too) to float64, exactly."""
     return np.asarray(array).astype(np.float64)
+
+
+def may_flush(value: F64) -> Any:
+    """Whether a number is not 0 and may count as 0."""
+    return (value != 0) & (np.abs(value) < FP32_TINY)
 
 
 def numpy_dtype(name: str) -> np.dtype[np.generic]:

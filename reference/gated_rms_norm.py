@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, to_f64
+from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, may_flush, to_f64
 from polyfuse.reference._oracle import Error, Oracle
 from polyfuse.reference.gdn_post_conv import sigmoid
 from polyfuse.reference.silu_mul_block_quant import overflowed
@@ -66,11 +66,6 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
         may_flush(x) | may_flush(n) | may_flush(factors) | may_flush(product) | may_flush(least_act)
     )
     return {"y": Exact(np.where(either, np.nan, y), result.low, result.high)}
-
-
-def may_flush(value: F64) -> Any:
-    """Whether a number is not 0 and may count as 0."""
-    return (value != 0) & (np.abs(value) < FP32_TINY)
 
 
 gated_rms_norm = Oracle(SPEC, formula, bounds)

@@ -1,6 +1,7 @@
 """The oracle of `gdn_conv_prep`; the formula is the docstring of `polyfuse.spec.gdn_conv_prep`."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -178,7 +179,12 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     results |= gate_bounds(exact, given, error)
     for name in ("final_state", "state_pool"):
         if name in exact:
-            results[name] = Exact.copy(exact[name], error(name)[0])
+            copy = Exact.copy(exact[name], error(name)[0])
+            results[name] = replace(copy, bits=False, kept=~np.isnan(copy.value))  # another dtype may change NaN's sign
+    if given.state_pool is not None:
+        slots = slots_of(x, given.cu_seqlens, given.state_pool, given.state_indices)
+        unowned = [slot not in slots for slot in range(len(given.state_pool))]
+        results["state_pool"].kept[unowned] = True
     return results
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from polyfuse.reference._numerics import F64, Array, Exact, to_f64
+from polyfuse.reference._numerics import F64, Array, Exact, may_flush, to_f64
 from polyfuse.reference._oracle import Error, Oracle
 from polyfuse.spec import Capability
 from polyfuse.spec.gdn_in_proj import SPEC
@@ -50,13 +50,29 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     in_accumulator, _ = error("accumulator")
     results = {}
     for name, (weight, bias) in operands.items():
-        in_sum, _ = error(name)
+        in_sum, flush = error(name)
         magnitude = linear(np.abs(given.x), np.abs(weight), None if bias is None else np.abs(bias))
         allowed = in_accumulator * np.abs(exact[name]) + in_sum * magnitude
+        allowed = allowed + flush * _flushed(to_f64(given.x), to_f64(weight))
         if all(_are_integers(array) for array in (given.x, weight, bias) if array is not None):
             allowed = np.where(magnitude < EXACT_SUMS, 0.0, allowed)
-        results[name] = Exact.around(exact[name], allowed)
+        result = Exact.around(exact[name], allowed)
+        either = _zero_times_infinity(to_f64(given.x), to_f64(weight))
+        results[name] = Exact(
+            result.value, np.where(either, -np.inf, result.low), np.where(either, np.inf, result.high)
+        )
     return results
+
+
+def _flushed(x: F64, weight: F64) -> F64:
+    """How often a flushed number counts: sum |x| and sum |weight| of each element, its products, and itself."""
+    factors = [np.where(np.isfinite(part), np.abs(part), 0.0).sum(-1) for part in (x, weight)]
+    return factors[0][..., None] + factors[1] + x.shape[-1] + 2
+
+
+def _zero_times_infinity(x: F64, weight: F64) -> Any:
+    """Whether an infinite factor of an element meets one that may count as 0: NaN and infinity are both right."""
+    return (np.isinf(x) * 1.0 @ may_flush(weight).T + may_flush(x) * 1.0 @ np.isinf(weight).T) > 0
 
 
 def _are_integers(array: Array) -> bool:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyfuse.reference._numerics import F64, Array, Exact, to_f64
+from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, may_flush, to_f64
 from polyfuse.reference._oracle import Error, Oracle
-from polyfuse.spec import FP32_TINY, Capability
+from polyfuse.spec import Capability
 from polyfuse.spec.pos_embed_interpolate import SPEC, table_sides
 
 CAPABILITY = Capability(devices=("cpu",))
@@ -111,23 +111,30 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     relative, flush = error("out")
     out, source = exact["out"], to_f64(given.table)
     magnitude, unrounded = np.zeros_like(out), np.zeros((len(out), 1), bool)
+    largest = np.zeros_like(out)  # partial sum
     images = [tuple(int(v) for v in image) for image in given.grid_thw]
     sides, total = table_sides(len(source), given.table_height), sum(t * h * w for t, h, w in images)
     if not np.isnan(out).all():
         for rows, frames, y, x in image_taps(images, sides, given.merge_size, given.mode, given.align_corners):
-            frame = sum(largest * np.abs(cells) for _, largest, cells in products(source, sides, y, x))
+            taps = list(products(source, sides, y, x))
+            frame = sum(known * np.abs(cells) for _, known, cells in taps)
+            largest[rows] = np.tile(sum(np.abs(weight * cells) for weight, _, cells in taps), (frames, 1))
             weights = np.concatenate([y[1], x[1]], axis=-1)
             at_grid_point = np.isin(weights, (0, 1)).all(-1, keepdims=True)
             magnitude[rows] = np.tile(frame, (frames, 1))
             unrounded[rows] = np.tile(at_grid_point, (frames, 1))
     interpolated = out.copy()
     if given.base is not None:
-        magnitude[:total] += np.abs(to_f64(given.base)[:total])
-        interpolated[:total] -= to_f64(given.base)[:total]
-    smallest = np.minimum(np.abs(out), np.abs(interpolated))
-    may_be_flushed = (smallest > 0) & (smallest < FP32_TINY)
+        base = to_f64(given.base)[:total]
+        magnitude[:total] += np.abs(base)
+        largest[:total] += np.abs(base)
+        interpolated[:total] -= base
+    may_be_flushed = may_flush(out) | may_flush(interpolated) | may_flush(out - interpolated)
     unrounded = unrounded & (out.astype(np.float32) == out) & ~may_be_flushed
-    return {"out": Exact.around(out, np.where(unrounded, 0.0, relative * magnitude + flush))}
+    result = Exact.around(out, np.where(unrounded, 0.0, relative * magnitude + flush))
+    undefined = np.isfinite(largest) & (largest > FP32_MAX)
+    low, high = np.where(undefined, -np.inf, result.low), np.where(undefined, np.inf, result.high)
+    return {"out": Exact(out, low, high)}
 
 
 pos_embed_interpolate = Oracle(SPEC, formula, bounds)

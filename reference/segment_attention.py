@@ -29,7 +29,7 @@ def segments(cu_seqlens: Array) -> list[slice]:
 
 def factor(scale: float | None, dim: int) -> float:
     """What the scores are multiplied by."""
-    return dim**-0.5 if scale is None else scale
+    return max(dim, 1) ** -0.5 if scale is None else scale
 
 
 def attention(q: F64, k: F64, v: F64, scale: float) -> F64:

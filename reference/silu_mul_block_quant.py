@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, round_to, to_f64
+from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, may_flush, round_to, to_f64
 from polyfuse.reference._oracle import Error, Oracle
 from polyfuse.reference.gdn_post_conv import sigmoid
 from polyfuse.spec import FP32_TINY, Capability, Output, dtype_name
@@ -112,7 +112,9 @@ def valid_rows(x: Array, num_rows: Array | None) -> Any:
 
 def store(value: F64, output: Output) -> Array:
     """A result rounded to its dtype; of a packed scale the bytes, four to an int32."""
-    return round_to(value, "uint8").view(np.int32) if output.dtype == "int32" else round_to(value, output.dtype)
+    if output.dtype != "int32":
+        return round_to(value, output.dtype)
+    return np.ascontiguousarray(round_to(value, "uint8")).view(np.int32)
 
 
 class Interval(NamedTuple):
@@ -142,14 +144,18 @@ def _activation_interval(given: Any, relative: float, flush: float) -> Interval:
     gate, up = gate_and_up(given.x, given.up, given.limit)
     sigma = sigmoid(gate)
     silu = gate * sigma
+    steps = relative * (1 + np.maximum(-gate, 0))
+    flushed = np.abs(gate) * np.minimum(sigma, flush) + np.minimum(np.abs(silu), flush)
     if given.materialize:
-        error = relative * np.abs(silu) * (1 + np.abs(gate)) + flush * (1 + 2 * np.abs(gate))
+        error = steps * np.abs(silu) + flushed
         error = np.where(np.isfinite(silu), error, 0.0)
         ends = [rounded(rounded(end, given.x) * up, given.x) for end in (silu, silu - error, silu + error)]
-        y = Interval(ends[0], np.minimum(ends[1], ends[2]), np.maximum(ends[1], ends[2]))
+        lost = may_flush(up) | may_flush(ends[0])  # products with 0, or 0
+        y = Interval(ends[0], *(pick(ends[1], ends[2]) for pick in (np.minimum, np.maximum)))
+        y = Interval(y.value, np.where(lost, np.minimum(y.low, 0), y.low), np.where(lost, np.maximum(y.high, 0), y.high))
     else:
         value = overflowed(silu * up)
-        error = relative * np.abs(value) * (1 + np.abs(gate)) + flush * (1 + 2 * np.abs(gate * up))
+        error = steps * np.abs(value) + flushed * np.abs(up) + flush * (1 + np.abs(silu))
         error = np.where(np.isfinite(value), error, 0.0)
         y = Interval(value, value - error, value + error)
     # An infinite `up` meets a sigmoid or silu that may count as 0: NaN and infinity are both right.

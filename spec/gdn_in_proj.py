@@ -53,7 +53,8 @@ def _cost(call: Call) -> Cost:
 _SUM_REASON = (
     "magnitude sum |x * w| + |bias|. Sums that round to nearest err up as often as down: vector lanes and matrix units "
     "stay within 8 roundings of it at any hidden size. 0 where all inputs are integers and the sum is below 2^24: then "
-    "every partial sum is exact in float32"
+    "every partial sum is exact in float32. Each x, w, product, bias and result may be flushed, which counts |w|, |x| and "
+    "once"
 )
 # Products that a matrix unit adds to its accumulator at a time, at least. On an H200 sums of 2048 positive bfloat16
 # products were off by 88 roundings of the sum, of which 128 are granted; sums of either sign by 6 of sum |x * w|.
@@ -92,11 +93,12 @@ SPEC = OpSpec(
             "magnitude |x @ w.T + bias|: a matrix unit that truncates its accumulator errs in one direction, by one "
             "rounding of the running sum for each 16 products",
         ),
-        ErrorBound("qkvz", 8, f"the error of the accumulator, and {_SUM_REASON}"),
-        ErrorBound("ba", 8, f"the error of the accumulator, and {_SUM_REASON}"),
+        ErrorBound("qkvz", 8, f"the error of the accumulator, and {_SUM_REASON}", flushes=1),
+        ErrorBound("ba", 8, f"the error of the accumulator, and {_SUM_REASON}", flushes=1),
     ),
     edge_cases=(
         "No rows, or weights without rows: results without elements. hidden == 0: zero, plus the bias.",
+        "Subnormal float32 numbers, inputs and results, may count as zero.",
         "w_z and w_a are independent: either may be given alone.",
         "With strategy merged, outside torch.compile, the results are views of one buffer: rows are strided.",
     ),

@@ -144,6 +144,7 @@ SPEC = OpSpec(
     errors=(ErrorBound("out", _steps, _BOUND_REASON, _flushes),),
     edge_cases=(
         "A tap of zero weight is not read: a NaN or Inf there does not reach the result.",
+        "Where the absolute values of the weighted taps and of base sum up beyond float32, the result is undefined.",
         "Padding rows (out_rows) are zero, whatever base holds there.",
         "A grid tensor with out_rows cannot be checked without reading it back. If one of its images is neither "
         "valid nor (0, 0, 0), or the rows do not fit into out_rows, every element of the result is NaN.",

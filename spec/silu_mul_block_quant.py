@@ -164,9 +164,10 @@ SPEC = OpSpec(
         ErrorBound(
             "y",
             10,
-            "magnitude |y| * (1 + |gate|), as an exponential turns the rounding of its argument into a relative error "
-            "and costs 2 ulp; 1 + exp, a division within 2 ulp and two products. A flushed result counts once, a "
-            "flushed sigmoid or silu twice |gate * up|. With materialize the same on silu(gate), before its rounding",
+            "magnitude |y| * (1 + max(-gate, 0)), as an exponential turns the rounding of its argument into a "
+            "relative error and costs 2 ulp; 1 + exp, a division within 2 ulp and two products. A flushed result "
+            "counts once, a flushed sigmoid |gate * up|, gate or silu |up|, and up |silu(gate)| times. With "
+            "materialize the same on silu(gate), before its rounding; a subnormal up or y may then count as 0",
             flushes=1,
         ),
         ErrorBound(

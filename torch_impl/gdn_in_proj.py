@@ -1,9 +1,18 @@
 """`gdn_in_proj` in PyTorch; the formula is the docstring of `polyfuse.spec.gdn_in_proj`."""
 
 import torch
-from torch.nn.functional import linear
 
-from polyfuse._torch.projections import Pair, Projection, choose, is_recorded, one_bias, one_weight
+from polyfuse._torch.projections import (
+    Pair,
+    Projection,
+    choose,
+    is_recorded,
+    one_bias,
+    one_weight,
+    product,
+    product_into,
+    without_gaps,
+)
 from polyfuse._torch.streams import execute_in_parallel
 from polyfuse.spec import Capability
 
@@ -12,20 +21,17 @@ def project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
     """One of the two results; of two products, each is written to its columns of it."""
     weight, following, bias = projection
     if following is None:
-        return linear(x, weight, bias)
+        return product(x, weight, bias)
     if projection.is_small:
-        return linear(x, torch.cat([weight, following]), bias)
+        return product(x, torch.cat([weight, following]), bias)
     sizes = [len(weight), len(following)]
     biases = (None, None) if bias is None else bias.split(sizes)
     if is_recorded(x, *projection):
-        return torch.cat([linear(x, weight, biases[0]), linear(x, following, biases[1])], dim=-1)
+        return torch.cat([product(x, weight, biases[0]), product(x, following, biases[1])], dim=-1)
     rows = x.flatten(0, -2)
     result = x.new_empty(len(rows), projection.width)
     for columns, w, b in zip(result.split(sizes, dim=1), (weight, following), biases, strict=True):
-        if b is None:
-            torch.mm(rows, w.t(), out=columns)
-        else:
-            torch.addmm(b, rows, w.t(), out=columns)
+        product_into(columns, rows, w, b)
     return result.unflatten(0, x.shape[:-1])
 
 
@@ -49,7 +55,7 @@ def merged(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
     if is_recorded(x, *large, *small):
         both = torch.cat([project(x, large), project(x, small)], dim=-1)
     else:
-        both = linear(x, whole, one_bias(large, small))
+        both = product(x, whole, one_bias(large, small))
     qkvz, ba = both.split([large.width, small.width], dim=-1)
     return qkvz, ba
 
@@ -73,4 +79,5 @@ def gdn_in_proj(
     """Returns qkvz and ba, each rounded once."""
     if strategy == "auto":
         strategy = choose(x, w_qkvz, w_ba, tuple(STRATEGIES), w_z=w_z, w_a=w_a)
-    return STRATEGIES[strategy](x, Projection(w_qkvz, w_z, bias_qkvz), Projection(w_ba, w_a, bias_ba))
+    large, small = Projection(w_qkvz, w_z, without_gaps(bias_qkvz)), Projection(w_ba, w_a, without_gaps(bias_ba))
+    return STRATEGIES[strategy](x, large, small)

@@ -278,7 +278,9 @@ def _operand(x: torch.Tensor) -> torch.Tensor:
     fits = step % 16 == head % 16 == width % 16 == 0 and x.data_ptr() % 16 == 0
     if column == 1 and (fits or x.element_size() == 4):
         return x
-    return torch.nn.functional.pad(x, (0, -width % 16)) if x.element_size() == 2 else x.contiguous()
+    if x.element_size() == 2:
+        x = torch.nn.functional.pad(x, (0, -width % 16))  # by nothing: a copy with the strides of x
+    return x.contiguous()
 
 
 def gated_delta_rule(

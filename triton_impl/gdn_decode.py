@@ -290,8 +290,8 @@ def _plan(
     x, z = (part if part is None or part.stride(-1) == 1 else part.contiguous() for part in (x, z))
     contiguous = [i for i, part in enumerate(inputs[:2]) if part is not None and part.stride(-1) != 1]
     *gate_strides, group = _gate_layout(a, b, lead, H, HV)
-    eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
-    numbers = K**-0.5 if scale is None else scale, eps, norm_eps
+    eps = max(l2norm_eps, FP32_TINY), max(norm_eps, FP32_TINY)  # a zero vector must give zero
+    numbers = K**-0.5 if scale is None else scale, *eps
     fixed = (
         *_steps(x, lead),
         *((0, 0) if z is None else _steps(z, lead)),

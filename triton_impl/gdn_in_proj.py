@@ -10,9 +10,17 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.nn.functional import linear
 
-from polyfuse._torch.projections import Pair, Projection, choose, one_bias, one_weight
+from polyfuse._torch.projections import (
+    Pair,
+    Projection,
+    choose,
+    one_bias,
+    one_weight,
+    product,
+    product_into,
+    without_gaps,
+)
 from polyfuse._torch.streams import execute_in_parallel
 from polyfuse.spec import Capability
 from polyfuse.triton_impl._common import INTERPRETED, round_to
@@ -146,17 +154,14 @@ def _product(x: torch.Tensor, projection: Projection) -> torch.Tensor:
     """One result by PyTorch's GEMMs: that of a second weight begins in its buffer where that of the first ends."""
     first, second, bias = projection
     if second is None:
-        return linear(x, first, bias)
+        return product(x, first, bias)
     if projection.is_small:
-        return linear(x, torch.cat([first, second]), bias)
+        return product(x, torch.cat([first, second]), bias)
     n, flat = len(first), x.flatten(0, -2)
     out = torch.empty((len(flat), projection.width), dtype=x.dtype, device=x.device)
-    if bias is None:
-        torch.mm(flat, first.t(), out=out[:, :n])
-        torch.mm(flat, second.t(), out=out[:, n:])
-    else:
-        torch.addmm(bias[:n], flat, first.t(), out=out[:, :n])
-        torch.addmm(bias[n:], flat, second.t(), out=out[:, n:])
+    biases = (None, None) if bias is None else (bias[:n], bias[n:])
+    for columns, weight, its_bias in zip((out[:, :n], out[:, n:]), (first, second), biases, strict=True):
+        product_into(columns, flat, weight, its_bias)
     return out.view(*x.shape[:-1], projection.width)
 
 
@@ -173,7 +178,7 @@ def parallel(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
 
 def merged(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
     """One product of weights that are one matrix; the results are views of one buffer."""
-    both = linear(x, one_weight(large, small), one_bias(large, small))
+    both = product(x, one_weight(large, small), one_bias(large, small))
     qkvz, ba = both.split([large.width, small.width], dim=-1)
     return qkvz, ba
 
@@ -195,4 +200,5 @@ def gdn_in_proj(
     """Returns qkvz and ba, each rounded once."""
     if strategy == "auto":
         strategy = choose(x, w_qkvz, w_ba, tuple(STRATEGIES), w_z=w_z, w_a=w_a)
-    return STRATEGIES[strategy](x, Projection(w_qkvz, w_z, bias_qkvz), Projection(w_ba, w_a, bias_ba))
+    large, small = Projection(w_qkvz, w_z, without_gaps(bias_qkvz)), Projection(w_ba, w_a, without_gaps(bias_ba))
+    return STRATEGIES[strategy](x, large, small)

@@ -33,6 +33,27 @@ def _out_of_range(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) 
     return slots
 
 
+def _shuffled(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Different even numbers up to twice as many as there are sequences, in any order; the third sequence has none."""
+    slots = 2.0 * rng.permutation(shape[0] + 1)[: shape[0]]
+    slots[2:3] = -1
+    return slots
+
+
+def _shuffled_beyond(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """As `shuffled`, but every other sequence has a number that no pool has."""
+    slots = _shuffled(rng, shape, dtype)
+    slots[::2] = np.resize([2**31 - 1, -4, -(2**31)], len(slots[::2]))
+    return slots
+
+
+def _odd_nan(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Normal values, and NaN in the slots with odd numbers, which `shuffled` names none of."""
+    values = rng.standard_normal(shape)
+    values[1::2] = np.nan
+    return values
+
+
 def _two_of_three(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
     return np.arange(shape[0]) % 3 != 1.0
 
@@ -53,6 +74,9 @@ FILLS: dict[str, Fill] = {
     "none": _none,
     "out_of_range": _out_of_range,
     "two_of_three": _two_of_three,
+    "shuffled": _shuffled,
+    "shuffled_beyond": _shuffled_beyond,
+    "odd_nan": _odd_nan,
 }
 FILLS |= {f"nan_but_named_{n}": nan_but(named(n)) for n in COUNTS}
 FILLS |= {f"nan_but_first_{n}": nan_but(list(range(n))) for n in COUNTS}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from polyfuse.conformance.case import Case
-from polyfuse.conformance.fills import Fill, normal
+from polyfuse.conformance.fills import Fill, normal, one, one_hot
 from polyfuse.conformance.mutations import Mutant
 from polyfuse.conformance.ops import _gated_delta_rule_mutants as mutants
 from polyfuse.conformance.ops import _gated_delta_rule_pools as pools
@@ -150,7 +150,7 @@ def _long(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
 
 def _basis(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
     """Vectors with one 1."""
-    return np.eye(shape[-1])[rng.integers(0, shape[-1], shape[:-1])]
+    return one_hot(rng, shape, dtype)
 
 
 def _gate(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
@@ -215,6 +215,7 @@ FILLS: dict[str, Fill] = pools.FILLS | {
     "sequence_nan": _with(_slow, np.nan, slice(*_ENDS[2:4]), inside=False),
 }
 for _name, _usual in (("unit", unit), ("decay", _decay), ("gate", _gate), ("normal", normal)):
+    FILLS |= {f"{_name}-one_nan": one(np.nan, _usual), f"{_name}-one_inf": one(np.inf, _usual)}
     FILLS |= {f"{_name}-nan": _with(_usual, np.nan, _BAD_ROW), f"{_name}-inf": _with(_usual, np.inf, _BAD_ROW)}
 
 MUTANTS: dict[str, Mutant] = mutants.MUTANTS | pools.MUTANTS

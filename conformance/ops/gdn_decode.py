@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from polyfuse.conformance.case import Case
 from polyfuse.conformance.fills import Fill
 from polyfuse.conformance.ops._gdn_decode_mistakes import MUTANTS
+from polyfuse.conformance.ops._pools import FILLS as POOL_FILLS
 from polyfuse.conformance.ops.gdn_post_conv import SPLIT
 from polyfuse.reference._numerics import F64
 from polyfuse.spec import FLOATS, INTS
@@ -225,6 +226,7 @@ def _nan_row(number: int) -> Fill:
 
 
 FILLS: dict[str, Fill] = {
+    "shuffled": POOL_FILLS["shuffled"],
     "slots": _slots,
     "slots_accepted": _slots_accepted,
     "slots_padded": _slots_padded,

@@ -84,6 +84,27 @@ def one_weight(large: Projection, small: Projection) -> torch.Tensor:
     return view
 
 
+def without_gaps(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A contiguous bias: with another one torch's float16 products on a CPU round before they add it."""
+    return None if bias is None else bias.contiguous()
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight.T + bias, rounded once: of a strided x of more dimensions `linear` rounds before it adds."""
+    rows = torch.nn.functional.linear(x.flatten(0, -2), weight, bias)
+    return rows.view(*x.shape[:-1], weight.shape[0])
+
+
+def product_into(columns: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Write rows @ weight.T + bias, rounded once, to some columns of a result."""
+    if bias is None:
+        torch.mm(rows, weight.t(), out=columns)
+    elif columns.device.type == "cpu":  # where addmm rounds to float16 columns before it adds
+        columns.copy_(torch.nn.functional.linear(rows, weight, bias))
+    else:
+        torch.addmm(bias, rows, weight.t(), out=columns)
+
+
 def one_bias(large: Projection, small: Projection) -> torch.Tensor | None:
     """The biases of both as one, with zeros for one that is missing; None if both are."""
     if large.bias is None and small.bias is None:
