@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping
 from functools import cache
+from math import prod
 from typing import Any
 
 from polyfuse.configs import ModelCase, model_configs
 from polyfuse.conformance.case import Case
 from polyfuse.conformance.covering import Covering, Item, Row
-from polyfuse.conformance.inputs import described
+from polyfuse.conformance.inputs import Described, described
 from polyfuse.conformance.ops import suite
 from polyfuse.conformance.plan import case_of, factors, label
 from polyfuse.conformance.plans import plan
 from polyfuse.spec import OPS, SpecError, bind
 
-_OF_A_SEEN = 3  # times as many new values a row of a new structure has to have: compiling is most of a case's time
+_SMALL = 2**20  # elements of the arguments of a real shape that the level quick runs
+# What a row of the level quick costs in units of a structure to compile: itself, and each so many elements.
+_STRUCTURE, _ELEMENTS = 0.5, 2**13
 
 
 @cache
@@ -88,9 +91,15 @@ def selected_for(op: str, level: str) -> list[tuple[Case, str]]:
     """
     if level != "quick":
         return [(case, "") for case in all_cases(op)]
-    chosen = {*OPS[op].core, *(case.name for case in (*_first_look(op), *model_cases(op)))}
+    small = (case for case in model_cases(op) if _elements(op, case) <= _SMALL)
+    chosen = {*OPS[op].core, *(case.name for case in (*_first_look(op), *small))}
     reason = "not among the cases of the level quick, which have every value of every factor"
     return [(case, "" if case.name in chosen else reason) for case in all_cases(op)]
+
+
+def _elements(op: str, case: Case) -> int:
+    """The elements of all arguments of a case."""
+    return sum(prod(value.shape) for value in described(OPS[op], case).values() if isinstance(value, Described))
 
 
 @cache
@@ -106,11 +115,12 @@ def _first_look(op: str) -> tuple[Case, ...]:
         row: {*enumerate(row), *((row[0], n, v) for n, v in enumerate(row) if n in in_every_dtype)}
         for row in found.rows.values()
     }
+    costs = {row: _STRUCTURE + _elements(op, case) / _ELEMENTS for row, case in _by_row(op).items()}
     wanted = set[tuple[int, ...]]().union(*offers.values())
     kept: dict[Row, None] = {}
     seen: set[Row] = set()
     while wanted:
-        row = max(offers, key=lambda row: len(offers[row] & wanted) * (_OF_A_SEEN if row[:structures] in seen else 1))
+        row = max(offers, key=lambda row: len(offers[row] & wanted) / (costs[row] + (row[:structures] not in seen)))
         kept[row] = None
         seen.add(row[:structures])
         wanted -= offers[row]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, to_f64
+from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, may_flush, to_f64
 from polyfuse.reference._oracle import Error, Oracle
 from polyfuse.reference.gdn_post_conv import (
     gate_bounds,
@@ -194,13 +194,16 @@ def activated(window: F64, given: Any, error: Error) -> Exact:
     bias = 0.0 if given.bias is None else np.abs(to_f64(given.bias))
     c = conv(window, given.weight, given.bias)
     relative, flush = error("c")
-    of_c = relative * ((np.abs(window) * weight).sum(-1) + bias) + flush * (1 + weight.sum(-1))
-    if not given.activation:
-        return Exact.around(c, of_c)
-    y = silu(c)
-    relative, flush = error("y")
-    of_silu = relative * np.abs(y) * (1 + np.abs(c)) + flush * (1 + np.abs(c))
-    return Exact.around(y, SILU_SLOPE * of_c + of_silu)
+    sizes = np.where(np.isfinite(window), np.abs(window), 0.0)
+    of_c = relative * ((np.abs(window) * weight).sum(-1) + bias) + flush * (1 + (weight + sizes).sum(-1))
+    result = Exact.around(c, of_c)
+    if given.activation:
+        y = silu(c)
+        relative, flush = error("y")
+        of_silu = relative * np.abs(y) * (1 + np.abs(c)) + flush * (1 + np.abs(c))
+        result = Exact.around(y, SILU_SLOPE * of_c + of_silu)
+    either = np.isinf(window) & may_flush(weight) | may_flush(window) & np.isinf(weight)
+    return opened(result, either.any(-1))  # 0 * infinity, or infinity
 
 
 def normalised(y: Exact, eps: float, relative: float, flush: float, inverse: Inverse = inverse_norm) -> Exact:
@@ -216,7 +219,13 @@ def normalised(y: Exact, eps: float, relative: float, flush: float, inverse: Inv
     low = np.where(y.low >= 0, y.low * least, y.low * largest) - error
     high = np.where(y.high >= 0, y.high * largest, y.high * least) + error
     finite = np.isfinite(value)
-    return Exact(value, np.where(finite, low, value), np.where(finite, high, value))
+    result = Exact(value, np.where(finite, low, value), np.where(finite, high, value))
+    return opened(result, (np.isneginf(y.low) & np.isposinf(y.high)).any(-1, keepdims=True))
+
+
+def opened(exact: Exact, where: NDArray[np.bool_]) -> Exact:
+    """The interval, in which anything is right where that is True."""
+    return replace(exact, low=np.where(where, -np.inf, exact.low), high=np.where(where, np.inf, exact.high))
 
 
 gdn_conv_prep = Oracle(SPEC, formula, bounds)
