@@ -136,9 +136,8 @@ Cases = Literal["all", "sample", "core", "none"]
 class Level(_Strict):
     """How much a conformance run does; `proves` says in a sentence what that shows.
 
-    `sample` runs one in that many of the op's own cases, and `models` the real shapes of models; an op's core cases run
-    at every level. `checks` says on which of these cases a check runs, `others` what holds for the checks that it does
-    not name: on all, on the core cases and one in `check_sample` of the others, on the core cases, or on none.
+    `checks` says on which of the level's cases a check runs, `others` what holds for the checks that it does not name:
+    on all, on the core cases and one in `check_sample` of the others, on the core cases, or on none.
     `repeats` is how often a check calls a backend that looks for what one call in many shows.
 
     A case runs if its results have no more elements than `max_elements`, or `max_elements_interpreted` where kernels
@@ -148,8 +147,6 @@ class Level(_Strict):
 
     proves: str
     seed: int = 0
-    models: bool = True
-    sample: int = Field(default=1, ge=1)
     checks: dict[str, Cases] = {}
     check_sample: int = Field(default=1, ge=1)
     repeats: int = Field(default=1, ge=1)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from polyfuse.configs import level as load_level
 from polyfuse.conformance.case import Case
-from polyfuse.conformance.cases import all_cases, cases
+from polyfuse.conformance.cases import all_cases, selected_for
 from polyfuse.conformance.checks import checks
 from polyfuse.conformance.report import Report, Result, backend_facts, chip, device_name
 from polyfuse.conformance.tasks import Task, perform, register
@@ -96,20 +96,9 @@ def selected(op: str, level: str, only: Sequence[str] = ()) -> list[tuple[Case, 
 
     The level says so, or `only`, patterns of which one has to match the case's name.
     """
-    settings = load_level(level)
     if only:
         return [(case, "" if _matches(case.name, only) else "not among the cases asked for") for case in all_cases(op)]
-    own = len(cases(op))
-
-    def left_out(number: int, case: Case) -> str:
-        if case.name in OPS[op].core:
-            return ""
-        if number >= own:
-            return "" if settings.models else f"the level {level} leaves the shapes of real models out"
-        sampled = number % settings.sample == 0
-        return "" if sampled else f"the level {level} runs one in {settings.sample} of the op's own cases"
-
-    return [(case, left_out(number, case)) for number, case in enumerate(all_cases(op))]
+    return selected_for(op, level)
 
 
 def unmatched_waivers(backend: Backend, ops: Sequence[str]) -> list[Result]:

@@ -72,7 +72,7 @@ def _settings(attempt: Attempt) -> dict[str, Any]:
     """What a call has no business with."""
     import numpy as np
 
-    found: dict[str, Any] = {"NumPy's random state": str(np.random.get_state()[1:3])}
+    found: dict[str, Any] = {"NumPy's random state": str(np.random.get_state(legacy=False))}
     if attempt.family == "torch":
         import torch
 

@@ -81,11 +81,11 @@ def _guarded(pattern: int) -> AbstractContextManager[Any]:
 
     class Guard(TorchDispatchMode):
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]
             self.buffers: list[tuple[Any, Any]] = []
 
         def __enter__(self) -> Any:
-            super().__enter__()
+            super().__enter__()  # type: ignore[no-untyped-call]
             return self.buffers
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -101,4 +101,5 @@ def _guarded(pattern: int) -> AbstractContextManager[Any]:
             self.buffers.append((buffer, used))
             return buffer.as_strided(made.shape, made.stride(), margin)
 
-    return Guard()
+    guard: AbstractContextManager[Any] = Guard()
+    return guard

@@ -148,11 +148,11 @@ def _half_steps(result: F64, dtype: str) -> tuple[F64, F64]:
     info = ml_dtypes.finfo(target)
     magnitude = np.abs(np.where(np.isfinite(result), result, 0.0))
 
-    def half(x: F64) -> F64:
+    def half_of(x: F64) -> F64:
         exponent = np.frexp(x)[1] - 1
         return np.ldexp(0.5, np.maximum(exponent, info.minexp) - info.nmant)
 
-    return half(magnitude), half(np.nextafter(magnitude, 0.0))
+    return half_of(magnitude), half_of(np.nextafter(magnitude, 0.0))
 
 
 def _overflow(dtype: str) -> float:
