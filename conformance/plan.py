@@ -53,7 +53,8 @@ def case_of(name: str, spec: OpSpec, plan: Plan, chosen: Mapping[str, Any]) -> C
     """The case of a choice of values, by the factors' names."""
     dtypes: dict[str, str] = {}
     present, split = [], []
-    fill, layout = {}, {}
+    fill: dict[str, str] = {}
+    layout: dict[str, str] = {}
     for tensor in spec.tensors:
         value = chosen.get(tensor.name, tensor.dtypes[0])
         if tensor.optional and tensor.name in chosen and value != ABSENT:

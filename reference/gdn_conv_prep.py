@@ -180,11 +180,11 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     for name in ("final_state", "state_pool"):
         if name in exact:
             copy = Exact.copy(exact[name], error(name)[0])
-            results[name] = replace(copy, bits=False, kept=~np.isnan(copy.value))  # another dtype may change NaN's sign
-    if given.state_pool is not None:
-        slots = slots_of(x, given.cu_seqlens, given.state_pool, given.state_indices)
-        unowned = [slot not in slots for slot in range(len(given.state_pool))]
-        results["state_pool"].kept[unowned] = True
+            kept = ~np.isnan(copy.value)  # another dtype may change NaN's sign
+            if name == "state_pool":
+                slots = slots_of(x, given.cu_seqlens, given.state_pool, given.state_indices)
+                kept[[slot not in slots for slot in range(len(given.state_pool))]] = True
+            results[name] = replace(copy, bits=False, kept=kept)
     return results
 
 
@@ -220,7 +220,7 @@ def normalised(y: Exact, eps: float, relative: float, flush: float, inverse: Inv
     high = np.where(y.high >= 0, y.high * largest, y.high * least) + error
     finite = np.isfinite(value)
     result = Exact(value, np.where(finite, low, value), np.where(finite, high, value))
-    return opened(result, (np.isneginf(y.low) & np.isposinf(y.high)).any(-1, keepdims=True))
+    return opened(result, np.any(np.isneginf(y.low) & np.isposinf(y.high), axis=-1, keepdims=True))
 
 
 def opened(exact: Exact, where: NDArray[np.bool_]) -> Exact:

@@ -37,7 +37,7 @@ def _shuffled(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F
     """Different even numbers up to twice as many as there are sequences, in any order; the third sequence has none."""
     slots = 2.0 * rng.permutation(shape[0] + 1)[: shape[0]]
     slots[2:3] = -1
-    return slots
+    return np.asarray(slots, np.float64)
 
 
 def _shuffled_beyond(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:

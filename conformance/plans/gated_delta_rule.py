@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from polyfuse.conformance.plan import ABSENT, Plan
+from polyfuse.conformance.covering import ABSENT
+from polyfuse.conformance.plan import Plan
 
 # Where sequences end, and the rows past the last one.
 _SEQUENCES = {

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from polyfuse.conformance.plan import ABSENT, Plan
+from polyfuse.conformance.covering import ABSENT
+from polyfuse.conformance.plan import Plan
 
 # Key heads, value heads, K and V.
 _HEADS = ((2, 4, 16, 16), (1, 1, 1, 1), (3, 6, 5, 7), (2, 2, 24, 40), (1, 4, 33, 31), (1, 1, 64, 128), (1, 2, 128, 64))

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from polyfuse.conformance.plan import ABSENT, Plan
+from polyfuse.conformance.covering import ABSENT
+from polyfuse.conformance.plan import Plan
 from polyfuse.spec import SpecError
 
 _WEIGHTS = ("w_qkvz", "w_z", "w_ba", "w_a")  # in the order in which merged has them
