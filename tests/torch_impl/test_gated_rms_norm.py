@@ -23,6 +23,9 @@ def bits(x: torch.Tensor) -> bytes:
     return to_numpy(x).tobytes()
 
 
+CASES = [case for case in (*cases(NAME), *model_cases(NAME)) if case.repeat == 1]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "case", [c for c in (*cases(NAME), *model_cases(NAME)) if c.repeat == 1], ids=lambda case: case.name

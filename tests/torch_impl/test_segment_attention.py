@@ -34,7 +34,7 @@ def masked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", (*cases(NAME), *model_cases(NAME)), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases(NAME), *model_cases(NAME)], ids=lambda case: case.name)
 def test_case(case: Case, device: str) -> None:
     assert Trial(NAME, case, 0).on(registry().get("torch"), device) == ("passed", "")
 
