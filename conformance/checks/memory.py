@@ -25,7 +25,7 @@ def check(attempt: Attempt) -> Iterator[str]:
         buffers: dict[str, Any] = {}
         arrays = attempt.place()
         for name, value in arrays.items():
-            if family_of(value) == "torch" and value.numel() and not value.is_sparse:
+            if family_of(value) == "torch" and value.numel() and name not in attempt.case.stacked:
                 arrays[name], buffers[name] = _surrounded(value, pattern)
         guard: Any = _guarded(pattern) if attempt.device != "meta" else nullcontext()
         with guard as allocated:
