@@ -180,11 +180,11 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     for name in ("final_state", "state_pool"):
         if name in exact:
             copy = Exact.copy(exact[name], error(name)[0])
-            results[name] = replace(copy, bits=False, kept=~np.isnan(copy.value))  # another dtype may change NaN's sign
-    if given.state_pool is not None:
-        slots = slots_of(x, given.cu_seqlens, given.state_pool, given.state_indices)
-        unowned = [slot not in slots for slot in range(len(given.state_pool))]
-        results["state_pool"].kept[unowned] = True
+            kept = ~np.isnan(copy.value)  # another dtype may change NaN's sign
+            if name == "state_pool":
+                slots = slots_of(x, given.cu_seqlens, given.state_pool, given.state_indices)
+                kept[[slot not in slots for slot in range(len(kept))]] = True
+            results[name] = replace(copy, bits=False, kept=kept)
     return results
 
 
@@ -223,7 +223,7 @@ def normalised(y: Exact, eps: float, relative: float, flush: float, inverse: Inv
     return opened(result, (np.isneginf(y.low) & np.isposinf(y.high)).any(-1, keepdims=True))
 
 
-def opened(exact: Exact, where: NDArray[np.bool_]) -> Exact:
+def opened(exact: Exact, where: Any) -> Exact:
     """The interval, in which anything is right where that is True."""
     return replace(exact, low=np.where(where, -np.inf, exact.low), high=np.where(where, np.inf, exact.high))
 

@@ -160,8 +160,8 @@ def _activation_interval(given: Any, relative: float, flush: float) -> Interval:
         error = steps * np.abs(value) + flushed * np.abs(up) + flush * (1 + np.abs(silu))
         error = np.where(np.isfinite(value), error, 0.0)
         y = Interval(value, value - error, value + error)
-    # An infinite `up` meets a sigmoid or silu that may count as 0: NaN and infinity are both right.
-    either = np.isinf(up) & (gate != 0) & (np.minimum(sigma, np.abs(silu)) < FP32_TINY)
+    # An infinite factor meets one that may count as 0: NaN and infinity are both right.
+    either = np.isinf(up) & (gate != 0) & (np.minimum(sigma, np.abs(silu)) < FP32_TINY) | np.isinf(silu) & may_flush(up)
     return Interval(
         np.where(either, np.nan, y.value), np.where(either, np.inf, y.low), np.where(either, np.inf, y.high)
     )

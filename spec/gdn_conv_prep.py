@@ -168,7 +168,8 @@ SPEC = OpSpec(
             "c",
             6,
             "magnitude |bias| + sum |weight * x|: at most 4 products and 4 sums, of which a chain has at most 6 "
-            "roundings in any order. A flushed result counts once, a flushed input its weight, a flushed weight its input",
+            "roundings in any order. A flushed result counts once, a flushed input its weight, a flushed weight its "
+            "input",
             flushes=1,
         ),
         ErrorBound(

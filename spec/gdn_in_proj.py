@@ -53,8 +53,8 @@ def _cost(call: Call) -> Cost:
 _SUM_REASON = (
     "magnitude sum |x * w| + |bias|. Sums that round to nearest err up as often as down: vector lanes and matrix units "
     "stay within 8 roundings of it at any hidden size. 0 where all inputs are integers and the sum is below 2^24: then "
-    "every partial sum is exact in float32. Each x, w, product, bias and result may be flushed, which counts |w|, |x| and "
-    "once"
+    "every partial sum is exact in float32. Each x, w, product, bias and result may be flushed, which counts |w|, "
+    "|x| and once"
 )
 # Products that a matrix unit adds to its accumulator at a time, at least. On an H200 sums of 2048 positive bfloat16
 # products were off by 88 roundings of the sum, of which 128 are granted; sums of either sign by 6 of sum |x * w|.
