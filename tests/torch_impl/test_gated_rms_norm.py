@@ -24,10 +24,11 @@ def bits(x: torch.Tensor) -> bytes:
     return to_numpy(x).tobytes()
 
 
+CASES = [case for case in (*cases(NAME), *model_cases(NAME)) if case.repeat == 1]
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "case", [c for c in [*cases(NAME), *model_cases(NAME)] if c.repeat == 1], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, device: str) -> None:
     assert Trial(NAME, case, 0).on(registry().get("torch"), device) == ("passed", "")
 

@@ -188,3 +188,16 @@ for present in (False, True):
 def test_compiles_for_hopper(run_uninterpreted: Callable[[str], list[str]]) -> None:
     """The scan has products on matrix units of 64 rows, tiles fetched ahead and stores of 16 bytes; without a GPU."""
     assert run_uninterpreted(COMPILE) == ["0 False True", "32 True True"] * 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_keys_of_whole_blocks_with_rows_side_by_side_are_copied(dtype):
+    case = Case(
+        f"column_strided-{dtype}",
+        {"L": 5, "H": 1, "HV": 1, "K": 16, "V": 4, "S": 1},
+        {"output_final_state": True},
+        {"T": dtype},
+        fill={"q": "unit", "k": "unit", "g": "decay", "beta": "gate"},
+        layout={"q": "column_strided", "k": "column_strided"},
+    )
+    assert Trial(OP, case, 0).on(registry().get("triton"), DEVICE) == ("passed", "")

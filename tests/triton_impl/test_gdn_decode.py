@@ -195,3 +195,11 @@ def test_plans_are_kept_apart() -> None:
     assert len({*wanted}) == 3
     assert (step(arguments()), step(arguments(norm_eps=0.5)), step(arguments(scale=2.0))) == wanted
     assert len({id(plan) for plan in module._plans.plans.values()}) == len(module._plans.plans)
+
+
+def test_a_zero_row_gives_zeros_also_of_an_eps_below_float32():
+    heads = {"num_k_heads": 1, "head_k_dim": 4, "head_v_dim": 4}
+    dims = {"...": (2,), "HV": 1, "W": 2, "n": 1, "conv_slots": 2, "slots": 2}
+    fill = {"x": "zeros", "conv_state": "zeros", "recurrent_state": "zeros"}
+    case = Case("zeros-norm_eps", dims, heads | {"norm_eps": 1e-60, "l2norm_eps": 1e-60}, present=("z",), fill=fill)
+    assert Trial(OP, case, 0).on(registry().get("triton"), DEVICE) == ("passed", "")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import polyfuse
-from polyfuse.conformance import Case, Trial
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.conformance.cases import model_cases
 from polyfuse.dispatch import Device, registry
 from polyfuse.dispatch._select import resolve

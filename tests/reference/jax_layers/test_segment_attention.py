@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from polyfuse.conformance import Case, Trial
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.conformance.cases import model_cases
 from polyfuse.dispatch import registry
 from polyfuse.reference.jax import segment_attention as module
