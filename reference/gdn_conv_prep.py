@@ -177,14 +177,16 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
         results[name] = normalised(part, given.l2norm_eps, relative, flush) if given.l2norm else part.widened(relative)
     results["v"] = v.widened(error("v")[0])
     results |= gate_bounds(exact, given, error)
-    for name in ("final_state", "state_pool"):
+    for name, before in (("final_state", given.initial_state), ("state_pool", given.state_pool)):
         if name in exact:
             copy = Exact.copy(exact[name], error(name)[0])
-            kept = ~np.isnan(copy.value)  # another dtype may change NaN's sign
-            if name == "state_pool":
-                slots = slots_of(x, given.cu_seqlens, given.state_pool, given.state_indices)
-                kept[[slot not in slots for slot in range(len(kept))]] = True
-            results[name] = replace(copy, bits=False, kept=kept)
+            if before is not None and before.dtype != x.dtype:  # of a NaN another dtype may change the sign
+                kept = ~np.isnan(copy.value)
+                if name == "state_pool":
+                    slots = slots_of(x, given.cu_seqlens, before, given.state_indices)
+                    kept[[slot not in slots for slot in range(len(kept))]] = True
+                copy = replace(copy, bits=False, kept=kept)
+            results[name] = copy
     return results
 
 
