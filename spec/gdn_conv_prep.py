@@ -210,7 +210,7 @@ SPEC = OpSpec(
         "width_3-initial_state-int64",
         "width_4-bias-initial_state-int32",
         "rows_67-initial_state",
-        "many_sequences",
+        "pool-single_rows",
         "token_stride_1-bfloat16",
         "qkv_nan_some",
         "interleaved-h2-k16-g2-v8",
