@@ -49,7 +49,7 @@ def outcomes(report):
 def test_each_case_that_ends_its_process_fails_alone(plugin):
     report = run(
         [hostile.OP], ["hostile", "numpy"], only=hostile.ONLY, workers=2, plugins=[f"{plugin()}:BACKEND"],
-        time_limit=3, memory_limit=0.5,
+        level="quick", time_limit=3, memory_limit=0.5,
     )  # fmt: skip
     assert (report.state, report.ok) == ("complete", False)
     assert len(report.results) == report.planned
@@ -84,7 +84,14 @@ def test_the_same_report_from_any_number_of_workers(plugin):
     plugins = [f"{plugin()}:BACKEND"]
     names = ["torch", "hostile", "numpy"]
     first, *others = (
-        run([hostile.OP, "gdn_in_proj"], names, only=[*only, "bias-auto"], workers=workers, plugins=plugins)
+        run(
+            [hostile.OP, "gdn_in_proj"],
+            names,
+            only=[*only, "bias-auto"],
+            level="quick",
+            workers=workers,
+            plugins=plugins,
+        )
         for workers in (0, 1, 2)
     )
     assert {r.status for r in first.results} == {"passed", "failed", "skipped"}
