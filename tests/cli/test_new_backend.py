@@ -182,9 +182,12 @@ def test_the_way_to_a_first_conformant_op(porter):
     module = package / "src/polyfuse_mychip/gdn_in_proj.py"
     stub, _, _ = module.read_text().partition("    raise NotImplementedError")
     body = """
-    linear = torch.nn.functional.linear
-    large, small = (torch.cat([w for w in pair if w is not None]) for pair in ((w_qkvz, w_z), (w_ba, w_a)))
-    return linear(x, large, bias_qkvz), linear(x, small, bias_ba)
+    def project(weights, bias):
+        weight = torch.cat([w for w in weights if w is not None]).float()
+        bias = None if bias is None else bias.float()
+        return torch.nn.functional.linear(x.float(), weight, bias).to(x.dtype)
+
+    return project((w_qkvz, w_z), bias_qkvz), project((w_ba, w_a), bias_ba)
 """
     module.write_text(stub + body)
     init = package / "src/polyfuse_mychip/__init__.py"

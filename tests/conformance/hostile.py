@@ -1,5 +1,6 @@
 """A backend package whose kernel does to its process what kernels do, in a case each, and is right in all others."""
 
+import os
 import textwrap
 
 from polyfuse.spec import OPS
@@ -12,7 +13,7 @@ PACKAGE = f"""
     WAIVING = Backend(
         "hostile", "numpy", __name__, implements=BACKEND.implements, waivers={{"*/rows_1": "erratum 1"}}
     )
-    IN_WORKER = sys.argv[0] == "-c"
+    IN_WORKER = os.getpid() != {os.getpid()}
 """
 KERNEL = """
     import os, pathlib, signal, sys, time

@@ -60,7 +60,7 @@ def agreed(folder: Path, outputs: Path) -> dict[str, set[str]]:
 def test_the_core_cases_of_every_op_are_written(golden):
     written = [(entry["op"], entry["case"]) for entry in manifest(golden)["cases"]]
     assert sorted(written) == sorted((op, case) for op, spec in OPS.items() for case in spec.core)
-    assert sum(path.stat().st_size for path in golden.rglob("*.*")) < 4e6, "small by default"
+    assert sum(path.stat().st_size for path in golden.rglob("*.*")) < 16e6, "small by default"
     assert {path.name for path in golden.iterdir() if path.is_file()} == {
         *("manifest.json", "index.txt", "golden_verify.c")
     }

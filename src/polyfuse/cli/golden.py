@@ -44,7 +44,7 @@ def export(
 ) -> None:
     """Write inputs and the interval of every result into DIR, with the C program that checks outputs.
 
-    The cases of the default take about 2 MB.
+    The cases of the default take about 10 MB.
 
     \b
     Example:
