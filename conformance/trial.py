@@ -17,10 +17,11 @@ from polyfuse.conformance.case import Case
 from polyfuse.conformance.checks import checks, values
 from polyfuse.conformance.claims import check_refusal
 from polyfuse.conformance.inputs import make_inputs
+from polyfuse.conformance.other import Inputs, other_inputs
 from polyfuse.conformance.report import Ending, Margin, Reason, Result
 from polyfuse.dispatch import Backend, device_of, examine, family_of, to_numpy
 from polyfuse.reference import Exact, oracle
-from polyfuse.spec import OPS, Call, Output, bind, dtype_name
+from polyfuse.spec import OPS, Call, Output, SpecError, bind, dtype_name
 
 # What goes on at the moment, for whoever watches: one of these two, or the name of a check.
 LOADING, EXACT = "loading the backend", "the exact results"
@@ -40,6 +41,7 @@ class Trial:
         self.error: BaseException | None = None
         self._made: tuple[dict[str, Any], Call] | None = None
         self._exact: dict[str, Exact] | None = None
+        self._other: list[Inputs | None] = []
 
     def inputs(self) -> tuple[dict[str, Any], Call]:
         """The NumPy inputs by parameter, and the validated call."""
@@ -53,6 +55,15 @@ class Trial:
         if self._exact is None:
             self._exact = oracle(self.op).intervals(**self.inputs()[0])
         return self._exact
+
+    def other(self) -> Inputs | None:
+        """The case with other values in its arrays, made once; None where the spec refuses them."""
+        if not self._other:
+            try:
+                self._other = [other_inputs(OPS[self.op], self.case, self.inputs()[0], self.seed + 1)]
+            except SpecError:
+                self._other = [None]
+        return self._other[0]
 
     def check(self, result: Any, call: Call) -> str | None:
         """What is wrong with a result, or None."""
