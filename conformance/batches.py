@@ -34,7 +34,9 @@ def batches(case: Case, made: Mapping[str, Any], call: Call, many: int) -> Itera
     """The batches of a call; the largest has about `many` rows, sequences or images."""
     tensors = {tensor.name: tensor for tensor in call.op.tensors}
     if "cu_seqlens" in tensors:
-        found = _of_sequences(made, call, many) if made["cu_seqlens"] is not None else _of_one_sequence(made, call, many)
+        found = (
+            _of_sequences(made, call, many) if made["cu_seqlens"] is not None else _of_one_sequence(made, call, many)
+        )
     elif "grid_thw" in tensors:
         found = _of_images(made, call, many)
     else:
@@ -60,7 +62,9 @@ def _picks(count: int, many: int, what: str) -> Iterator[tuple[str, Places]]:
 
 def _of_rows(made: Mapping[str, Any], call: Call, many: int) -> Iterator[Batch]:
     op = call.op
-    growing = [t.name for t in op.tensors if t.shape[0] in (op.rows, *BESIDE_ROWS) and isinstance(made[t.name], np.ndarray)]
+    growing = [
+        t.name for t in op.tensors if t.shape[0] in (op.rows, *BESIDE_ROWS) and isinstance(made[t.name], np.ndarray)
+    ]
     first = made[op.tensors[0].name]
     if not first.size or (op.rows == "..." and not call.dims["..."]):
         return
@@ -101,9 +105,10 @@ def _of_sequences(made: Mapping[str, Any], call: Call, many: int) -> Iterator[Ba
     states = [t.name for t in op.tensors if t.shape[0] == "S" and isinstance(made[t.name], np.ndarray)]
     if len(ends) < 2 or not all(made[name].size for name in growing):
         return
-    for name, picked in _picks(len(ends) - 1, many, "sequence"):
+    count, total = len(ends) - 1, int(ends[-1] - ends[0])
+    for name, picked in _picks(count, min(many, 4 * many * count // max(total, 1)), "sequence"):
         rows = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in picked]).astype(np.int64)
-        if not len(rows) or len(rows) > 4 * max(many, len(made[growing[0]])):
+        if not len(rows):
             continue
         values = dict(made)
         values |= {argument: made[argument][rows] for argument in growing}
@@ -130,7 +135,7 @@ def _of_one_sequence(made: Mapping[str, Any], call: Call, many: int) -> Iterator
         ("the first half of the rows", np.arange(-(-count // 2))),
         (f"more rows behind them, {many} in all", np.arange(max(many, count)) % max(count, 1)),
     ):
-        if 0 < len(picked) != count:
+        if count and 0 < len(picked) != count:
             values = {**made, **{argument: made[argument][picked] for argument in growing}}
             least = np.arange(min(len(picked), count))
             yield Batch(

@@ -54,7 +54,7 @@ def unequal(
 
 
 def _shown(one: Array, two: Array, at: tuple[int, ...]) -> str:
-    if len(at) != one.ndim or one.shape[-1:] and at[-1] >= one.shape[-1]:
+    if len(at) != one.ndim or (one.shape[-1:] and at[-1] >= one.shape[-1]):
         one, two = one.view(np.uint8), two.view(np.uint8)
     was, now = one[at], two[at]
     if one.dtype.kind in "iub":

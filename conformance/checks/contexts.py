@@ -49,13 +49,13 @@ def _contexts(attempt: Attempt) -> dict[str, Callable[[], AbstractContextManager
         "in inference mode": torch.inference_mode,
         "without gradients": torch.no_grad,
         "with gradients on": torch.enable_grad,
-        "with float64 as the default dtype": lambda: _set(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+        "with float64 as the default dtype": lambda: _set(
+            torch.get_default_dtype, torch.set_default_dtype, torch.float64
+        ),
         "with bfloat16 as the default dtype": lambda: _set(
             torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16
         ),
-        "with deterministic algorithms": lambda: _set(
-            torch.are_deterministic_algorithms_enabled, _warning_only, True
-        ),
+        "with deterministic algorithms": lambda: _set(torch.are_deterministic_algorithms_enabled, _warning_only, True),
     }
     if kind in ("cpu", "cuda"):
         found["under autocast"] = lambda: torch.autocast(kind, dtype=torch.bfloat16)

@@ -113,7 +113,9 @@ def _guarded(pattern: int) -> AbstractContextManager[Any]:
             super().__enter__()  # type: ignore[no-untyped-call]
             return self.buffers
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+        ) -> Any:
             made = func(*args, **(kwargs or {}))
             given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
 
