@@ -50,7 +50,8 @@ def unequal(
         count = int(different.sum())
         if count:
             at = tuple(int(n) for n in np.argwhere(different)[0])
-            yield f"{want.name}: {count} of {different.size} elements have other bits; at {list(at)} {_shown(one, two, at)}"
+            text = f"{want.name}: {count} of {different.size} elements have other bits"
+            yield f"{text}; at {list(at)} {_shown(one, two, at)}"
 
 
 def _shown(one: Array, two: Array, at: tuple[int, ...]) -> str:

@@ -188,7 +188,8 @@ class OpSpec:
     `check(call)` raises `SpecError` for what shapes and dtypes cannot express. `derive(call)` returns
     further dims and dtypes that the outputs are written in. `rows` is the first dimension of the arguments
     that grow with the batch; in an `independent` op the results of a row, or of a packed sequence, or of an image, are
-    the same bits whatever lies beside it in the call. `core` names the conformance cases without which a backend does not have the op.
+    the same bits whatever lies beside it in the call. `core` names the conformance cases without which a backend does
+    not have the op.
     """
 
     name: str

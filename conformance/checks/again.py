@@ -12,8 +12,8 @@ from polyfuse.conformance.other import Inputs
 from polyfuse.dispatch import family_of
 
 PROVES = (
-    "A second call gives the same bits, also after the caller has written to the results of the first; a call after its "
-    "inputs have changed in place gives what they are now; and no call changes or shares the results of an earlier one."
+    "A second call gives the same bits, also after the caller has written to the results of the first; a call after "
+    "its inputs have changed in place gives what they are now; no call changes or shares results of an earlier one."
 )
 
 SCRIBBLE = 0xA5  # the byte that a caller leaves in every result

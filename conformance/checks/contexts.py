@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,17 @@ PROVES = (
     "other default dtypes and (JAX) under jit, and leaves these settings, the random states and the environment alone."
 )
 
+INFERENCE = "in inference mode"  # where the arguments are made too, as they are in a model that runs in it
+
 
 def check(attempt: Attempt) -> Iterator[str]:
     """In which context a call is wrong, or which setting it has changed."""
     if not attempt.single:
         return
     for name, context in _contexts(attempt).items():
+        outside = attempt.place()
         with context():
-            arrays = attempt.place()
+            arrays = attempt.place() if name == INFERENCE else outside
             before = _settings(attempt)
             outputs = attempt.run(arrays)
             after = _settings(attempt)
@@ -46,22 +50,24 @@ def _contexts(attempt: Attempt) -> dict[str, Callable[[], AbstractContextManager
 
     kind = torch.device(attempt.device).type
     found: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-        "in inference mode": torch.inference_mode,
+        INFERENCE: torch.inference_mode,
         "without gradients": torch.no_grad,
         "with gradients on": torch.enable_grad,
-        "with float64 as the default dtype": lambda: _set(
-            torch.get_default_dtype, torch.set_default_dtype, torch.float64
-        ),
-        "with bfloat16 as the default dtype": lambda: _set(
-            torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16
-        ),
+        "with float64 as the default dtype": lambda: _default_dtype(torch.float64),
+        "with bfloat16 as the default dtype": lambda: _default_dtype(torch.bfloat16),
         "with deterministic algorithms": lambda: _set(torch.are_deterministic_algorithms_enabled, _warning_only, True),
     }
     if kind in ("cpu", "cuda"):
         found["under autocast"] = lambda: torch.autocast(kind, dtype=torch.bfloat16)
     if not attempt.thorough:
-        return {name: found[name] for name in ("in inference mode", "with gradients on")}
+        return {name: found[name] for name in (INFERENCE, "with gradients on")}
     return found
+
+
+def _default_dtype(dtype: Any) -> AbstractContextManager[None]:
+    import torch
+
+    return _set(torch.get_default_dtype, torch.set_default_dtype, dtype)
 
 
 def _warning_only(on: bool) -> None:
@@ -89,7 +95,7 @@ def _settings(attempt: Attempt) -> dict[str, Any]:
         "Python's random state": hash(random.getstate()),
         "NumPy's treatment of errors": str(np.geterr()),
         "the environment": dict(os.environ),
-        "the working directory": os.getcwd(),
+        "the working directory": Path.cwd(),
     }
     if attempt.family == "torch":
         import torch

@@ -24,9 +24,9 @@ def check(attempt: Attempt) -> Iterator[str]:
     if torch.device(attempt.device).type != "cuda":
         return
     yield from _on_a_stream(torch, attempt)
-    if any(t.host_unless and torch.is_tensor(attempt.arrays[t.name]) for t in attempt.call.op.tensors):
-        if any(attempt.made[t.host_unless] is None for t in attempt.call.op.tensors if t.host_unless):
-            return  # a grid in a tensor may be read by the host, unless an attribute says that it stays
+    hosts = [t for t in attempt.call.op.tensors if t.host_unless and torch.is_tensor(attempt.arrays[t.name])]
+    if any(attempt.made[t.host_unless] is None for t in hosts):
+        return  # a grid in a tensor may be read by the host, unless an attribute says that it stays
     yield from _without_waiting(torch, attempt)
     yield from _captured(torch, attempt)
 
@@ -80,10 +80,9 @@ def _captured(torch: Any, attempt: Attempt) -> Iterator[str]:
     with torch.cuda.graph(graph):
         outputs = attempt.run(arrays)
     for name, x in others.items():
-        if isinstance(other.made[name], np.ndarray) and all(
-            s for s, n in zip(x.stride(), x.shape, strict=True) if n > 1
-        ):
-            arrays[name].copy_(x)
+        if isinstance(other.made[name], np.ndarray):
+            own = tuple(slice(0, 1) if step == 0 else slice(None) for step in x.stride())
+            arrays[name][own].copy_(x[own])
     graph.replay()
     torch.cuda.synchronize()
     problem = verdict(attempt.results(arrays, outputs), other.call, other.exact)

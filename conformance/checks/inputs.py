@@ -20,7 +20,8 @@ def check(attempt: Attempt) -> Iterator[str]:
         if isinstance(value, np.ndarray) and name not in attempt.in_place:
             now = to_numpy(attempt.arrays[name])
             if now.shape != value.shape:
-                yield f"{name}: the backend changed the shape of its input from {list(value.shape)} to {list(now.shape)}"
+                shapes = f"from {list(value.shape)} to {list(now.shape)}"
+                yield f"{name}: the backend changed the shape of its input {shapes}"
             elif value.tobytes() != now.astype(value.dtype, copy=False).tobytes():
                 yield f"{name}: the backend wrote to its input: {_where(value, now.astype(value.dtype, copy=False))}"
     if attempt.family == "torch" and attempt.single:

@@ -23,7 +23,8 @@ class Defect:
     """A wrong implementation of an op: what `make` makes of the function of the built-in `backend`.
 
     `check` is the one that exists for its kind, and rejects it on one of the `cases`: names of the op's own cases, by
-    default its first core case; "*" are all of them and the covering ones. With `repeat` a case repeats its rows so often.
+    default its first core case; "*" are all of them and the covering ones. With `repeat` a case repeats its rows so
+    often.
     """
 
     name: str

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from polyfuse.dispatch import Backend, Implementation, registry
-from polyfuse.spec import OPS, Capability
+from polyfuse.spec import OPS
 
 Function = Callable[..., Any]
 
@@ -29,20 +29,12 @@ class Planted(Backend):
         return self.functions[op]
 
 
-def planted(
-    name: str, op: str, like: str, make: Callable[[Function], Function], capability: Capability | None = None
-) -> Backend:
+def planted(name: str, op: str, like: str, make: Callable[[Function], Function]) -> Backend:
     """Register a backend of this name with one op: what `make` makes of the function of the backend `like`."""
     right = registry().get(like).load(op)
-    mine = Implementation(make(right.function), capability or right.capability)
-    backend = Planted(
-        name,
-        registry().get(like).family,
-        __name__,
-        implements={op: OPS[op].version},
-        override=True,
-        functions={op: mine},
-    )
+    mine = {op: Implementation(make(right.function), right.capability)}
+    family, version = registry().get(like).family, {op: OPS[op].version}
+    backend = Planted(name, family, __name__, implements=version, override=True, functions=mine)
     registry().add(backend)
     return backend
 
@@ -91,14 +83,14 @@ def arguments_changed(change: Callable[[Any], Any], *names: str) -> Callable[[Fu
 
 
 def nudged(x: Any) -> Any:
-    """The same floating tensor with its last element one step further from zero: another rounding."""
+    """The same floating tensor with its first element one step further from zero: another rounding."""
     import torch
 
     if not x.numel() or not x.is_floating_point() or x.element_size() == 1:
         return x
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     changed = x.clone()
-    changed.view(bits)[(-1,) * x.dim()] += 1
+    changed.view(bits)[(0,) * x.dim()] += 1
     return changed
 
 
