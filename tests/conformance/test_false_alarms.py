@@ -1,0 +1,71 @@
+"""What is right passes every check: unusual backends, and the built-in ones on their core cases."""
+
+import pytest
+from unusual import UNUSUAL
+
+import polyfuse
+from polyfuse.conformance import Trial, cases
+from polyfuse.conformance.attempt import Attempt
+from polyfuse.conformance.checks import checks
+from polyfuse.conformance.defects._planted import planted
+from polyfuse.dispatch import Backend, device_of, examine, family_of, registry
+from polyfuse.spec import OPS
+
+# Repeats of a slow backend take as long as they may.
+SLOW = ("compiled", "one_sequence_after_another", "by_threads")
+
+
+def complaints(backend: Backend, op: str, name: str, seed: int, left_out: tuple[str, ...] = ()) -> list[str]:
+    case = next(c for c in cases(op) if c.name == name)
+    attempt = Attempt(Trial(op, case, seed), backend, "cpu", backend.load(op).capability)
+    first = next(x for x in attempt.arrays.values() if family_of(x))
+    where = device_of(first, backend.family)
+    if examine(op, backend.name, attempt.call, backend.family, where, False)[0].status != "usable":
+        return []
+    return [
+        f"{check}: {line}"
+        for check, module in checks().items()
+        if check not in left_out
+        for line in module.check(attempt)
+    ]
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_an_unusual_backend_is_right(name: str) -> None:
+    op, make = UNUSUAL[name]
+    backend = planted("unusual", op, "torch", make)
+    try:
+        assert complaints(backend, op, OPS[op].core[0], 0, ("races",)) == []
+    finally:
+        polyfuse.refresh()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_an_unusual_backend_is_right_on_every_seed(name: str, seed: int) -> None:
+    op, make = UNUSUAL[name]
+    backend = planted("unusual", op, "torch", make)
+    try:
+        for case in OPS[op].core:
+            assert complaints(backend, op, case, seed, () if seed == 0 else ("races",)) == []
+    finally:
+        polyfuse.refresh()
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["torch", "numpy"])
+def test_a_built_in_backend_is_right(name: str, op: str) -> None:
+    backend = registry().get(name)
+    assert complaints(backend, op, OPS[op].core[0], 0, ("races",)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["torch", "numpy", "jax", "pallas", "triton"])
+def test_a_built_in_backend_is_right_on_all_core_cases(name: str, op: str) -> None:
+    backend = registry().get(name)
+    if backend.missing(op):
+        pytest.skip(f"{name} does not implement {op}")
+    for case in OPS[op].core:
+        assert complaints(backend, op, case, 0) == []
