@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import polyfuse
-from polyfuse.conformance import Case, Trial
-from polyfuse.conformance.cases import all_cases
+from polyfuse.conformance import Case, Trial, cases, model_cases
 from polyfuse.dispatch import Device, registry
 from polyfuse.dispatch._select import resolve
 from polyfuse.spec import bind
@@ -32,7 +31,7 @@ def is_claimed(case: Case) -> bool:
     return case.dims["dim"] % 8 == 0 and 16 <= case.dims["dim"] <= 128
 
 
-@pytest.mark.parametrize("case", all_cases(NAME), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases(NAME), *model_cases(NAME)], ids=lambda case: case.name)
 def test_case(case: Case) -> None:
     status, detail = Trial(NAME, case, 0).on(registry().get("triton"), DEVICE)
     if is_claimed(case):
