@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from polyfuse.dispatch import Backend, Implementation, registry
-from polyfuse.spec import OPS
+from polyfuse.spec import OPS, Capability
 
 Function = Callable[..., Any]
 
@@ -29,10 +29,15 @@ class Planted(Backend):
         return self.functions[op]
 
 
-def planted(name: str, op: str, like: str, make: Callable[[Function], Function]) -> Backend:
-    """Register a backend of this name with one op: what `make` makes of the function of the backend `like`."""
+def planted(
+    name: str, op: str, like: str, make: Callable[[Function], Function], capability: Capability | None = None
+) -> Backend:
+    """Register a backend of this name with one op: what `make` makes of the function of the backend `like`.
+
+    It claims what that one claims, unless a capability is given.
+    """
     right = registry().get(like).load(op)
-    mine = {op: Implementation(make(right.function), right.capability)}
+    mine = {op: Implementation(make(right.function), capability or right.capability)}
     family, version = registry().get(like).family, {op: OPS[op].version}
     backend = Planted(name, family, __name__, implements=version, override=True, functions=mine)
     registry().add(backend)

@@ -1,7 +1,8 @@
 """What is right passes every check: unusual backends, and the built-in ones on their core cases."""
 
+from dataclasses import replace
+
 import pytest
-from unusual import UNUSUAL
 
 import polyfuse
 from polyfuse.conformance import Trial, cases
@@ -10,9 +11,20 @@ from polyfuse.conformance.checks import checks
 from polyfuse.conformance.defects._planted import planted
 from polyfuse.dispatch import Backend, device_of, examine, family_of, registry
 from polyfuse.spec import OPS
+from tests.conformance.unusual import UNUSUAL
 
-# Repeats of a slow backend take as long as they may.
-SLOW = ("compiled", "one_sequence_after_another", "by_threads")
+# Those that are loops of many small calls, or are compiled.
+SLOW = ("compiled", "one_sequence_after_another")
+NOT_DIFFERENTIABLE = ("products_out_of_place", "one_sequence_after_another")
+
+
+def backend_of(name: str) -> tuple[str, Backend]:
+    """The op of an unusual backend, and the backend."""
+    op, make = UNUSUAL[name]
+    right = registry().get("torch").load(op).capability
+    return op, planted(
+        "unusual", op, "torch", make, replace(right, differentiable=False) if name in NOT_DIFFERENTIABLE else right
+    )
 
 
 def complaints(backend: Backend, op: str, name: str, seed: int, left_out: tuple[str, ...] = ()) -> list[str]:
@@ -30,10 +42,9 @@ def complaints(backend: Backend, op: str, name: str, seed: int, left_out: tuple[
     ]
 
 
-@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in UNUSUAL])
 def test_an_unusual_backend_is_right(name: str) -> None:
-    op, make = UNUSUAL[name]
-    backend = planted("unusual", op, "torch", make)
+    op, backend = backend_of(name)
     try:
         assert complaints(backend, op, OPS[op].core[0], 0, ("races",)) == []
     finally:
@@ -44,8 +55,7 @@ def test_an_unusual_backend_is_right(name: str) -> None:
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_an_unusual_backend_is_right_on_every_seed(name: str, seed: int) -> None:
-    op, make = UNUSUAL[name]
-    backend = planted("unusual", op, "torch", make)
+    op, backend = backend_of(name)
     try:
         for case in OPS[op].core:
             assert complaints(backend, op, case, seed, () if seed == 0 else ("races",)) == []

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.nn.functional import sigmoid, silu
+from torch.nn.functional import logsigmoid
 
 from polyfuse.conformance.defects._planted import by_name
 
@@ -23,16 +24,6 @@ def unusual(op: str) -> Callable[[Callable[[Function], Function]], Callable[[Fun
     return add
 
 
-def _norm(x: Any, gate: Any, weight: Any, total: Any, **attrs: Any) -> Any:
-    """`gated_rms_norm` of rows with that sum of squares, in the dtype of the sum."""
-    mean = total / max(x.shape[-1], 1)
-    n = x.to(total.dtype) / torch.sqrt(mean + max(attrs["eps"], 2.0**-126))
-    wide = gate.to(total.dtype)
-    act = silu(wide) if attrs["activation"] == "silu" else sigmoid(wide)
-    y = n * (weight.to(total.dtype) + attrs["weight_offset"]) * act
-    return y.to(x.dtype).contiguous()
-
-
 @unusual("gated_rms_norm")
 def summed_one_by_one(right: Function) -> Function:
     """Squares are added from the last column to the first, each row in the same order."""
@@ -42,17 +33,17 @@ def summed_one_by_one(right: Function) -> Function:
         total = torch.zeros(*x.shape[:-1], 1, dtype=torch.float32)
         for i in reversed(range(x.shape[-1])):
             total = total + squares[..., i : i + 1]
-        return right_arithmetic(x, gate, weight, total, **attrs)
+        return gated(x, gate, weight, total, **attrs)
 
     return function
 
 
-def right_arithmetic(x: Any, gate: Any, weight: Any, total: Any, **attrs: Any) -> Any:
-    """As `_norm`, without functions whose last bit depends on an element's place in a vector register."""
+def gated(x: Any, gate: Any, weight: Any, total: Any, **attrs: Any) -> Any:
+    """Rows over their root mean square, of which that is the sum, and gated: no element's place decides of its bits."""
     mean = total / max(x.shape[-1], 1)
     n = x.float() * (mean + max(attrs["eps"], 2.0**-126)).rsqrt()
     wide = gate.float()
-    act = torch.nn.functional.logsigmoid(wide).exp()
+    act = logsigmoid(wide).exp()
     act = wide * act if attrs["activation"] == "silu" else act
     return (n * (weight.float() + attrs["weight_offset"]) * act).to(x.dtype).contiguous()
 
@@ -189,7 +180,7 @@ def whole_scores_in_float64(right: Function) -> Function:
         out = torch.zeros_like(v, memory_format=torch.contiguous_format)
         factor = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
         ends = cu_seqlens.tolist()
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
+        for start, end in pairwise(ends):
             a, b, c = (x[start:end].double().transpose(0, 1) for x in (q, k, v))
             out[start:end] = ((a @ b.mT * factor).softmax(-1) @ c).transpose(0, 1).to(v.dtype)
         return out
