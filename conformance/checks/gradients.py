@@ -108,5 +108,5 @@ def _gradients(attempt: Attempt, names: list[str], weights: dict[str, F64]) -> d
         if not felt:
             return dict.fromkeys(names)
         results, grads = zip(*felt, strict=True)
-        found = torch.autograd.grad(results, list(leaves.values()), grads, allow_unused=True)
-    return {name: None if x is None else to_f64(to_numpy(x)) for name, x in zip(names, found, strict=True)}
+        reached: Any = torch.autograd.grad(results, list(leaves.values()), grads, allow_unused=True)
+    return {name: None if x is None else to_f64(to_numpy(x)) for name, x in zip(names, reached, strict=True)}

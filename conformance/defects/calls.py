@@ -127,7 +127,7 @@ def one_buffer_for_all_calls(right: Function) -> Function:
 
     def wrong(*args: Any, **keywords: Any) -> Any:
         y = right(*args, **keywords)
-        buffer = kept.setdefault((y.shape, y.dtype), y)
+        buffer: Any = kept.setdefault((y.shape, y.dtype), y)
         buffer[...] = y
         return buffer
 
@@ -229,7 +229,7 @@ def one_call_of_500(right: Function) -> Function:
 @register("races", "gdn_post_conv")
 def parameters_in_a_global_variable(right: Function) -> Function:
     """The arguments are handed on through a variable of the module."""
-    shared: dict[str, Any] = {}
+    shared: dict[str, dict[str, Any]] = {}
 
     def wrong(*args: Any, **keywords: Any) -> Any:
         shared["arguments"] = by_name("gdn_post_conv", args, keywords)

@@ -145,11 +145,9 @@ def sums_in_the_default_dtype(right: Function) -> Function:
 
 @register("contexts", "gated_rms_norm", backend="jax")
 def wrong_under_jit(right: Function) -> Function:
-    import jax
-
     def wrong(*args: Any, **keywords: Any) -> Any:
         y = right(*args, **keywords)
-        return y / 2 if isinstance(y, jax.core.Tracer) else y
+        return y if hasattr(y, "addressable_shards") else y / 2  # as tracers have none
 
     return wrong
 
