@@ -82,17 +82,17 @@ def rejecting(
 ) -> set[str]:
     """The checks that reject a defect, of all or of `only` some. Where the values are wrong the others do not run."""
     found: set[str] = set()
-    for case in defect.chosen:
-        key = defect.op, case.name, case.repeat
-        trial = (trials if trials is not None else {}).setdefault(key, Trial(defect.op, case, SEED))
-        try:
+    try:
+        backend = planted(NAME, defect.op, defect.backend, defect.make)
+        for case in defect.chosen:
+            key = defect.op, case.name, case.repeat
+            trial = (trials if trials is not None else {}).setdefault(key, Trial(defect.op, case, SEED))
             with restored():
-                backend = planted(NAME, defect.op, defect.backend, defect.make)
                 found |= rejected_by(trial, backend, only)
-        finally:
-            polyfuse.refresh()
-        if found:
-            break
+            if found:
+                break
+    finally:
+        polyfuse.refresh()
     return found
 
 

@@ -26,7 +26,8 @@ from polyfuse.spec import OPS, Call, Output, SpecError, bind, dtype_name
 # What goes on at the moment, for whoever watches: one of these two, or the name of a check.
 LOADING, EXACT = "loading the backend", "the exact results"
 Note = Callable[[str], None]
-CHEAP = ("values", "results", "inputs", "repeats")  # the checks that look at the first call of a case
+CHEAP = ("values", "results", "inputs", "repeats")  # the checks of a case's first call
+LARGE = 2**18  # elements of results
 
 
 class Trial:
@@ -70,9 +71,9 @@ class Trial:
         """What is wrong with a result, or None."""
         return values.verdict(values.as_tuple(result), call, self.exact())
 
-    def on(self, backend: Backend, device: str = "cpu") -> tuple[str, str]:
-        """(status, detail) of this case on one backend at the standard level."""
-        found = self.result(backend, device, load_level("standard"))
+    def on(self, backend: Backend, device: str = "cpu", level: Level | None = None) -> tuple[str, str]:
+        """(status, detail) of this case on one backend: by the checks of its first call, unless a level is given."""
+        found = self.result(backend, device, level or _first_call_only())
         return found.status, found.detail
 
     def result(self, backend: Backend, device: str, level: Level, note: Note = lambda stage: None) -> Result:
@@ -126,7 +127,7 @@ class Trial:
         self.exact()
         self._uncounted = time.perf_counter() - started
         for name, check in checks().items():
-            if not self._runs(name, level, attempt.interpreted):
+            if not self._runs(name, level, attempt.interpreted or self._elements() > LARGE):
                 continue
             note(name)
             try:
@@ -145,13 +146,17 @@ class Trial:
                     break
         return found
 
-    def _runs(self, check: str, level: Level, interpreted: bool) -> bool:
-        """Whether a check of that name runs on this case. On emulated backends a sample stands for all of what is slow."""
+    def _runs(self, check: str, level: Level, slow: bool) -> bool:
+        """Whether a check of that name runs on this case; where calls are slow a sample stands for all."""
         cases = level.cases_of(check)
-        if interpreted and cases == "all" and check not in CHEAP:
+        if slow and cases == "all" and check not in CHEAP:
             cases = "sample"
         sampled = crc32(f"{self.op}/{self.case.name}".encode()) % level.check_sample == 0
         return cases == "all" or (cases != "none" and self.core) or (cases == "sample" and sampled)
+
+    def _elements(self) -> int:
+        """How many elements the results of one call have."""
+        return sum(int(np.prod(output.shape)) for output in self.inputs()[1].results)
 
     def _described(self, error: BaseException) -> str:
         """What was raised, and behind it where."""
@@ -161,14 +166,19 @@ class Trial:
         return f"{summary}\n{whole.removesuffix(summary).rstrip()}"
 
     def _too_large(self, device: str, interpreted: bool, level: Level) -> str | None:
-        _, call = self.inputs()
-        elements = sum(int(np.prod(output.shape)) for output in call.results)
+        elements = self._elements()
         most = level.max_elements_interpreted if interpreted else level.max_elements
         if self.case.repeat > 1:
             elements *= self.case.repeat
             most = most if device == "cpu" else level.max_elements_repeated
         how = " interpreted" if interpreted else ""
         return f"more output elements than the {most} that the level runs{how}" if elements > most else None
+
+
+def _first_call_only() -> Level:
+    """The level standard with the checks alone that look at the first call, those beside the values on a sample."""
+    cases = {"values": "all", "repeats": "all", "results": "sample", "inputs": "sample", "others": "none"}
+    return load_level("standard").model_copy(update={"checks": cases})
 
 
 def waived(found: Result, backend: Backend) -> Result:

@@ -150,7 +150,7 @@ def _activation_interval(given: Any, relative: float, flush: float) -> Interval:
         error = steps * np.abs(silu) + flushed
         error = np.where(np.isfinite(silu), error, 0.0)
         ends = [rounded(rounded(end, given.x) * up, given.x) for end in (silu, silu - error, silu + error)]
-        lost = may_flush(up) | may_flush(ends[0])  # products with 0, or 0
+        lost = (flush > 0) & (may_flush(up) | may_flush(ends[0]))  # products with 0, or 0
         y = Interval(ends[0], *(pick(ends[1], ends[2]) for pick in (np.minimum, np.maximum)))
         y = Interval(
             y.value, np.where(lost, np.minimum(y.low, 0), y.low), np.where(lost, np.maximum(y.high, 0), y.high)
@@ -160,8 +160,8 @@ def _activation_interval(given: Any, relative: float, flush: float) -> Interval:
         error = steps * np.abs(value) + flushed * np.abs(up) + flush * (1 + np.abs(silu))
         error = np.where(np.isfinite(value), error, 0.0)
         y = Interval(value, value - error, value + error)
-    # An infinite `up` meets a sigmoid or silu that may count as 0: NaN and infinity are both right.
-    either = np.isinf(up) & (gate != 0) & (np.minimum(sigma, np.abs(silu)) < FP32_TINY)
+    # An infinite factor meets one that may count as 0: NaN and infinity are both right.
+    either = np.isinf(up) & (gate != 0) & (np.minimum(sigma, np.abs(silu)) < FP32_TINY) | np.isinf(silu) & may_flush(up)
     return Interval(
         np.where(either, np.nan, y.value), np.where(either, np.inf, y.low), np.where(either, np.inf, y.high)
     )

@@ -135,8 +135,8 @@ def _under_jit(attempt: Attempt) -> Iterator[str]:
     arrays = attempt.place()
     traced = {name: x for name, x in arrays.items() if family_of(x) == "jax"}
     fixed = {name: x for name, x in arrays.items() if name not in traced}
-    hosts = {t.name: t.host_unless for t in attempt.call.op.tensors if t.name in traced and t.host_unless}
-    if any(fixed[unless] is None for unless in hosts.values()):
+    read = {t.name for t in attempt.call.op.tensors if t.host_unless and fixed.get(t.host_unless) is None}
+    if read & traced.keys():
         return  # a grid in an array has to be read, which a traced one cannot be
     outputs = jax.jit(lambda given: attempt.run({**given, **fixed}))(traced)
     yield from (f"under jax.jit: {problem}" for problem in problems(outputs, attempt.call, attempt.exact))

@@ -13,15 +13,14 @@ from polyfuse.conformance.other import Inputs
 from polyfuse.dispatch import to_numpy
 
 PROVES = (
-    "The same call gives the same bits each time: 600 to 1500 times on core cases, as many as 3 seconds allow (where a "
-    "backend is emulated as many as 1 second allows), as often as the level says on others; no two of 64 results share "
-    "memory; and two threads that call at once, with different values, each get their own results."
+    "The same call gives the same bits each time: on an op's core cases 3000 times in all, or as often as some seconds "
+    "allow, as often as the level says on others; no two of 64 results share memory; and of two threads that call at "
+    "once, with different values, each gets its own results."
 )
 
-# Of 1500 calls a defect in one of 500 spoils one or more with a chance of 95 %, of 600 with one of 70 %.
-TIMES, LEAST_TIMES = 1500, 600
-SECONDS, SECONDS_INTERPRETED = 3.0, 1.0
-KEPT = 64  # results that are held, to see whether their memory is given out again
+TIMES = 3000  # in all: a defect of one call in 500 spoils one or more of them with a chance of 99.7 %
+SECONDS = 2.0  # of one case, and of an emulated backend the half
+KEPT = 64  # results that are held, to see whether their memory is given out again; as many calls there are at least
 THREAD_TIMES, THREAD_SECONDS = 40, 1.0
 THREAD_WAIT = 120.0
 
@@ -31,14 +30,14 @@ def check(attempt: Attempt) -> Iterator[str]:
     if not attempt.single:
         return
     core = attempt.trial.core
-    yield from _repeated(attempt, TIMES if core else attempt.repeats)
+    yield from _repeated(attempt, max(TIMES // len(attempt.call.op.core), KEPT) if core else attempt.repeats)
     if core and attempt.family == "torch" and not attempt.interpreted and attempt.other is not None:
         yield from _threads(attempt, attempt.other)  # an interpreter is no part of a backend
 
 
 def _repeated(attempt: Attempt, times: int) -> Iterator[str]:
-    least = 0 if attempt.interpreted else min(times, LEAST_TIMES)
-    until = time.perf_counter() + (SECONDS_INTERPRETED if attempt.interpreted else SECONDS)
+    least = 0 if attempt.interpreted else KEPT
+    until = time.perf_counter() + (SECONDS / 2 if attempt.interpreted else SECONDS)
     wanted = [x.tobytes() for x in attempt.first]
     arrays, fresh = attempt.place(), attempt.place()
     kept: list[Any] = []

@@ -23,8 +23,8 @@ class Defect:
     """A wrong implementation of an op: what `make` makes of the function of the built-in `backend`.
 
     `check` is the one that exists for its kind, and rejects it on one of the `cases`: names of the op's own cases, by
-    default its first core case; "*" are all of them and the covering ones. With `repeat` a case repeats its rows so
-    often.
+    default its first core case; "core" are all of those, "*" all of them and the covering ones. With `repeat` a case
+    repeats its rows so often.
     """
 
     name: str
@@ -38,7 +38,8 @@ class Defect:
     @property
     def chosen(self) -> list[Case]:
         """The cases that show it."""
-        names = self.cases or OPS[self.op].core[:1]
+        core = OPS[self.op].core
+        names = core if "core" in self.cases else self.cases or core[:1]
         if "*" in names:
             return [case for case in (*cases(self.op), *covering_cases(self.op)) if case.repeat == 1]
         found = [case for case in cases(self.op) if case.name in names]

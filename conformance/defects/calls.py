@@ -9,6 +9,8 @@ import numpy as np
 from polyfuse.conformance.defects import Function, register
 from polyfuse.conformance.defects._planted import as_returned, by_name, nudged, outputs_changed, results
 
+CORE = ("core",)
+
 
 @register("again", "gated_rms_norm", "silu_mul_block_quant", "gdn_post_conv", "gdn_decode")
 def one_result_buffer_for_all_calls(right: Function) -> Function:
@@ -155,22 +157,22 @@ def _drop_last(found: list[Any]) -> None:
     found[0].view(-1)[-1:] = 0
 
 
-@register("races", "gated_rms_norm", "silu_mul_block_quant", "gdn_post_conv", "gdn_in_proj", "gdn_decode")
+@register("races", "gated_rms_norm", "silu_mul_block_quant", "gdn_post_conv", "gdn_in_proj", "gdn_decode", cases=CORE)
 def one_call_of_500_drops_an_element(right: Function) -> Function:
     return _once_in(500, _drop_last)(right)
 
 
-@register("races", "gated_rms_norm", "segment_attention", "pos_embed_interpolate")
+@register("races", "gated_rms_norm", "segment_attention", "pos_embed_interpolate", cases=CORE)
 def one_call_of_301_rounds_otherwise(right: Function) -> Function:
     return _once_in(301, lambda found: found.__setitem__(0, nudged(found[0])))(right)
 
 
-@register("races", "gdn_conv_prep", "gated_delta_rule")
+@register("races", "gdn_conv_prep", "gated_delta_rule", cases=CORE)
 def one_call_of_150_drops_an_element(right: Function) -> Function:
     return _once_in(150, _drop_last)(right)
 
 
-@register("races", "gated_rms_norm", "gdn_post_conv")
+@register("races", "gated_rms_norm", "gdn_post_conv", cases=CORE)
 def results_in_a_ring_of_eight_buffers(right: Function) -> Function:
     kept: dict[Any, list[Any]] = {}
 
@@ -186,7 +188,7 @@ def results_in_a_ring_of_eight_buffers(right: Function) -> Function:
     return outputs_changed(change)(right)
 
 
-@register("races", "gated_rms_norm", "silu_mul_block_quant")
+@register("races", "gated_rms_norm", "silu_mul_block_quant", cases=CORE)
 def scratch_memory_for_all_threads(right: Function) -> Function:
     """Of two threads that call at once, one computes with what the other has put there."""
     scratch: dict[Any, Any] = {}
@@ -200,7 +202,7 @@ def scratch_memory_for_all_threads(right: Function) -> Function:
     return wrong
 
 
-@register("races", "gated_rms_norm", backend="jax")
+@register("races", "gated_rms_norm", backend="jax", cases=CORE)
 def one_call_of_200_drops_an_element(right: Function) -> Function:
     count = [0]
 
@@ -212,7 +214,7 @@ def one_call_of_200_drops_an_element(right: Function) -> Function:
     return wrong
 
 
-@register("races", "gated_rms_norm", backend="numpy")
+@register("races", "gated_rms_norm", backend="numpy", cases=CORE)
 def one_call_of_500(right: Function) -> Function:
     count = [0]
 
@@ -226,7 +228,7 @@ def one_call_of_500(right: Function) -> Function:
     return wrong
 
 
-@register("races", "gdn_post_conv")
+@register("races", "gdn_post_conv", cases=CORE)
 def parameters_in_a_global_variable(right: Function) -> Function:
     """The arguments are handed on through a variable of the module."""
     shared: dict[str, dict[str, Any]] = {}

@@ -51,6 +51,7 @@ _HEAD = "contiguous every_other"
 
 PLAN = Plan(
     sizes={"sequences": tuple(_SEQUENCES), "heads": _HEADS},
+    blank={"sequences": ("no_rows", "all_empty"), "heads": ((0, 0, 8, 8),)},
     case=_case,
     needs={"state_indices": "state_pool", "has_initial_state": "state_pool"},
     attrs={"scale": (None, 0.02, 2.0)},

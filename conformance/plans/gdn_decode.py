@@ -55,6 +55,7 @@ PLAN = Plan(
         "more_columns": (0, 1, 3),
         "no_slots": (False, True),
     },
+    blank={"batch": ("none",), "no_slots": (True,)},
     case=_case,
     needs={"num_accepted": "tokens", "tokens": "state_indices"},
     attrs={"l2norm_eps": (1e-6, 1e-60, 0.5), "norm_eps": (1e-6, 1e-60, 0.5), "scale": (None, 0.7)},

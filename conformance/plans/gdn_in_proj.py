@@ -45,6 +45,7 @@ _MATRIX = "contiguous row_strided odd_strided column_strided misaligned every_ot
 
 PLAN = Plan(
     sizes={"shape": _SHAPES},
+    blank={"shape": tuple(shape for shape in _SHAPES if 0 in shape[0] or shape[1] == 0)},
     case=_case,
     fills={
         "x": f"{_VALUES} signed_zeros nan_row one_hot large tiny equal",

@@ -70,6 +70,19 @@ def test_a_built_in_backend_is_right(name: str, op: str) -> None:
     assert complaints(backend, op, OPS[op].core[0], 0, ("races",)) == []
 
 
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("silu_mul_block_quant", "experts-float32-row_major"),  # num_rows, of experts and not of rows
+        ("gated_rms_norm", "lead_"),  # no leading dimensions
+        ("gdn_decode", "tokens_2-int32-accepted"),  # num_accepted, of sequences
+        ("gdn_in_proj", "float16-merged"),  # weights in one buffer, under autocast
+    ],
+)
+def test_a_call_of_an_unusual_form_is_right(op: str, case: str) -> None:
+    assert complaints(registry().get("torch"), op, case, 0, ("races",)) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ["torch", "numpy", "jax", "pallas", "triton"])

@@ -21,7 +21,7 @@ SOLE = {
     "inputs": "an_input_that_needs_a_gradient_afterwards",
     "memory": "misaligned_inputs_misread",
     "processes": "wrong_after_a_fork",
-    "races": "one_call_of_500_drops_an_element",
+    "races": "scratch_memory_for_all_threads",
     "repeats": "rows_past_1100_left_out",
     "results": "q_and_k_in_one_buffer",
     "strides": "row_stride_ignored",

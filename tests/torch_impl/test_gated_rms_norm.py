@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from polyfuse.conformance import Case, Trial, cases, make_inputs, model_cases, place
+from polyfuse.conformance import Case, Trial, cases, make_inputs, place
+from polyfuse.conformance.cases import model_cases
 from polyfuse.dispatch import registry, to_numpy
 from polyfuse.reference import oracle
 from polyfuse.spec import OPS, bind
@@ -27,9 +28,7 @@ CASES = [case for case in (*cases(NAME), *model_cases(NAME)) if case.repeat == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "case", [c for c in (*cases(NAME), *model_cases(NAME)) if c.repeat == 1], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, device: str) -> None:
     assert Trial(NAME, case, 0).on(registry().get("torch"), device) == ("passed", "")
 

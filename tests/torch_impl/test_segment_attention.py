@@ -11,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyfuse
-from polyfuse.conformance import Case, Trial, cases, model_cases, place
+from polyfuse.conformance import Case, Trial, cases, place
+from polyfuse.conformance.cases import model_cases
 from polyfuse.dispatch import registry
 from polyfuse.spec import SpecError
 from polyfuse.spec.segment_attention import NAME
