@@ -9,7 +9,7 @@ import numpy as np
 import polyfuse
 from polyfuse.conformance.bits import anything, snapshot
 from polyfuse.conformance.inputs import place
-from polyfuse.dispatch import Backend
+from polyfuse.dispatch import Backend, Candidate, device_of, examine, family_of
 from polyfuse.spec import Capability
 
 if TYPE_CHECKING:
@@ -40,6 +40,12 @@ class Attempt:
     def exact(self) -> "dict[str, Exact]":
         """The oracle's interval of each result."""
         return self.trial.exact()
+
+    @cached_property
+    def support(self) -> Candidate:
+        """Whether the backend claims the call, and if not why."""
+        where = device_of(next(x for x in self.arrays.values() if family_of(x)), self.family)
+        return examine(self.op, self.backend.name, self.call, self.family, where, False)[0]
 
     @cached_property
     def arrays(self) -> dict[str, Any]:

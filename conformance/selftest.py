@@ -100,6 +100,8 @@ def rejected_by(trial: Trial, backend: Backend, only: Iterable[str] | None = Non
     """The checks that find something wrong with a case on a backend; one that raises has found it too."""
     attempt = Attempt(trial, backend, "cpu", backend.load(trial.op).capability)
     found: set[str] = set()
+    if attempt.support.status != "usable":
+        return found
     for name, check in checks().items():
         if only is not None and name not in only:
             continue

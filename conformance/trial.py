@@ -19,7 +19,7 @@ from polyfuse.conformance.claims import check_refusal
 from polyfuse.conformance.inputs import make_inputs
 from polyfuse.conformance.other import Inputs, other_inputs
 from polyfuse.conformance.report import Ending, Margin, Reason, Result
-from polyfuse.dispatch import Backend, device_of, examine, family_of, to_numpy
+from polyfuse.dispatch import Backend, to_numpy
 from polyfuse.reference import Exact, oracle
 from polyfuse.spec import OPS, Call, Output, SpecError, bind, dtype_name
 
@@ -108,9 +108,7 @@ class Trial:
         interpreted = device in capability.interpreted
         repeats = 2 if interpreted else level.repeats
         attempt = Attempt(self, backend, device, capability, repeats)  # pyright: ignore[reportArgumentType], a file by two paths
-        first = next(v for v in attempt.arrays.values() if family_of(v))
-        where = device_of(first, backend.family)
-        verdict, _ = examine(self.op, backend.name, attempt.call, backend.family, where, False)
+        verdict = attempt.support
         if verdict.status == "unsupported":
             problem = check_refusal(attempt, verdict.reason)
             if problem:

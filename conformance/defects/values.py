@@ -3,7 +3,7 @@
 from typing import Any
 
 from polyfuse.conformance.defects import Function, register
-from polyfuse.conformance.defects._planted import outputs_changed
+from polyfuse.conformance.defects._planted import as_returned, outputs_changed, results
 
 EVERY = ("*",)
 
@@ -68,3 +68,90 @@ def last_element_of_a_large_call_dropped(right: Function) -> Function:
         found[0][rows - 1 :: rows] = 0
 
     return outputs_changed(change)(right)
+
+
+@register("values", "gated_rms_norm", "gdn_post_conv", "segment_attention", "gdn_decode", cases=EVERY)
+def nan_swallowed_in_bfloat16(right: Function) -> Function:
+    import torch
+
+    def change(found: list[Any]) -> None:
+        if found[0].dtype == torch.bfloat16:
+            found[0] = torch.where(found[0].isnan(), torch.zeros_like(found[0]), found[0])
+
+    return outputs_changed(change)(right)
+
+
+@register("values", "pos_embed_interpolate", "gdn_in_proj", "gdn_conv_prep", cases=EVERY)
+def float16_subnormals_flushed(right: Function) -> Function:
+    """Of results: no rounding of 32-bit arithmetic gives zero there."""
+    import torch
+
+    def change(found: list[Any]) -> None:
+        x = found[0]
+        if x.dtype == torch.float16:
+            found[0] = torch.where(x.abs() < 2.0**-14, x * 0, x)
+
+    return outputs_changed(change)(right)
+
+
+@register("values", "pos_embed_interpolate", cases=EVERY)
+def images_past_the_eighth_left_out_where_grids_differ(right: Function) -> Function:
+    def wrong(table: Any, grid_thw: Any, **keywords: Any) -> Any:
+        out = right(table, grid_thw, **keywords)
+        grids = [tuple(int(n) for n in grid) for grid in grid_thw]
+        if len(set(grids)) > 1:
+            rows = sum(t * h * w for t, h, w in grids[:8])
+            out[rows:] = out[rows:] * 0
+        return out
+
+    return wrong
+
+
+@register("values", "silu_mul_block_quant", cases=EVERY)
+def scale_bound_ignored_for_e5m2(right: Function) -> Function:
+    def wrong(x: Any, **keywords: Any) -> Any:
+        ignored = {"scale_ub": None} if keywords["quant_dtype"] == "float8_e5m2" else {}
+        return right(x, **{**keywords, **ignored})
+
+    return wrong
+
+
+@register("values", "silu_mul_block_quant", cases=EVERY)
+def more_rows_than_there_are_taken_for_none(right: Function) -> Function:
+    """Of an expert whose number of rows is beyond those it has, nothing is written."""
+
+    def wrong(x: Any, **keywords: Any) -> Any:
+        q, scale = right(x, **keywords)
+        rows = keywords["num_rows"]
+        if rows is not None:
+            scale[rows > x.shape[1]] = 0
+        return q, scale
+
+    return wrong
+
+
+@register("values", "gdn_in_proj", "pos_embed_interpolate", cases=EVERY)
+def ties_rounded_away_from_zero(right: Function) -> Function:
+    """Of results in bfloat16, computed in float32."""
+    import torch
+
+    def wrong(*args: Any, **keywords: Any) -> Any:
+        if keywords.get("out_dtype") not in (None, "bfloat16") or args[0].dtype != torch.bfloat16:
+            return right(*args, **keywords)
+        wide = {n: x.float() if torch.is_tensor(x) and x.dtype == torch.bfloat16 else x for n, x in keywords.items()}
+        if wide.get("out_dtype"):
+            wide["out_dtype"] = "float32"
+        found = results(
+            right(*(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in args), **wide)
+        )
+        rounded = [((x.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32).to(torch.bfloat16) for x in found]
+        return as_returned(
+            [torch.where(x.isnan(), x.to(torch.bfloat16), r) for x, r in zip(found, rounded, strict=True)]
+        )
+
+    return wrong
+
+
+@register("values", "gdn_in_proj", cases=EVERY)
+def products_too_large_by_one_in_ten_thousand(right: Function) -> Function:
+    return outputs_changed(lambda found: found.__setitem__(0, found[0] * (1 + 1e-4)))(right)

@@ -9,7 +9,7 @@ from polyfuse.conformance import Trial, cases
 from polyfuse.conformance.attempt import Attempt
 from polyfuse.conformance.checks import checks
 from polyfuse.conformance.defects._planted import planted
-from polyfuse.dispatch import Backend, device_of, examine, family_of, registry
+from polyfuse.dispatch import Backend, registry
 from polyfuse.spec import OPS
 from tests.conformance.unusual import UNUSUAL
 
@@ -30,9 +30,7 @@ def backend_of(name: str) -> tuple[str, Backend]:
 def complaints(backend: Backend, op: str, name: str, seed: int, left_out: tuple[str, ...] = ()) -> list[str]:
     case = next(c for c in cases(op) if c.name == name)
     attempt = Attempt(Trial(op, case, seed), backend, "cpu", backend.load(op).capability)
-    first = next(x for x in attempt.arrays.values() if family_of(x))
-    where = device_of(first, backend.family)
-    if examine(op, backend.name, attempt.call, backend.family, where, False)[0].status != "usable":
+    if attempt.support.status != "usable":
         return []
     return [
         f"{check}: {line}"
