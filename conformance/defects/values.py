@@ -136,11 +136,14 @@ def ties_rounded_away_from_zero(right: Function) -> Function:
     import torch
 
     def wrong(*args: Any, **keywords: Any) -> Any:
-        if keywords.get("out_dtype") not in (None, "bfloat16") or args[0].dtype != torch.bfloat16:
-            return right(*args, **keywords)
+        plain = results(right(*args, **keywords))
+        if any(x.dtype != torch.bfloat16 for x in (args[0], *plain)):
+            return as_returned(plain)
         wide = {n: x.float() if torch.is_tensor(x) and x.dtype == torch.bfloat16 else x for n, x in keywords.items()}
         if wide.get("out_dtype"):
             wide["out_dtype"] = "float32"
+        if "strategy" in wide:
+            wide["strategy"] = "auto"  # the wider weights lie apart
         found = results(
             right(*(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in args), **wide)
         )
