@@ -17,14 +17,17 @@ from polyfuse.conformance.case import Case
 from polyfuse.conformance.checks import checks, values
 from polyfuse.conformance.claims import check_refusal
 from polyfuse.conformance.inputs import make_inputs
+from polyfuse.conformance.other import Inputs, other_inputs
 from polyfuse.conformance.report import Ending, Margin, Reason, Result
-from polyfuse.dispatch import Backend, device_of, examine, family_of, to_numpy
+from polyfuse.dispatch import Backend, to_numpy
 from polyfuse.reference import Exact, oracle
-from polyfuse.spec import OPS, Call, Output, bind, dtype_name
+from polyfuse.spec import OPS, Call, Output, SpecError, bind, dtype_name
 
 # What goes on at the moment, for whoever watches: one of these two, or the name of a check.
 LOADING, EXACT = "loading the backend", "the exact results"
 Note = Callable[[str], None]
+CHEAP = ("values", "results", "inputs", "repeats")  # the checks of a case's first call
+LARGE = 2**18  # elements of results
 
 
 class Trial:
@@ -40,6 +43,7 @@ class Trial:
         self.error: BaseException | None = None
         self._made: tuple[dict[str, Any], Call] | None = None
         self._exact: dict[str, Exact] | None = None
+        self._other: list[Inputs | None] = []
 
     def inputs(self) -> tuple[dict[str, Any], Call]:
         """The NumPy inputs by parameter, and the validated call."""
@@ -54,13 +58,22 @@ class Trial:
             self._exact = oracle(self.op).intervals(**self.inputs()[0])
         return self._exact
 
+    def other(self) -> Inputs | None:
+        """The case with other values in its arrays, made once; None where the spec refuses them."""
+        if not self._other:
+            try:
+                self._other = [other_inputs(OPS[self.op], self.case, self.inputs()[0], self.seed + 1)]
+            except SpecError:
+                self._other = [None]
+        return self._other[0]
+
     def check(self, result: Any, call: Call) -> str | None:
         """What is wrong with a result, or None."""
         return values.verdict(values.as_tuple(result), call, self.exact())
 
-    def on(self, backend: Backend, device: str = "cpu") -> tuple[str, str]:
-        """(status, detail) of this case on one backend at the standard level."""
-        found = self.result(backend, device, load_level("standard"))
+    def on(self, backend: Backend, device: str = "cpu", level: Level | None = None) -> tuple[str, str]:
+        """(status, detail) of this case on one backend: by the checks of its first call, unless a level is given."""
+        found = self.result(backend, device, level or _first_call_only())
         return found.status, found.detail
 
     def result(self, backend: Backend, device: str, level: Level, note: Note = lambda stage: None) -> Result:
@@ -95,9 +108,7 @@ class Trial:
         interpreted = device in capability.interpreted
         repeats = 2 if interpreted else level.repeats
         attempt = Attempt(self, backend, device, capability, repeats)  # pyright: ignore[reportArgumentType], a file by two paths
-        first = next(v for v in attempt.arrays.values() if family_of(v))
-        where = device_of(first, backend.family)
-        verdict, _ = examine(self.op, backend.name, attempt.call, backend.family, where, False)
+        verdict = attempt.support
         if verdict.status == "unsupported":
             problem = check_refusal(attempt, verdict.reason)
             if problem:
@@ -114,7 +125,7 @@ class Trial:
         self.exact()
         self._uncounted = time.perf_counter() - started
         for name, check in checks().items():
-            if not self._runs(name, level):
+            if not self._runs(name, level, attempt.interpreted or self._elements() > LARGE):
                 continue
             note(name)
             try:
@@ -133,11 +144,17 @@ class Trial:
                     break
         return found
 
-    def _runs(self, check: str, level: Level) -> bool:
-        """Whether a check of that name runs on this case."""
+    def _runs(self, check: str, level: Level, slow: bool) -> bool:
+        """Whether a check of that name runs on this case; where calls are slow a sample stands for all."""
         cases = level.cases_of(check)
+        if slow and cases == "all" and check not in CHEAP:
+            cases = "sample"
         sampled = crc32(f"{self.op}/{self.case.name}".encode()) % level.check_sample == 0
         return cases == "all" or (cases != "none" and self.core) or (cases == "sample" and sampled)
+
+    def _elements(self) -> int:
+        """How many elements the results of one call have."""
+        return sum(int(np.prod(output.shape)) for output in self.inputs()[1].results)
 
     def _described(self, error: BaseException) -> str:
         """What was raised, and behind it where."""
@@ -147,14 +164,19 @@ class Trial:
         return f"{summary}\n{whole.removesuffix(summary).rstrip()}"
 
     def _too_large(self, device: str, interpreted: bool, level: Level) -> str | None:
-        _, call = self.inputs()
-        elements = sum(int(np.prod(output.shape)) for output in call.results)
+        elements = self._elements()
         most = level.max_elements_interpreted if interpreted else level.max_elements
         if self.case.repeat > 1:
             elements *= self.case.repeat
             most = most if device == "cpu" else level.max_elements_repeated
         how = " interpreted" if interpreted else ""
         return f"more output elements than the {most} that the level runs{how}" if elements > most else None
+
+
+def _first_call_only() -> Level:
+    """The level standard with the checks alone that look at the first call, those beside the values on a sample."""
+    cases = {"values": "all", "repeats": "all", "results": "sample", "inputs": "sample", "others": "none"}
+    return load_level("standard").model_copy(update={"checks": cases})
 
 
 def waived(found: Result, backend: Backend) -> Result:

@@ -187,8 +187,9 @@ class OpSpec:
 
     `check(call)` raises `SpecError` for what shapes and dtypes cannot express. `derive(call)` returns
     further dims and dtypes that the outputs are written in. `rows` is the first dimension of the arguments
-    that grow with the batch; in a `row_wise` op the results of a row are the same bits whatever rows lie beside it, and
-    are that row of each output. `core` names the conformance cases without which a backend does not have the op.
+    that grow with the batch; in an `independent` op the results of a row, or of a packed sequence, or of an image, are
+    the same bits whatever lies beside it in the call. `core` names the conformance cases without which a backend does
+    not have the op.
     """
 
     name: str
@@ -206,7 +207,7 @@ class OpSpec:
     cost: Callable[[Call], Cost]
     check: Callable[[Call], None] = lambda call: None
     derive: Callable[[Call], Mapping[str, Any]] = lambda call: {}
-    row_wise: bool = False
+    independent: bool = False
 
     @property
     def positional(self) -> tuple[str, ...]:

@@ -124,6 +124,7 @@ SPEC = OpSpec(
         "Transformers with the Delta Rule, arXiv:2406.06484, for the chunked form; Transformers Qwen3NextGatedDeltaNet"
     ),
     rows="L",
+    independent=True,
     tensors=(
         TensorSpec("q", ("L", "H", "K"), FLOATS, "queries, as a rule normalised; any strides", dtype_var="T"),
         TensorSpec("k", ("L", "H", "K"), FLOATS, "keys, as a rule normalised; any strides", dtype_var="T"),

@@ -56,7 +56,7 @@ SPEC = OpSpec(
         "Qwen3.5"
     ),
     rows="...",
-    row_wise=True,
+    independent=True,
     tensors=(
         TensorSpec("x", ("...", "V"), FLOATS, "rows to normalise", dtype_var="T"),
         TensorSpec("gate", ("...", "V"), FLOATS, "what each element is gated by, before its activation"),

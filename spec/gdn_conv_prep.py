@@ -115,6 +115,7 @@ SPEC = OpSpec(
         "conv; Transformers Qwen3NextGatedDeltaNet; Qwen3.5"
     ),
     rows="L",
+    independent=True,
     tensors=(
         TensorSpec(
             "x",

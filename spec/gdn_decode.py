@@ -163,7 +163,7 @@ SPEC = OpSpec(
         "Qwen3NextRMSNormGated; Qwen3.5"
     ),
     rows="...",
-    row_wise=True,
+    independent=True,
     tensors=(
         TensorSpec(
             "x",

@@ -82,7 +82,7 @@ SPEC = OpSpec(
         "Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; Transformers Qwen3NextGatedDeltaNet; Qwen3.5"
     ),
     rows="L",
-    row_wise=True,
+    independent=True,
     tensors=(
         TensorSpec(
             "conv_out",

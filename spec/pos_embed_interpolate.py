@@ -114,6 +114,7 @@ SPEC = OpSpec(
         "R. Keys, Cubic convolution interpolation, IEEE TASSP 29(6), 1981"
     ),
     rows="I",
+    independent=True,
     tensors=(
         TensorSpec(
             "table",

@@ -114,7 +114,7 @@ SPEC = OpSpec(
         "DeepSeek-V3, arXiv:2412.19437 (1 x 128 tiles); OCP Microscaling Formats v1.0 (MXFP8); gpt-oss (clamped SwiGLU)"
     ),
     rows="...",
-    row_wise=True,
+    independent=True,
     tensors=(
         TensorSpec(
             "x",

@@ -1,4 +1,4 @@
-"""More calls: nothing of one call stays for the next, and a result once given stays as it is."""
+"""Later calls: nothing of one call stays for the next, and a result once given is the caller's own."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,74 +6,90 @@ from typing import Any
 import numpy as np
 
 from polyfuse.conformance.attempt import Attempt
-from polyfuse.conformance.checks.values import verdict
-from polyfuse.conformance.inputs import make_inputs
-from polyfuse.dispatch import to_numpy
-from polyfuse.reference import oracle
-from polyfuse.spec import SpecError, bind
+from polyfuse.conformance.bits import snapshot, unequal
+from polyfuse.conformance.checks.values import problems
+from polyfuse.conformance.other import Inputs
+from polyfuse.dispatch import family_of
 
 PROVES = (
-    "A call repeated many times is right each time; after its inputs have changed in place, a call gives what they are "
-    "now; and no later call changes an earlier result."
+    "A second call gives the same bits, also after the caller has written to the results of the first; a call after "
+    "its inputs have changed in place gives what they are now; no call changes or shares results of an earlier one."
 )
+
+SCRIBBLE = 0xA5  # the byte that a caller leaves in every result
 
 
 def check(attempt: Attempt) -> Iterator[str]:
-    """Which later call is wrong, or which earlier result it has changed."""
-    arrays = attempt.place()
-    outputs = attempt.run(arrays)
-    before = [_bits(x) for x in outputs]
-    yield from _changed_inputs(attempt, arrays)
-    for name, bits, now in zip(_names(attempt), before, outputs, strict=False):
-        if _bits(now) != bits:
-            yield f"{name}: a later call has changed the result of an earlier one"
-    yield from _repeated(attempt)
-
-
-def _names(attempt: Attempt) -> list[str]:
-    return [output.name for output in attempt.call.results]
-
-
-def _bits(x: Any) -> bytes:
-    return to_numpy(x).tobytes()
-
-
-def _repeated(attempt: Attempt) -> Iterator[str]:
-    """The same call over and over: what differs in bits from the first must still be right."""
-    first: list[bytes] | None = None
-    for number in range(attempt.repeats):
-        arrays = attempt.place()
-        results = attempt.results(arrays, attempt.run(arrays))
-        bits = [_bits(x) for x in results]
-        first = first or bits
-        if bits != first:
-            problem = verdict(results, attempt.call, attempt.exact)
-            if problem:
-                yield f"call {number + 1} of {attempt.repeats} with the same arguments: {problem}"
-                return
-
-
-def _changed_inputs(attempt: Attempt, arrays: dict[str, Any]) -> Iterator[str]:
-    """Other values in the arrays of a call, all at once; where arrays cannot be written, in others of the same kind."""
-    try:
-        values = make_inputs(attempt.call.op, attempt.case, attempt.trial.seed + 1)
-        call = bind(attempt.call.op, values)
-        exact = oracle(attempt.op).intervals(**values)
-    except SpecError:  # this case has no second set of values
+    """What stays of a call in the next one."""
+    if not attempt.single:
         return
-    fresh = attempt.place(values)
-    if attempt.family != "jax":
-        for name, value in fresh.items():
-            old = arrays[name]
-            if isinstance(values[name], np.ndarray) and _writable(old):
-                old[...] = value
-                fresh[name] = old
-    problem = verdict(attempt.results(fresh, attempt.run(fresh)), call, exact)
-    if problem:
-        yield f"after the inputs have changed in place: {problem}"
+    arrays = attempt.place()
+    results = attempt.run(arrays)
+    yield from _same(attempt, "a second call", attempt.results(arrays, results))
+    if attempt.thorough:
+        if attempt.family != "jax":
+            for result in results:
+                _scribble(result)
+            arrays = attempt.place()
+            results = attempt.run(arrays)
+            yield from _same(attempt, "after the results of a call were written to", attempt.results(arrays, results))
+        arrays = attempt.place()
+        results = attempt.run(arrays)
+    kept = snapshot(results)
+    other = attempt.other
+    if other is not None:
+        later = _overwritten(attempt, arrays, other)
+        outputs = attempt.run(later)
+        for problem in problems(attempt.results(later, outputs), other.call, other.exact):
+            yield f"after the inputs have changed in place: {problem}"
+        for problem in unequal(attempt.call.outputs, kept, results):
+            yield f"a later call has changed the result of an earlier one: {problem}"
+        yield from _shared(attempt, results, outputs)
 
 
-def _writable(x: Any) -> bool:
-    """Whether each element has memory of its own."""
-    strides = x.stride() if hasattr(x, "data_ptr") else x.strides
-    return all(step for step, size in zip(strides, x.shape, strict=True) if size > 1)
+def _same(attempt: Attempt, when: str, results: tuple[Any, ...]) -> Iterator[str]:
+    for problem in unequal(attempt.call.results, attempt.first, results, attempt.free):
+        yield f"{when}: {problem}"
+
+
+def _shared(attempt: Attempt, earlier: tuple[Any, ...], later: tuple[Any, ...]) -> Iterator[str]:
+    """Which results of two calls, both of which the caller still holds, lie in one memory."""
+    for want, one, two in zip(attempt.call.outputs, earlier, later, strict=False):
+        if family_of(one) == family_of(two) == "torch" and one.numel():
+            if one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr():
+                yield f"{want.name}: the results of two calls share memory"
+        elif isinstance(one, np.ndarray) and isinstance(two, np.ndarray) and one.size and np.may_share_memory(one, two):
+            yield f"{want.name}: the results of two calls share memory"
+
+
+def _scribble(result: Any) -> None:
+    """Write to every element of a result, as its owner may."""
+    if family_of(result) == "torch" and result.numel():
+        import torch
+
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[result.element_size()]
+        result.detach().view(bits).fill_(SCRIBBLE if result.element_size() == 1 else 0x2525)
+    elif isinstance(result, np.ndarray) and result.flags.writeable:
+        result[...] = result.dtype.type(0x25)
+
+
+def _overwritten(attempt: Attempt, arrays: dict[str, Any], other: Inputs) -> dict[str, Any]:
+    """The arguments with other values in the same memory; where arrays cannot be written, in others of the same kind.
+
+    It is written as NumPy views and fused optimizers do: PyTorch's counters of versions see nothing of it.
+    """
+    fresh = attempt.place(other.made)
+    if attempt.family == "jax":
+        return fresh
+    for name, value in other.made.items():
+        if isinstance(value, np.ndarray):
+            old, new = arrays[name], fresh[name]
+            strides = old.stride() if attempt.family == "torch" else old.strides
+            # Elements that share memory are alike in the new values too.
+            own = tuple(slice(0, 1) if step == 0 else slice(None) for step in strides)
+            if attempt.family == "torch":
+                old.data[own].copy_(new[own])
+            else:
+                old[own] = new[own]
+            fresh[name] = old
+    return fresh

@@ -1,64 +1,66 @@
-"""A row by itself: the rows beside it change nothing, bit for bit, where the spec promises that."""
+"""A row by itself: what lies beside it in a call changes nothing."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
 from polyfuse.conformance.attempt import Attempt
-from polyfuse.dispatch import family_of, to_numpy
+from polyfuse.conformance.batches import Batch, Places, batches
+from polyfuse.conformance.bits import differences
+from polyfuse.conformance.checks.values import compare
+from polyfuse.dispatch import to_numpy
+from polyfuse.reference import Exact
+from polyfuse.reference._numerics import Array
+from polyfuse.spec import Output
 
-PROVES = "A row's result is the same bits alone, among few and among many rows, where the spec promises it."
+PROVES = (
+    "A row's results (of packed ones a sequence's, of several images an image's) are right alone, in another order and "
+    "among many others; where the spec promises it, bit for bit (not on JAX, which compiles each size by itself)."
+)
 
-MANY = 1030  # rows: past the blocks of 1024 that kernels like
+# Rows: past blocks of 1024 on core cases, of 128 on others, of 32 where a backend is emulated or compiled for a size.
+MANY, MANY_OTHERS, MANY_SLOW = 1030, 130, 40
 
 
 def check(attempt: Attempt) -> Iterator[str]:
-    """Which row's result depends on the others."""
-    op = attempt.call.op
-    rows = _row_arguments(attempt)
-    if not op.row_wise or not rows or attempt.case.repeat > 1 or attempt.family == "jax":
-        return  # XLA compiles each number of rows by itself, and promises nothing of their bits
-    count = len(attempt.made[rows[0]])
-    slots = bool(attempt.call.updated)
-    if slots and attempt.made["state_indices"] is None:
-        return  # a row's number is that of its slot
-    whole = [to_numpy(x) for x in attempt.outputs]
-    choices = {f"row {i} alone": np.array([i]) for i in sorted({0, count // 2, count - 1}) if count > 1}
-    if count > 2:
-        choices["the rows in reverse"] = np.arange(count)[::-1]
-    most = 40 if attempt.device in attempt.capability.interpreted else MANY
-    if 0 < count < most and not slots:  # no two rows share a slot
-        choices[f"the rows among {most}"] = np.arange(most) % count
-    for name, picked in choices.items():
-        arrays = attempt.place(_picked(attempt.made, rows, picked))
-        outputs = [to_numpy(x) for x in attempt.run(arrays)]
-        for want, one, other in zip(attempt.call.outputs, whole, outputs, strict=False):
-            if one[picked].tobytes() != other.tobytes():
-                at = next(i for i in range(len(picked)) if one[picked[i]].tobytes() != other[i].tobytes())
-                yield f"{want.name}: {name}: row {int(picked[at])} differs in bits from the whole call"
-                break
+    """Which results depend on what lies beside them."""
+    if not attempt.single or not attempt.thorough or (attempt.family == "jax" and not attempt.trial.core):
+        return
+    slow = attempt.interpreted or attempt.family == "jax"
+    many = MANY_SLOW if slow else MANY if attempt.trial.core else MANY_OTHERS
+    if sum(int(np.prod(output.shape)) for output in attempt.call.outputs) > 2**21:
+        many = 0  # a large case has many rows itself
+    for batch in batches(attempt.case, attempt.made, attempt.call, many):
+        if attempt.family == "jax" and "reverse" not in batch.name:
+            continue  # another size is compiled anew
+        yield from _compared(attempt, batch)
 
 
-def _row_arguments(attempt: Attempt) -> list[str]:
-    """The arrays whose first dimension are the rows; none where integers that are not say which rows count."""
-    rows = attempt.call.op.rows
-    if attempt.call.dims.get(rows) == ():
-        return []
-    arrays = [t for t in attempt.call.op.tensors if isinstance(attempt.made[t.name], np.ndarray) and not t.updated]
-    found = [t.name for t in arrays if t.shape[:1] == (rows,)]
-    return [] if any(attempt.made[t.name].dtype.kind == "i" and t.name not in found for t in arrays) else found
+def _compared(attempt: Attempt, batch: Batch) -> Iterator[str]:
+    arrays = attempt.place(batch.values)
+    results = attempt.results(arrays, attempt.run(arrays))
+    bitwise = attempt.call.op.independent and attempt.family != "jax"
+    for i, want in enumerate(attempt.call.results):
+        if want.name not in batch.same:
+            continue
+        here, there = batch.same[want.name]
+        one, two = attempt.first[i], to_numpy(results[i])
+        if not len(here):
+            continue
+        if len(two) <= here.max():
+            yield f"{want.name}: {batch.name}: expected more than {here.max()} rows, got {len(two)}"
+        elif bitwise:
+            different = differences(one[there], two[here], attempt.free[i][there]).reshape(len(here), -1).any(1)
+            if different.any():
+                at = int(np.flatnonzero(different)[0])
+                yield f"{want.name}: {batch.name}: row {there[at]} has other bits than in the whole call"
+        else:
+            problem = _right(want, two, attempt.exact[want.name], here, there)
+            if problem:
+                yield f"{batch.name}: {problem}"
 
 
-def _picked(made: Mapping[str, Any], rows: list[str], picked: Any) -> dict[str, Any]:
-    """The arguments of some rows, laid out like the whole ones as far as rows go."""
-    return {name: _rows_of(x, picked) if name in rows else x for name, x in made.items()}
-
-
-def _rows_of(x: Any, picked: Any) -> Any:
-    if family_of(x) != "numpy":
-        return x
-    order = np.argsort([-step for step in x.strides], kind="stable")
-    if x.ndim and order[0] != 0:  # rows do not lie outermost: keep them innermost
-        return np.asfortranarray(x[picked])
-    return np.ascontiguousarray(x[picked])
+def _right(want: Output, got: Array, exact: Exact, here: Places, there: Places) -> str | None:
+    kept = None if exact.kept is None else exact.kept[there]
+    part = Exact(exact.value[there], exact.low[there], exact.high[there], exact.bits, exact.as_bytes, kept)
+    return compare(want.name, got[here], part, want.dtype)

@@ -1,4 +1,4 @@
-"""How a call runs on a CUDA device: on the current stream, and in a captured graph."""
+"""How a call runs on a CUDA device: on the current stream, without waiting for the device, and in a captured graph."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,13 +7,11 @@ import numpy as np
 
 from polyfuse.conformance.attempt import Attempt
 from polyfuse.conformance.checks.values import verdict
-from polyfuse.conformance.inputs import make_inputs
-from polyfuse.reference import oracle
-from polyfuse.spec import SpecError, Unsupported, bind
+from polyfuse.spec import Unsupported
 
 PROVES = (
-    "On CUDA a call works on the current stream, behind what was put there before it, and a captured call computes "
-    "what its inputs are at each replay."
+    "On CUDA a call works on the current stream, behind what was put there before it, without waiting for the device, "
+    "and a captured call computes what its inputs are at each replay."
 )
 
 
@@ -27,7 +25,26 @@ def check(attempt: Attempt) -> Iterator[str]:
     if torch.device(attempt.device).type != "cuda":
         return
     yield from _on_a_stream(torch, attempt)
+    hosts = [t for t in attempt.call.op.tensors if t.host_unless and torch.is_tensor(attempt.arrays[t.name])]
+    if any(attempt.made[t.host_unless] is None for t in hosts):
+        return  # a grid in a tensor may be read by the host, unless an attribute says that it stays
+    yield from _without_waiting(torch, attempt)
     yield from _captured(torch, attempt)
+
+
+def _without_waiting(torch: Any, attempt: Attempt) -> Iterator[str]:
+    """A call of a kind that was made before, while what waits for the device is an error."""
+    attempt.run(attempt.place())
+    arrays = attempt.place()
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attempt.run(arrays)
+    except RuntimeError as error:
+        yield f"the backend waits for the device: {str(error).splitlines()[0]}"
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _on_a_stream(torch: Any, attempt: Attempt) -> Iterator[str]:
@@ -52,15 +69,10 @@ def _on_a_stream(torch: Any, attempt: Attempt) -> Iterator[str]:
 
 def _captured(torch: Any, attempt: Attempt) -> Iterator[str]:
     """A captured call, replayed with the inputs of another seed in its arrays."""
-    if any(t.host_unless and torch.is_tensor(attempt.arrays[t.name]) for t in attempt.call.op.tensors):
-        return  # a grid in a tensor may be read by the host, unless an attribute says that it stays
-    try:
-        values = make_inputs(attempt.call.op, attempt.case, attempt.trial.seed + 1)
-        call = bind(attempt.call.op, values)
-        exact = oracle(attempt.op).intervals(**values)
-    except SpecError:
+    other = attempt.other
+    if other is None:
         return
-    arrays, others = attempt.place(), attempt.place(values)
+    arrays, others = attempt.place(), attempt.place(other.made)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         attempt.run(attempt.place())
@@ -72,10 +84,11 @@ def _captured(torch: Any, attempt: Attempt) -> Iterator[str]:
     except Unsupported:  # a backend may decline a call while a graph is captured
         return
     for name, x in others.items():
-        if isinstance(values[name], np.ndarray) and all(s for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
-            arrays[name].copy_(x)
+        if isinstance(other.made[name], np.ndarray):
+            own = tuple(slice(0, 1) if step == 0 else slice(None) for step in x.stride())
+            arrays[name][own].copy_(x[own])
     graph.replay()
     torch.cuda.synchronize()
-    problem = verdict(attempt.results(arrays, outputs), call, exact)
+    problem = verdict(attempt.results(arrays, outputs), other.call, other.exact)
     if problem:
         yield f"replayed from a CUDA graph with other inputs: {problem}"

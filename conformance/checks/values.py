@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyfuse.conformance.attempt import Attempt
+from polyfuse.conformance.bits import anything
 from polyfuse.dispatch import to_numpy
 from polyfuse.reference._numerics import F64, Exact, numpy_dtype, round_to, to_f64
 from polyfuse.spec import Call, dtype_name
@@ -83,7 +84,7 @@ def compare(name: str, got: NDArray[Any], exact: Exact, dtype: str) -> str | Non
         right = (np.isnan(value) & np.isnan(result)) | ((result >= low) & (result <= high))
     in_bits = np.full(value.shape, exact.bits) if exact.kept is None else exact.kept | exact.bits
     signed = right & in_bits & (np.signbit(result) != np.signbit(value))
-    wrong = (~right | signed) & ~_anything(exact)
+    wrong = (~right | signed) & ~anything(exact)
     count = int(wrong.sum())
     if not count:
         return None
@@ -132,11 +133,6 @@ def _sign(value: float) -> str:
 def _numbers(got: NDArray[Any], exact: Exact, dtype: str) -> tuple[NDArray[Any], str]:
     """A result as the numbers that are compared, and the name of their dtype."""
     return (np.ascontiguousarray(got).view(np.uint8), "uint8") if exact.as_bytes else (got, dtype)
-
-
-def _anything(exact: Exact) -> NDArray[np.bool_]:
-    """Where every value is right."""
-    return np.isneginf(exact.low) & np.isposinf(exact.high)
 
 
 def _half_steps(result: F64, dtype: str) -> tuple[F64, F64]:

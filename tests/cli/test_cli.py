@@ -200,3 +200,11 @@ def test_doctor_says_what_is_there_what_runs_and_what_to_install(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr("polyfuse.cli.doctor.find_spec", lambda name: None if name == "matplotlib" else found(name))
     assert "  matplotlib is not installed: pip install 'polyfuse[plots]'" in invoke("doctor").output.splitlines()
+
+
+def test_the_self_test_of_one_op():
+    result = invoke("conformance", "--self-test", "--op", "gated_rms_norm")
+    assert result.exit_code == 0, result.output
+    assert "gated_rms_norm: values: 33 of 33 wrong formulas rejected" in result.output
+    assert "gated_rms_norm: strides: 4 of 4 planted defects rejected" in result.output
+    assert "survives" not in result.output

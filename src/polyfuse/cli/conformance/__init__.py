@@ -28,6 +28,7 @@ LIMIT = click.FloatRange(min=0, min_open=True)
 )  # fmt: skip
 @click.option("--time-limit", type=LIMIT, metavar="S", help="Seconds for a case on a backend. Default: the level's.")
 @click.option("--memory-limit", type=LIMIT, metavar="GIB", help="Memory that a case may take. Default: the level's.")
+@click.option("--self-test", is_flag=True, help="Run wrong backends instead, all to be rejected.")
 @click.option("--report", type=click.Path(file_okay=False, path_type=Path), help="Folder for the files of the report.")
 @click.pass_context
 def command(
@@ -41,6 +42,7 @@ def command(
     workers: int | None,
     time_limit: float | None,
     memory_limit: float | None,
+    self_test: bool,
     report: Path | None,
 ) -> None:
     """Prove backends against the oracle.
@@ -52,12 +54,17 @@ def command(
     Example:
       polyfuse conformance --op pos_embed_interpolate --backend torch --backend triton --report report
       polyfuse conformance --op gdn_post_conv --backend triton --case rows_67 -j 0
+      polyfuse conformance --self-test
     """
     if ctx.invoked_subcommand is not None:
         return
     from polyfuse.conformance.tasks import register
 
     op_names = known_ops(op_names)
+    if self_test:
+        from polyfuse.conformance import selftest
+
+        sys.exit(0 if selftest.run(click.echo, ops=op_names or None) else 1)
     register(plugins)
     device = chosen_device(device, check_backends(backends))
     options = {"level": level, "device": device, "only": only, "workers": workers, "plugins": plugins}
