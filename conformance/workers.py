@@ -71,7 +71,7 @@ class Workers:
         """Give every idle worker a task, and start those that are missing."""
         for slot in range(self._count):
             if waiting and slot not in self._workers:
-                self._workers[slot] = _Worker(self._setup, _environment(self._device, slot))
+                self._workers[slot] = _Worker(self._setup, _environment(self._device, slot, self._count))
             if waiting and self._workers[slot].idle:
                 task = self._next(self._workers[slot], waiting)
                 waiting.remove(task)
@@ -269,9 +269,13 @@ class _Worker:
         return lines[dumps[-1] : dumps[-1] + _LINES] if dumps else lines[-_LINES:]
 
 
-def _environment(device: str, slot: int) -> dict[str, str]:
-    """The environment of a worker. Of several GPUs each sees one, the first of all as `device`."""
+def _environment(device: str, slot: int, count: int) -> dict[str, str]:
+    """The environment of one of `count` workers, which share the cores.
+
+    Of several GPUs each sees one, the first of all as `device`.
+    """
     environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
     if device == "cuda":
         given = environment.get("CUDA_VISIBLE_DEVICES")
         visible = given.split(",") if given else [str(number) for number in range(accelerators(device))]
@@ -290,5 +294,9 @@ def default_count(device: str) -> int:
     """How many workers a run has unless told: one for each accelerator, or for each core up to four."""
     if device != "cpu":
         return accelerators(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(4, cores)
+    return min(4, _cores())
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

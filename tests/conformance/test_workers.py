@@ -193,9 +193,17 @@ def test_a_run_that_is_stopped_leaves_its_results(plugin, tmp_path, stop, jobs):
 def test_several_gpus_are_one_for_each_worker(monkeypatch):
     monkeypatch.setattr(workers, "accelerators", lambda device: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    seen = [workers._environment("cuda", slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    seen = [workers._environment("cuda", slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
     assert seen == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
-    assert [workers._environment("cuda", slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["5", "3"]
-    assert workers._environment("cuda:1", 0)["CUDA_VISIBLE_DEVICES"] == "5,3"
+    assert [workers._environment("cuda", slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["5", "3"]
+    assert workers._environment("cuda:1", 0, 3)["CUDA_VISIBLE_DEVICES"] == "5,3"
     assert workers.default_count("cuda") == 2
+
+
+def test_workers_share_the_cores(monkeypatch):
+    monkeypatch.setattr(workers, "_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [workers._environment("cpu", 0, count)["OMP_NUM_THREADS"] for count in (1, 3, 16)] == ["8", "2", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert workers._environment("cpu", 0, 3)["OMP_NUM_THREADS"] == "5"
