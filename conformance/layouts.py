@@ -58,7 +58,7 @@ def _sliced(values: Array) -> Array:
 
 
 LAYOUTS: dict[str, Callable[[Array], Array]] = {
-    "contiguous": np.ascontiguousarray,
+    "contiguous": lambda values: np.array(values, order="C"),  # of no dimensions too
     "row_strided": _row_strided,
     "column_strided": _column_strided,
     "token_stride_1": _column_strided,

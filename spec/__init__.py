@@ -37,6 +37,7 @@ _NAMES = (
     "gdn_post_conv",
     "gdn_conv_prep",
     "silu_mul_block_quant",
+    "block_quant",
     "gdn_in_proj",
     "segment_attention",
     "gated_rms_norm",

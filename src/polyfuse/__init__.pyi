@@ -1,10 +1,12 @@
 """The types of what `import polyfuse` offers. `make generate` writes this file from the specs."""
 
+from polyfuse._ops import BlockQuantResult as BlockQuantResult
 from polyfuse._ops import GatedDeltaRuleResult as GatedDeltaRuleResult
 from polyfuse._ops import GdnConvPrepResult as GdnConvPrepResult
 from polyfuse._ops import GdnInProjResult as GdnInProjResult
 from polyfuse._ops import GdnPostConvResult as GdnPostConvResult
 from polyfuse._ops import SiluMulBlockQuantResult as SiluMulBlockQuantResult
+from polyfuse._ops import block_quant as block_quant
 from polyfuse._ops import gated_delta_rule as gated_delta_rule
 from polyfuse._ops import gated_rms_norm as gated_rms_norm
 from polyfuse._ops import gdn_conv_prep as gdn_conv_prep

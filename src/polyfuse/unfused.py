@@ -5,6 +5,6 @@
 them if it shall run with that pass and without it, or use them to say what a fused kernel has to equal.
 """
 
-from polyfuse.torch_impl.silu_mul_block_quant import block_quant, silu_mul
+from polyfuse.torch_impl._unfused import block_quant, silu_mul
 
 __all__ = ["block_quant", "silu_mul"]

@@ -8,7 +8,7 @@ import torch
 from numba import prange
 
 from polyfuse.spec import Capability
-from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, QMAX, scale_floor, scale_strides
+from polyfuse.spec.block_quant import LEAST_DIVISOR, QMAX, scale_floor, scale_strides
 from polyfuse_numba._common import (
     as_bits,
     as_float,
