@@ -38,6 +38,7 @@ _NAMES = (
     "gdn_conv_prep",
     "silu_mul_block_quant",
     "block_quant",
+    "rms_norm_block_quant",
     "gdn_in_proj",
     "segment_attention",
     "gated_rms_norm",

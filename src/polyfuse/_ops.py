@@ -26,6 +26,7 @@ __all__ = [
     "GdnConvPrepResult",
     "GdnInProjResult",
     "GdnPostConvResult",
+    "RmsNormBlockQuantResult",
     "SiluMulBlockQuantResult",
     "block_quant",
     "gated_delta_rule",
@@ -35,6 +36,7 @@ __all__ = [
     "gdn_in_proj",
     "gdn_post_conv",
     "pos_embed_interpolate",
+    "rms_norm_block_quant",
     "segment_attention",
     "silu_mul_block_quant",
 ]
@@ -270,6 +272,65 @@ def block_quant(
                 num_rows,
                 expert_ends,
                 global_scale,
+                group_size,
+                quant_dtype,
+                scale_format,
+                scale_layout,
+                scale_ub,
+                scale_min,
+                reciprocal,
+                expert_alignment,
+                fill,
+            ),
+            backend,
+        ),
+    )
+
+
+class RmsNormBlockQuantResult(NamedTuple, Generic[Array]):
+    """The results of `rms_norm_block_quant`."""
+
+    q: Array
+    scale: Array
+    sum: Array
+
+
+@public
+def rms_norm_block_quant(
+    x: Array,
+    weight: Array,
+    *,
+    residual: Array | None = None,
+    num_rows: Array | None = None,
+    expert_ends: Array | None = None,
+    global_scale: Array | None = None,
+    eps: float = 1e-06,
+    weight_offset: float = 0.0,
+    group_size: int = 128,
+    quant_dtype: DType = "float8_e4m3fn",
+    scale_format: Literal["float32", "ue8m0", "ue8m0_packed", "e4m3"] = "float32",
+    scale_layout: Literal["row_major", "col_major", "col_major_tma", "swizzled_128x4"] = "row_major",
+    scale_ub: float | None = None,
+    scale_min: float | None = None,
+    reciprocal: bool = False,
+    expert_alignment: int = 1,
+    fill: float | None = None,
+    backend: str | Sequence[str] | None = None,
+) -> RmsNormBlockQuantResult[Array]:
+    """Residual sum and root-mean-square normalisation followed by block-wise quantisation, in one pass."""
+    return named(
+        RmsNormBlockQuantResult,
+        run(
+            "rms_norm_block_quant",
+            (
+                x,
+                weight,
+                residual,
+                num_rows,
+                expert_ends,
+                global_scale,
+                eps,
+                weight_offset,
                 group_size,
                 quant_dtype,
                 scale_format,
