@@ -63,10 +63,11 @@ float4_e2m1 puts two numbers into a byte, the first in the low half.
 Some rows only: `num_rows` [E] says how many rows of each expert of [E, T, ...] are valid. `expert_ends` [E] is for rows
 of experts behind one another: expert e owns the rows from align(expert_ends[e - 1]), 0 for the first, up to
 expert_ends[e], exclusive; align rounds up to a multiple of expert_alignment, and an expert that would end before it
-begins is empty. The ends do not decrease. Other rows are neither read nor written. `fill` is what every scale holds that
-was allocated and belongs to no valid row or group: of other rows, of the padding of a layout up to its last element, of
-the unused bytes of the last int32. Without it such scales of rows are not written, bytes past the last group are 0, and
-a swizzled array holds 0 wherever it holds no scale.
+begins is empty. The ends do not decrease. Other rows are neither read nor written.
+
+`fill` is what every scale holds that was allocated and belongs to no valid row or group: of other rows, of the padding
+of a layout up to its last element, of the unused bytes of the last int32. Without it such scales of rows are not
+written, bytes past the last group are 0, and a swizzled array holds 0 wherever it holds no scale.
 """
 
 
@@ -234,9 +235,7 @@ QUANTISER_ATTRS = (
     AttrSpec("scale_ub", "float", None, "upper bound of a finite scale; > 0"),
     AttrSpec("scale_min", "float", None, "least scale; from 2**-126 to 2**127, or 0 (scale_format float32 only)"),
     AttrSpec("reciprocal", "bool", False, "amax * (1 / qmax), each rounded to float32, in place of amax / qmax"),
-    AttrSpec(
-        "expert_alignment", "int", 1, "rows of which a multiple lies before each expert of expert_ends", minimum=1
-    ),
+    AttrSpec("expert_alignment", "int", 1, "a multiple of it is where each expert of expert_ends begins", minimum=1),
     AttrSpec("fill", "float", None, "what scales of no valid row or group hold; a power of two if they are ue8m0"),
 )
 QUANTISER_OUTPUTS = (

@@ -4,8 +4,8 @@
     n      h / sqrt(mean(h * h) + eps)                    the mean over the row's D columns
     y      n * (weight + weight_offset)                   in fp32, unrounded
 
-`eps` is inside the root. `weight_offset` is the float32 nearest to the number given: 1 for a weight stored as what it is
-above 1, as Qwen3-Next and Qwen3.5 do. A form that rounds n or y before it quantises is another function.
+`eps` is inside the root. `weight_offset` is the float32 nearest to the number given: 1 for a weight stored as what it
+is above 1, as Qwen3-Next and Qwen3.5 do. A form that rounds n or y before it quantises is another function.
 """
 
 from collections.abc import Mapping

@@ -10,9 +10,9 @@ gate * sigmoid(gate) to at most c in place of the gate itself; alpha must be 1. 
 limit=7. `row_weight` multiplies every y of its row: router weights, applied before quantisation. alpha, up_offset and
 limit are the float32 nearest to the number given.
 
-`materialize=True` rounds what the plain PyTorch form rounds, to x's dtype, so that replacing unfused ops changes no bit:
-silu(gate), or for another alpha alpha * gate, its sigmoid and the gate times that; up + up_offset, unless that is up; the
-product; and the product with the row's weight. A clamp rounds nothing.
+`materialize=True` rounds what the plain PyTorch form rounds, to x's dtype, so that replacing unfused ops changes no
+bit: silu(gate), or for another alpha alpha * gate, its sigmoid and the gate times that; up + up_offset, unless that is
+up; the product; and the product with the row's weight. A clamp rounds nothing.
 """
 
 from collections.abc import Mapping
@@ -109,10 +109,10 @@ SPEC = OpSpec(
         ErrorBound(
             "y",
             _steps,
-            "magnitude |y| * (1 + |alpha * gate|), as an exponential turns the rounding of its argument into a relative "
-            "error and costs 2 ulp; 1 + exp, a division within 2 ulp and two products; 1 more for an alpha that is not "
-            "1, and for an up_offset that is not 0. Where limit_on=silu clamps, magnitude |y|. A flushed result counts "
-            "once, a flushed sigmoid or silu twice |gate * (up + up_offset)|. With materialize the same on "
+            "magnitude |y| * (1 + |alpha * gate|), as an exponential turns the rounding of its argument into a "
+            "relative error and costs 2 ulp; 1 + exp, a division within 2 ulp and two products; 1 more for an alpha that "
+            "is not 1, and for an up_offset that is not 0. Where limit_on=silu clamps, magnitude |y|. A flushed result "
+            "counts once, a flushed sigmoid or silu twice |gate * (up + up_offset)|. With materialize the same on "
             "gate * sigmoid(alpha * gate), or on the sigmoid of the rounded alpha * gate, before its rounding",
             flushes=1,
         ),

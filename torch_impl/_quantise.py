@@ -5,7 +5,7 @@ from math import inf
 import torch
 from torch.nn.functional import pad
 
-from polyfuse.spec.block_quant import FLOAT4, LARGEST_E4M3, LEAST_DIVISOR, QMAX, scale_floor, scale_form
+from polyfuse.spec.block_quant import FLOAT4, LARGEST_E4M3, LEAST_DIVISOR, QMAX, ScaleForm, scale_floor, scale_form
 
 
 def quantise(
@@ -54,18 +54,12 @@ def quantise(
         stored_q = (torch.where(q.isnan(), 0.0, q).round() if quant_dtype == "int8" else q).to(
             getattr(torch, quant_dtype)
         )
-    return stored_q.contiguous(), _stored(
-        scale,
-        y.shape[:-1],
-        width,
-        group_size,
-        scale_format,
-        scale_layout,
-        num_rows,
-        expert_ends,
-        expert_alignment,
-        fill,
-    )
+    form = scale_form(tuple(y.shape[:-1]), width, group_size, scale_format, scale_layout, num_rows is not None)
+    valid = None
+    if fill is not None or scale_layout == "swizzled_128x4":
+        valid = _valid_rows(y.shape[:-1], y.device, num_rows, expert_ends, expert_alignment)
+    stored_scale = _stored(scale, form, scale_format, scale_layout, num_rows is not None, valid, fill)
+    return stored_q.contiguous(), stored_scale
 
 
 def _e4m3_scale(amax: torch.Tensor, qmax: float, global_scale: torch.Tensor | None) -> torch.Tensor:
@@ -102,18 +96,14 @@ def _pairs(codes: torch.Tensor) -> torch.Tensor:
 
 def _stored(
     scale: torch.Tensor,
-    lead: torch.Size,
-    width: int,
-    group_size: int,
+    form: ScaleForm,
     scale_format: str,
     layout: str,
-    num_rows: torch.Tensor | None,
-    expert_ends: torch.Tensor | None,
-    alignment: int,
+    masked: bool,
+    valid: torch.Tensor | None,
     fill: float | None,
 ) -> torch.Tensor:
-    """The array of the scales [*lead, groups]."""
-    form = scale_form(tuple(lead), width, group_size, scale_format, layout, num_rows is not None)
+    """The array of the scales [*lead, groups], of which those that are not valid hold `fill` if they must."""
     swizzled = layout == "swizzled_128x4"
     missing = None if fill is None else torch.full((), fill, dtype=torch.float32, device=scale.device)
     if scale_format == "ue8m0_packed" or (scale_format == "ue8m0" and swizzled):
@@ -121,14 +111,12 @@ def _stored(
         missing = None if missing is None else _exponent_bytes(missing)
     elif missing is not None:
         missing = missing.to(scale.dtype)
-    if missing is not None or swizzled:
-        valid = _valid_rows(lead, scale.device, num_rows, expert_ends, alignment)
-        if missing is None:
-            missing = torch.zeros((), dtype=scale.dtype, device=scale.device)
-        if valid is not None:
-            scale = _where(valid[..., None], scale, missing)
-    if swizzled:
-        return _swizzled(scale if num_rows is not None else scale.flatten(0, -2)[None], missing).view(form.shape)
+    if missing is None and swizzled:
+        missing = torch.zeros((), dtype=scale.dtype, device=scale.device)
+    if missing is not None and valid is not None:
+        scale = _where(valid[..., None], scale, missing)
+    if swizzled and missing is not None:
+        return _swizzled(scale if masked else scale.flatten(0, -2)[None], missing).view(form.shape)
     if scale_format == "ue8m0_packed":
         groups = scale.shape[-1]
         scale = pad(scale, (0, -groups % 4))

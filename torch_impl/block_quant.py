@@ -24,7 +24,7 @@ def block_quant(
     expert_alignment: int = 1,
     fill: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns q and scale, each rounded once; rows that are not valid, which nothing may depend on, are like the others."""
+    """Returns q and scale, each rounded once; rows of no expert are like the others."""
     return quantise(
         x,
         num_rows=num_rows,

@@ -28,7 +28,7 @@ def rms_norm_block_quant(
     expert_alignment: int = 1,
     fill: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns q, scale and the sum; rows that are not valid, which nothing may depend on, are like the others."""
+    """Returns q, scale and the sum; rows of no expert are like the others."""
     total = x if residual is None else (x.float() + residual.float()).to(x.dtype).contiguous()
     rows = total.float().contiguous()  # summed in the same order whatever the layout
     mean = rows.square().sum(-1, keepdim=True) / max(x.shape[-1], 1)

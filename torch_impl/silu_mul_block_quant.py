@@ -33,7 +33,7 @@ def silu_mul_block_quant(
     expert_alignment: int = 1,
     fill: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns q and scale, each rounded once; rows that are not valid, which nothing may depend on, are like the others."""
+    """Returns q and scale, each rounded once; rows of no expert are like the others."""
     if up is None:
         gate, up = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
     else:

@@ -128,8 +128,8 @@ class _QuantPlan(Plan):
 
 def _make(inputs: Inputs, lead: tuple[int, ...], scale_ub: float | None, alignment: int, *by: Any) -> _QuantPlan:
     """`by` are the arguments of `_blocks.results` from group_size on."""
-    x, num_rows, ends = inputs[:3]
-    assert x is not None
+    x: Any
+    x, num_rows, ends, _ = inputs
     masked, width, group = num_rows is not None, x.shape[-1], by[0]
     if group > _blocks.WIDEST_GROUP:
         raise Unsupported(f"{NAME}: group_size={group}: a program takes whole groups of up to {_blocks.WIDEST_GROUP}")

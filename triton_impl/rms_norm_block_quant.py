@@ -1,8 +1,8 @@
 """The Triton backend of `rms_norm_block_quant`: one launch, each element of x read once.
 
-A program takes ROWS whole rows as a tile [ROWS * groups, group_size], padded to powers of two: summed over a row it gives
-the norm, and its lines are the groups. The sum is a tree over neighbours, so that no tile shape changes a bit. Where
-rows belong to experts, programs take the tiles of valid rows in turn, as those of `silu_mul_block_quant` do.
+A program takes ROWS whole rows as a tile [ROWS * groups, group_size], padded to powers of two: summed over a row it
+gives the norm, and its lines are the groups. The sum is a tree over neighbours, so that no tile shape changes a bit.
+Where rows belong to experts, programs take the tiles of valid rows in turn, as those of `silu_mul_block_quant` do.
 """
 
 from math import prod

@@ -205,7 +205,7 @@ def _neighbouring_weight(v: dict[str, Any]) -> dict[str, Any]:
 
 
 def _offset_before_the_clamp(right: Any) -> Any:
-    """In place of the clamped up, one that the clamp of a limit 1 lower would give, as if its offset of 1 came first."""
+    """An up that a limit 1 lower would clamp from above, as if its offset of 1 came before the clamp."""
 
     def halves(x: Any, up: Any, interleaved: bool, limit: float | None, limit_on: str) -> Any:
         gate, factor = right(x, up, interleaved, limit, limit_on)
