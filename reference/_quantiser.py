@@ -166,7 +166,7 @@ def stored(scale: F64, by: Quantiser, unwritten: float) -> F64:
     lead = scale.shape[:-1]
     valid = valid_rows(lead, by)
     swizzled = by.scale_layout == "swizzled_128x4"
-    padding = 0.0 if by.fill is None else float(stored_alone(np.float64(by.fill), by))
+    padding = 0.0 if by.fill is None else float(stored_alone(np.array([by.fill]), by)[0])
     missing = padding if by.fill is not None or swizzled else unwritten
     numbers = stored_alone(scale, by)
     if by.scale_format == "ue8m0_packed":
@@ -212,8 +212,9 @@ def bounds(y: Interval, given: Any, error: Error) -> dict[str, Exact]:
         q = _pair_interval(q)
     valid = valid_rows(y.value.shape[:-1], by)
     ends = np.where(valid, q.value, 0.0), np.where(valid, q.low, -np.inf), np.where(valid, q.high, np.inf)
-    numbers = (stored(end, by, unwritten) for end, unwritten in zip(scale, (0.0, -np.inf, np.inf), strict=True))
-    return {"q": Exact(*ends), "scale": Exact(*numbers, as_bytes=by.scale_format == "ue8m0_packed")}
+    scales = stored(scale.value, by, 0.0), stored(scale.low, by, -np.inf), stored(scale.high, by, np.inf)
+    packed = by.scale_format == "ue8m0_packed"
+    return {"q": Exact(*ends), "scale": Exact(scales[0], scales[1], scales[2], as_bytes=packed)}
 
 
 def _scale_interval(y: Interval, by: Quantiser, relative: float, flush: float) -> Interval:

@@ -126,7 +126,7 @@ def _stored(
         missing = None if missing is None else missing.repeat(4).view(torch.int32)[0]
     if form.strides is None:
         return scale.contiguous()
-    if fill is None or scale.numel() == 0:
+    if missing is None or scale.numel() == 0:
         return torch.empty_strided(form.shape, form.strides, dtype=scale.dtype, device=scale.device).copy_(scale)
     last = sum((size - 1) * stride for size, stride in zip(form.shape, form.strides, strict=True))
     buffer = torch.empty(last + 1, dtype=scale.dtype, device=scale.device)

@@ -72,7 +72,7 @@ class Results:
         """New q and scale."""
         q = torch.empty(self.q_shape, dtype=self.q_dtype, device=device)
         if self.first is not None:
-            return q, self._filled(device)
+            return q, self._filled(device, self.first)
         if self.scale_strides is None:
             return q, torch.empty(self.scale_shape, dtype=self.scale_dtype, device=device)
         return q, torch.empty_strided(self.scale_shape, self.scale_strides, dtype=self.scale_dtype, device=device)
@@ -84,13 +84,13 @@ class Results:
             scale.view(torch.uint8) if self.scale_dtype is torch.float8_e4m3fn else scale,
         )
 
-    def _filled(self, device: torch.device) -> torch.Tensor:
+    def _filled(self, device: torch.device, number: int | float) -> torch.Tensor:
         strides = self.scale_strides or _contiguous(self.scale_shape)
         size = 1 + sum((n - 1) * step for n, step in zip(self.scale_shape, strides, strict=True))
         if not prod(self.scale_shape):
             size = 0
         storage = torch.uint8 if self.scale_dtype is torch.float8_e4m3fn else self.scale_dtype
-        buffer = torch.full((size,), self.first, dtype=storage, device=device)
+        buffer = torch.full((size,), number, dtype=storage, device=device)
         return buffer.view(self.scale_dtype).as_strided(self.scale_shape, strides)
 
 
@@ -190,5 +190,5 @@ def _most_programs(device: torch.device) -> int:
     if device.type not in ("cuda", "xpu"):
         return 3
     properties: Any = torch.get_device_module(device).get_device_properties(device)
-    units = getattr(properties, "multi_processor_count", None) or getattr(properties, "gpu_subslice_count", 64)
+    units = properties.multi_processor_count if device.type == "cuda" else properties.gpu_subslice_count
     return int(units) * PROGRAMS

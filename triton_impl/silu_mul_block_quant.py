@@ -336,6 +336,7 @@ def silu_mul_block_quant(
         num_rows = num_rows.contiguous()
     if expert_ends is not None and expert_ends.stride(0) != 1:
         expert_ends = expert_ends.contiguous()
+    counts = expert_ends if num_rows is None else num_rows
     plan = _plan(
         shape,
         x.stride(),
@@ -363,8 +364,7 @@ def silu_mul_block_quant(
         x.data_ptr() % 16 == 0,
         up is None or up.data_ptr() % 16 == 0,
         row_weight is None or (row_weight.dtype, row_weight.data_ptr() % 16 == 0),
-        (expert_ends if num_rows is None else num_rows) is None
-        or (expert_ends if num_rows is None else num_rows).data_ptr() % 16 == 0,
+        counts is None or counts.data_ptr() % 16 == 0,
         global_scale is None or global_scale.data_ptr() % 16 == 0,
     )
     q, scale = plan.results.allocate(x.device)
