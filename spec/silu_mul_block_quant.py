@@ -110,10 +110,11 @@ SPEC = OpSpec(
             "y",
             _steps,
             "magnitude |y| * (1 + |alpha * gate|), as an exponential turns the rounding of its argument into a "
-            "relative error and costs 2 ulp; 1 + exp, a division within 2 ulp and two products; 1 more for an alpha "
-            "that is not 1, and for an up_offset that is not 0. Where limit_on=silu clamps, magnitude |y|. A flushed "
-            "result counts once, a flushed sigmoid or silu twice |gate * (up + up_offset)|. With materialize the same on "
-            "gate * sigmoid(alpha * gate), or on the sigmoid of the rounded alpha * gate, before its rounding",
+            "relative error and costs 2 ulp; 1 + exp, a division within 2 ulp and two products; 1 more for an "
+            "alpha that is not 1, and for an up_offset that is not 0. Where limit_on=silu clamps, magnitude |y|. "
+            "A flushed result counts once, a flushed sigmoid or silu twice |gate * (up + up_offset)|. With "
+            "materialize the same on gate * sigmoid(alpha * gate), or on the sigmoid of the rounded alpha * gate, "
+            "before its rounding",
             flushes=1,
         ),
         ErrorBound("weighted", 1, "magnitude |y|: the product with row_weight, which multiplies the error of y"),

@@ -19,6 +19,11 @@ SMALL_GROUP_TILES = ((2**18, 512, 16), (2**63, 4096, 32))
 WIDEST_GROUP = 2**15
 WIDE_PAIRS = 2**31  # from here on pairs are numbered in 64 bits
 
+# The parameters of the kernels whose value, or alignment, makes no other kernel.
+ANY_VALUE = [
+    *("num_rows_ptr", "ends_ptr", "global_scale_ptr"),
+    *("rows", "experts", "scale_expert", "scale_row", "scale_group"),
+]
 CHUNK = tl.constexpr(256)  # experts that a program looks at together
 PROGRAMS = 16  # of one multiprocessor, that share out the rows of experts; each takes one tile after another
 

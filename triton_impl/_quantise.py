@@ -200,7 +200,7 @@ def store_groups(
     if SWIZZLED:
         at = scale_at + swizzled(row.to(tl.int64), group, (GROUPS + 3) // 4)
         if FORMAT == "e4m3":
-            tl.store(at, code, mask=live)
+            tl.store(at, fp8_code(scale, 448.0, "float8_e4m3fn"), mask=live)
         else:
             tl.store(at, exponent_byte(scale), mask=live)
     elif FORMAT == "ue8m0_packed":
@@ -212,6 +212,6 @@ def store_groups(
     else:
         at = scale_at + row.to(tl.int64) * scale_row + group.to(tl.int64) * scale_group
         if FORMAT == "e4m3":
-            tl.store(at, code, mask=live)
+            tl.store(at, fp8_code(scale, 448.0, "float8_e4m3fn"), mask=live)
         else:
             tl.store(at, scale, mask=live)

@@ -51,7 +51,18 @@ def _tile(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "experts", "scale_expert", "scale_row", "scale_group"])
+@triton.jit(
+    do_not_specialize=[
+        "num_rows_ptr",
+        "ends_ptr",
+        "global_scale_ptr",
+        "rows",
+        "experts",
+        "scale_expert",
+        "scale_row",
+        "scale_group",
+    ]
+)
 def _kernel(
     x_ptr,  # [experts, rows, D]
     num_rows_ptr,  # [experts], or None
