@@ -114,8 +114,8 @@ SPEC = OpSpec(
             "relative error and costs 2 ulp; 1 + exp, a division within 2 ulp and two products; 1 more for an "
             "alpha that is not 1, and for an up_offset that is not 0. Where limit_on=silu clamps, magnitude |y|. "
             "A flushed result counts once, a flushed sigmoid or silu twice |gate * (up + up_offset)|, a flushed "
-            "up |silu|. With materialize the same on gate * sigmoid(alpha * gate), or on the sigmoid of the rounded alpha * gate, "
-            "before its rounding; a subnormal up or y may then count as 0",
+            "up |silu|. With materialize the same on gate * sigmoid(alpha * gate), or on the sigmoid of the rounded "
+            "alpha * gate, before its rounding; a subnormal up or y may then count as 0",
             flushes=1,
         ),
         ErrorBound("weighted", 1, "magnitude |y|: the product with row_weight, which multiplies the error of y"),

@@ -41,13 +41,10 @@ def check(attempt: Attempt) -> Iterator[str]:
 
 
 def _row_arguments(attempt: Attempt) -> list[str]:
-    """The arrays whose first dimension are the rows."""
-    op = attempt.call.op
-    return [
-        t.name
-        for t in op.tensors
-        if not t.updated and t.shape[0] == op.rows and isinstance(attempt.made[t.name], np.ndarray)
-    ]
+    """The arrays whose first dimension are the rows; none where integers that are not say which rows count."""
+    arrays = [t for t in attempt.call.op.tensors if isinstance(attempt.made[t.name], np.ndarray) and not t.updated]
+    rows = [t.name for t in arrays if t.shape[:1] == (attempt.call.op.rows,)]
+    return [] if any(attempt.made[t.name].dtype.kind == "i" and t.name not in rows for t in arrays) else rows
 
 
 def _picked(made: Mapping[str, Any], rows: list[str], picked: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def check(attempt: Attempt) -> Iterator[str]:
     grown = dict(attempt.arrays)
     for tensor in op.tensors:
         value = grown[tensor.name]
-        if tensor.shape[0] == op.rows and value is not None:
+        if tensor.shape[:1] == (op.rows,) and value is not None:
             grown[tensor.name] = value * times if isinstance(value, tuple) else _repeated(value, times)
     large = attempt.run(grown)
     for want, one, many in zip(attempt.call.outputs, attempt.outputs, large, strict=False):
