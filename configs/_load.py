@@ -138,7 +138,8 @@ class Level(_Strict):
 
     `checks` says on which of the level's cases a check runs, `others` what holds for the checks that it does not name:
     on all, on the core cases and one in `check_sample` of the others, on the core cases, or on none.
-    `repeats` is how often a check calls a backend that looks for what one call in many shows.
+    `repeats` is how often a check calls a backend that looks for what one call in many shows; an emulated one it calls
+    twice.
 
     A case runs if its results have no more elements than `max_elements`, or `max_elements_interpreted` where kernels
     are emulated; `max_elements_repeated` is for cases that only repeat smaller ones, on an accelerator. In a worker

@@ -4,7 +4,7 @@ if __name__ != "polyfuse.conformance":
     raise ImportError(f"import polyfuse.conformance, not {__name__}")
 
 from polyfuse.conformance.case import Case
-from polyfuse.conformance.cases import all_cases, cases, selected_for
+from polyfuse.conformance.cases import all_cases, cases, model_cases, selected_for
 from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs, place
 from polyfuse.conformance.report import Report, Result, device_name, versions
@@ -21,6 +21,7 @@ __all__ = [
     "compare",
     "device_name",
     "make_inputs",
+    "model_cases",
     "place",
     "run",
     "selected_for",

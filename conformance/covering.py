@@ -7,6 +7,7 @@ pairs out (151 in a model of 24 factors with 7 constraints), and it cannot use t
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -26,14 +27,22 @@ class Factor:
     """Something in which cases differ, and its values, of which the first is the usual one.
 
     Factors that are `structure` decide what a compiler sees: shapes, dtypes, attributes. The others, fills and layouts,
-    give one structure several rows. `under` names the factor of the optional array that this one is about: its value is
-    None exactly where that is `ABSENT`.
+    give one structure several rows; those that are `content` say what arrays hold. `blank` are values with which there
+    is nothing to see of the other factors, such as no rows at all. `under` names the factor of the optional array that
+    this one is about: its value is None exactly where that is `ABSENT`.
     """
 
     name: str
     values: tuple[Any, ...]
     structure: bool = True
     under: str = ""
+    content: bool = False
+    blank: tuple[Any, ...] = ()
+
+    @property
+    def usual(self) -> tuple[int, ...]:
+        """The numbers of None and of the usual value."""
+        return (0, 1) if self.values[0] is None else (0,)
 
 
 class Covering:
@@ -100,13 +109,15 @@ class Covering:
             while (seed := self._next(self._starts[factors])) is not None:
                 reasons: set[str] = set()
                 starts = self._fitting(seed, kept, structures) if factors > structures else []
-                row = next((r for start in [*starts, {}] if (r := self._row(dict(seed) | start, reasons))), None)
+                plain = factors == structures  # the pairs of structures are seen with the usual content
+                found = (self._row(dict(seed) | start, reasons, plain) for start in [*starts, {}])
+                row = next(filter(None, found), None)
                 if row is None:
                     self.void[seed] = tuple(sorted(reasons - {""}))
                     self._close(seed)
                     continue
                 kept[row[:structures]] = None
-                self._close(tuple(enumerate(row)))
+                self._close_shown(row)
                 self._used.update(enumerate(row))
                 yield seed, row
 
@@ -123,27 +134,52 @@ class Covering:
         places = [self._starts[f] + v for f, v in items]
         self._open[np.ix_(places, places)] = False
 
+    def _close_shown(self, row: Row) -> None:
+        """Close the pairs that the row shows."""
+        items = tuple(enumerate(row))
+        blank = [item for item in items if self.is_blank(item)]
+        for item in blank:
+            for other in items:
+                self._close((item, other))
+        if not blank:
+            self._close(items)
+
+    def is_blank(self, item: Item) -> bool:
+        """Whether there is nothing to see of other factors beside that item."""
+        factor = self.factors[item[0]]
+        return factor.values[item[1]] in factor.blank
+
+    def shown(self, row: Row) -> Iterator[tuple[Item, Item]]:
+        """The pairs that a row shows: with a blank value those of that value alone."""
+        items = tuple(enumerate(row))
+        blank = {item for item in items if self.is_blank(item)}
+        return ((a, b) for a, b in combinations(items, 2) if not blank or a in blank or b in blank)
+
     def _fitting(self, seed: tuple[Item, Item], kept: Mapping[Row, None], structures: int) -> list[dict[int, int]]:
         """Structures that go with the seed, of which those with the most open pairs come first."""
         wanted = [(f, v) for f, v in seed if f < structures]
         found = [row for row in kept if all(row[f] == v for f, v in wanted)]
+        found = [row for row in found if all(item in seed for item in enumerate(row) if self.is_blank(item))]
         found = [row for row in found if not self._broken(dict(enumerate(row)) | dict(seed))]
         first = self._starts[structures]
         opened = self._open[:first, first:].sum(1)
         found.sort(key=lambda row: -int(sum(opened[self._starts[f] + v] for f, v in enumerate(row))))
         return [dict(enumerate(row)) for row in found[:_MOST_STRUCTURES]]
 
-    def _row(self, start: Mapping[int, int], reasons: set[str]) -> Row | None:
+    def _row(self, start: Mapping[int, int], reasons: set[str], plain: bool) -> Row | None:
         """A case with these values; what stood in the way is added to the reasons."""
-        while (row := self._completed(start, reasons)) is not None:
+        while (row := self._completed(start, reasons, plain)) is not None:
             reason = self.refused(row)
             if not reason:
                 return row
             self._learn(row)
         return None
 
-    def _completed(self, start: Mapping[int, int], reasons: set[str]) -> Row | None:
-        """A row with these values and with many open pairs, that has no clause."""
+    def _completed(self, start: Mapping[int, int], reasons: set[str], plain: bool) -> Row | None:
+        """A row with these values and with many open pairs, that has no clause; with usual content if `plain`.
+
+        It has no other blank values: they would hide these.
+        """
         chosen = dict(start)
         broken = self._broken(chosen)
         if broken is not None:
@@ -160,8 +196,10 @@ class Covering:
                 return True
             number = order[depth]
             first = self._starts[number]
-            values = range(len(self.factors[number].values))
-            for value in sorted(values, key=lambda v: (-gains[first + v], self._used[number, v], v)):
+            factor = self.factors[number]
+            values = factor.usual if plain and factor.content else range(len(factor.values))
+            seen = [value for value in values if not self.is_blank((number, value))]
+            for value in sorted(seen, key=lambda v: (-gains[first + v], self._used[number, v], v)):
                 steps += 1
                 if steps > _MOST_STEPS:
                     return False

@@ -21,14 +21,15 @@ class Plan:
 
     `sizes` are factors of the op's own; `case(chosen)` turns their values into what else a `Case` needs: dimensions,
     host arguments, and attributes, dtypes or fills that depend on them. It raises `SpecError` for values that do not
-    go together. `needs` names arrays that are given only where another is, or where a size is not 0. `attrs` are values
-    of attributes, `fills` and `layouts` the names of those of arrays, with blanks between them; of each the first is
-    the usual one.
+    go together. `blank` are the sizes that leave nothing to see of other factors: no results. `needs` names arrays that
+    are given only where another is, or where a size is not 0. `attrs` are values of attributes, `fills` and `layouts`
+    the names of those of arrays, with blanks between them; of each the first is the usual one.
     """
 
     sizes: Mapping[str, tuple[Any, ...]]
     case: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     attrs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    blank: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     needs: Mapping[str, str] = field(default_factory=dict)
     fills: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, str] = field(default_factory=dict)
@@ -37,7 +38,7 @@ class Plan:
 def factors(spec: OpSpec, plan: Plan) -> list[Factor]:
     """The factors of an op, those that are structure first."""
     found = [f for tensor in spec.tensors for f in _dtype_factors(spec, tensor)]
-    found += [Factor(name, values) for name, values in plan.sizes.items()]
+    found += [Factor(name, values, blank=plan.blank.get(name, ())) for name, values in plan.sizes.items()]
     found += [Factor(a.name, _values(a, plan)) for a in spec.attrs if len(_values(a, plan)) > 1]
     for tensor in spec.tensors:
         if tensor.split:
@@ -53,7 +54,8 @@ def case_of(name: str, spec: OpSpec, plan: Plan, chosen: Mapping[str, Any]) -> C
     """The case of a choice of values, by the factors' names."""
     dtypes: dict[str, str] = {}
     present, split = [], []
-    fill, layout = {}, {}
+    fill: dict[str, str] = {}
+    layout: dict[str, str] = {}
     for tensor in spec.tensors:
         value = chosen.get(tensor.name, tensor.dtypes[0])
         if tensor.optional and tensor.name in chosen and value != ABSENT:
@@ -115,6 +117,7 @@ def _values(attr: AttrSpec, plan: Plan) -> tuple[Any, ...]:
 
 
 def _about(tensor: TensorSpec, kind: str, values: tuple[Any, ...], structure: bool) -> Factor:
+    name, content = f"{tensor.name}.{kind}", kind == "fill"
     if tensor.optional:
-        return Factor(f"{tensor.name}.{kind}", (None, *values), structure, under=tensor.name)
-    return Factor(f"{tensor.name}.{kind}", values, structure)
+        return Factor(name, (None, *values), structure, tensor.name, content)
+    return Factor(name, values, structure, content=content)

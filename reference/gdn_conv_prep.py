@@ -157,7 +157,7 @@ def final_state(x: Array, state: Array | None, cu_seqlens: Array | None, columns
     for i in range(len(starts) - 1):
         before = np.zeros((columns, rows.shape[1])) if state is None else to_f64(state[i]).T
         states.append(np.concatenate([before, rows[starts[i] : starts[i + 1]]])[-columns:].T)
-    return np.array(states, order="C").reshape(-1, rows.shape[1], columns)
+    return np.array(states).reshape(-1, rows.shape[1], columns)
 
 
 def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
@@ -177,14 +177,16 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
         results[name] = normalised(part, given.l2norm_eps, relative, flush) if given.l2norm else part.widened(relative)
     results["v"] = v.widened(error("v")[0])
     results |= gate_bounds(exact, given, error)
-    for name in ("final_state", "state_pool"):
+    for name, before in (("final_state", given.initial_state), ("state_pool", given.state_pool)):
         if name in exact:
             copy = Exact.copy(exact[name], error(name)[0])
-            results[name] = replace(copy, bits=False, kept=~np.isnan(copy.value))  # another dtype may change NaN's sign
-    if given.state_pool is not None:
-        slots = slots_of(x, given.cu_seqlens, given.state_pool, given.state_indices)
-        unowned = [slot not in slots for slot in range(len(given.state_pool))]
-        results["state_pool"].kept[unowned] = True
+            if before is not None and before.dtype != x.dtype:  # of a NaN another dtype may change the sign
+                kept = ~np.isnan(copy.value)
+                if name == "state_pool":
+                    slots = slots_of(x, given.cu_seqlens, before, given.state_indices)
+                    kept[[slot not in slots for slot in range(len(kept))]] = True
+                copy = replace(copy, bits=False, kept=kept)
+            results[name] = copy
     return results
 
 
@@ -223,7 +225,7 @@ def normalised(y: Exact, eps: float, relative: float, flush: float, inverse: Inv
     return opened(result, (np.isneginf(y.low) & np.isposinf(y.high)).any(-1, keepdims=True))
 
 
-def opened(exact: Exact, where: NDArray[np.bool_]) -> Exact:
+def opened(exact: Exact, where: Any) -> Exact:
     """The interval, in which anything is right where that is True."""
     return replace(exact, low=np.where(where, -np.inf, exact.low), high=np.where(where, np.inf, exact.high))
 

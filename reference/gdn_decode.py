@@ -1,6 +1,7 @@
 """The oracle of `gdn_decode`; the formula is the docstring of `polyfuse.spec.gdn_decode`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -206,10 +207,11 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     low, high = (np.where(live, end, 0.0).reshape(exact["out"].shape) for end in (out.low, out.high))
     ends, written = zip(*(stored(given.recurrent_state, end, slots) for end in (states.low, states.high)), strict=True)
     copied = shifted(given.conv_state, before, inputs, slots, given.x.ndim == 3)[1]
-    conv_state = Exact.copy(exact["conv_state"], error("conv_state")[0])
+    same = given.conv_state.dtype == given.x.dtype  # else a NaN's sign may change
+    conv_state = replace(Exact.copy(exact["conv_state"], error("conv_state")[0]), bits=same)
     return {
         "out": Exact(exact["out"], low, high),
-        "conv_state": _kept(conv_state, ~copied),
+        "conv_state": _kept(conv_state, ~copied if same else ~copied | ~np.isnan(conv_state.value)),
         "recurrent_state": _kept(Exact(exact["recurrent_state"], *ends), ~written[0]),
     }
 

@@ -106,9 +106,14 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     y = _activation_interval(given, *error("y"))
     if given.row_weight is not None:
         weight = to_f64(given.row_weight)[..., None]
-        y = _product(y, Interval(weight, weight, weight))
+        around_0 = (y.value != 0) & (y.low <= FP32_TINY) & (y.high >= -FP32_TINY)
+        either = np.isinf(y.value) & may_flush(weight) | np.isinf(weight) & around_0
+        lost = may_flush(weight)
+        ends = (np.where(lost, pick(weight, 0), weight) for pick in (np.minimum, np.maximum))
+        y = _product(y, Interval(weight, *ends))
         y = _around(y, error("weighted")[0], FP32_TINY)
         y = Interval(*(rounded(end, given.x) if given.materialize else overflowed(end) for end in y))
+        y = _or_nan(y, either)
     return quantised_bounds(y, given, error)
 
 
@@ -118,22 +123,34 @@ def _activation_interval(given: Any, relative: float, flush: float) -> Interval:
     alpha, offset = float(np.float32(given.alpha)), float(np.float32(given.up_offset))
     sigma = sigmoid(alpha * gate)
     silu, factor = gate * sigma, up + offset if offset else up
+    steps, flushed = _silu_error(gate, alpha * gate, relative, flush)
     # Where the limit is surely below it, the error of silu is none of the result.
-    spread = 1 + np.abs(alpha * gate)
-    clamped = silu * (1 - relative * spread) > capped(silu, given.limit, given.limit_on)
-    spread = np.where(clamped, 1.0, spread)
+    clamped = silu * (1 - steps) > capped(silu, given.limit, given.limit_on)
+    steps = np.where(clamped, relative, steps)
     if given.materialize:
         y = _rounded_in_turn(gate, up, given, relative, flush)
-        lost = may_flush(up) | may_flush(y.value)  # products with 0, or 0
+        lost = (flush > 0) & (may_flush(factor) | may_flush(y.value))  # products with 0, or 0
         low, high = (np.where(lost, pick(end, 0), end) for pick, end in ((np.minimum, y.low), (np.maximum, y.high)))
         y = Interval(y.value, low, high)
     else:
         value = overflowed(capped(silu, given.limit, given.limit_on) * factor)
-        error = relative * np.abs(value) * spread + flush * (1 + 2 * np.abs(gate * factor) + np.abs(silu))
+        error = steps * np.abs(value) + flushed * np.abs(factor) + flush * (1 + np.abs(silu))
         error = np.where(np.isfinite(value), error, 0.0)
         y = Interval(value, value - error, value + error)
-    # An infinite `up` meets a sigmoid or silu that may count as 0: NaN and infinity are both right.
+    # An infinite factor meets one that may count as 0: NaN and infinity are both right.
     either = np.isinf(factor) & (gate != 0) & (np.minimum(sigma, np.abs(silu)) < FP32_TINY)
+    return _or_nan(y, either | np.isinf(silu) & may_flush(factor))
+
+
+def _silu_error(gate: F64, inner: F64, relative: float, flush: float) -> tuple[F64, F64]:
+    """Of gate * sigmoid(inner): the relative error, and what is lost where the sigmoid or the product is flushed."""
+    sigma = sigmoid(inner)
+    lost = np.abs(gate) * np.minimum(sigma, flush) + np.minimum(np.abs(gate * sigma), flush)
+    return relative * (1 + np.maximum(-inner, 0)), lost
+
+
+def _or_nan(y: Interval, either: Any) -> Interval:
+    """The interval, but NaN or infinity where `either` is true."""
     return Interval(
         np.where(either, np.nan, y.value), np.where(either, np.inf, y.low), np.where(either, np.inf, y.high)
     )
@@ -148,7 +165,8 @@ def _rounded_in_turn(gate: F64, up: F64, given: Any, relative: float, flush: flo
 
     if alpha == 1:
         silu = gate * sigmoid(gate)
-        error = relative * np.abs(silu) * (1 + np.abs(gate)) + flush * (1 + 2 * np.abs(gate))
+        steps, flushed = _silu_error(gate, gate, relative, flush)
+        error = steps * np.abs(silu) + flushed
         error = np.where(np.isfinite(silu), error, 0.0)
         activated = stored(Interval(silu, silu - error, silu + error))
     else:
@@ -156,10 +174,11 @@ def _rounded_in_turn(gate: F64, up: F64, given: Any, relative: float, flush: flo
         ends = []
         for argument, sign in zip(inner, (0, -1, 1), strict=True):
             sigma = sigmoid(argument)
-            wider = sigma + sign * (relative * sigma * (1 + np.abs(argument)) + flush)
+            wider = sigma + sign * (relative * sigma * (1 + np.maximum(-argument, 0)) + np.minimum(sigma, flush))
             ends.append(np.where(np.isfinite(argument), wider, sigma))
         low, high = np.minimum(ends[1], ends[2]), np.maximum(ends[1], ends[2])  # alpha may be negative
-        activated = stored(_product(stored(Interval(ends[0], low, high)), Interval(gate, gate, gate)))
+        product = _product(stored(Interval(ends[0], low, high)), Interval(gate, gate, gate))
+        activated = stored(_around(product, 0.0, flush))
     activated = Interval(*(capped(end, given.limit, given.limit_on) for end in activated))
     factor = Interval(up, up, up)
     if offset:
@@ -170,7 +189,8 @@ def _rounded_in_turn(gate: F64, up: F64, given: Any, relative: float, flush: flo
 def _around(interval: Interval, relative: float, flush: float) -> Interval:
     """The interval with one more rounding, or flush, of its ends."""
     value, low, high = interval
-    slack = [np.where(np.isfinite(end), relative * np.abs(end) + flush, 0.0) for end in (low, high)]
+    slack = [relative * np.abs(end) + np.minimum(np.abs(end), flush) for end in (low, high)]
+    slack = [np.where(np.isfinite(end), more, 0.0) for end, more in zip((low, high), slack, strict=True)]
     return Interval(value, low - slack[0], high + slack[1])
 
 

@@ -100,7 +100,20 @@ SPEC = OpSpec(
         "Subnormal float32 numbers, inputs and results, may count as zero: with an infinite factor, y is then "
         "infinite or NaN.",
     ),
-    core=("bfloat16-silu-offset_0.0", "float32-sigmoid-offset_1.0", "gate_sliced-bfloat16"),
+    core=(
+        "bfloat16-silu-offset_0.0",
+        "float32-sigmoid-offset_1.0",
+        "float16-silu-offset_0.0",
+        "dtypes_bfloat16-float32-float32",
+        "gate_sliced-bfloat16",
+        "gate_sliced-float32",
+        "gate_second_half",
+        "width_128",
+        "lead_2x3",
+        "x_zeros",
+        "x_nan_some",
+        "gate_inf_some-silu",
+    ),
     check=_check,
     cost=_cost,
 )

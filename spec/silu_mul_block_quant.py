@@ -110,12 +110,12 @@ SPEC = OpSpec(
         ErrorBound(
             "y",
             _steps,
-            "magnitude |y| * (1 + |alpha * gate|), as an exponential turns the rounding of its argument into a "
+            "magnitude |y| * (1 + max(-alpha * gate, 0)), as an exponential turns the rounding of its argument into a "
             "relative error and costs 2 ulp; 1 + exp, a division within 2 ulp and two products; 1 more for an "
             "alpha that is not 1, and for an up_offset that is not 0. Where limit_on=silu clamps, magnitude |y|. "
-            "A flushed result counts once, a flushed sigmoid or silu twice |gate * (up + up_offset)|, a flushed "
-            "up |silu|. With materialize the same on gate * sigmoid(alpha * gate), or on the sigmoid of the rounded "
-            "alpha * gate, before its rounding; a subnormal up or y may then count as 0",
+            "A flushed result counts once, a flushed sigmoid |gate * (up + up_offset)|, gate or silu |up + up_offset|, "
+            "and up |silu| times. With materialize the same on gate * sigmoid(alpha * gate), or on the sigmoid of the "
+            "rounded alpha * gate, before its rounding; a subnormal up or y may then count as 0",
             flushes=1,
         ),
         ErrorBound("weighted", 1, "magnitude |y|: the product with row_weight, which multiplies the error of y"),
@@ -131,8 +131,19 @@ SPEC = OpSpec(
     core=(
         "float8_e4m3fn-float32-row_major",
         "float8_e4m3fn-ue8m0-row_major",
+        "float8_e5m2-float32-row_major",
+        "int8-float32-col_major",
+        "float8_e4m3fn-ue8m0_packed-col_major_tma",
         "group_128-float32",
+        "bfloat16-materialize_True-limit_0.75",
+        "float16-materialize_False-limit_None",
+        "float32-materialize_False-limit_None",
+        "up-bfloat16-materialize_False",
+        "experts-float32-row_major",
         "fill_decades-int8-float32",
+        "fill_nan_some-float8_e4m3fn-float32",
+        "scale_ub_10.0-float8_e4m3fn",
+        "row_strided",
     ),
     check=_check,
     derive=derive_quantiser,

@@ -100,7 +100,7 @@ def masked(
     )
     wide_q, wide_k, wide_v = (x.transpose(0, 1).float() for x in (q, k, v))  # [heads, rows, dim]
     finite = torch.where(wide_v.isfinite(), wide_v, 0)
-    others = torch.zeros(len(cu_seqlens) + 1, *v.shape[1:], device=v.device)
+    others = torch.zeros(len(cu_seqlens) + 1, *v.shape[1:], dtype=torch.float32, device=v.device)
     others = others.index_add(0, segment, (wide_v - finite).transpose(0, 1))
     blocks = []
     for start in range(0, rows, BLOCK_ROWS):

@@ -36,7 +36,9 @@ def _interpret_library() -> None:
                 setattr(place, name, made)
 
 
-if find_spec("torch") is not None and find_spec("triton") is not None and not _gpu_usable():
+# Without a GPU kernels are interpreted, unless TRITON_INTERPRET=0 asks for compilation alone.
+_COMPILES_ALONE = os.environ.get("TRITON_INTERPRET") == "0" and find_spec("torch") is not None and not _gpu_usable()
+if find_spec("torch") is not None and find_spec("triton") is not None and not (_COMPILES_ALONE or _gpu_usable()):
     os.environ["TRITON_INTERPRET"] = "1"  # is read when triton.jit decorates a kernel
     if "triton" in sys.modules:
         _interpret_library()
@@ -45,4 +47,7 @@ if find_spec("torch") is not None and find_spec("triton") is not None and not _g
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     """Why no kernel of this backend can run on this machine, or None if they can."""
-    return next((how_to_install(package) for package in ("torch", "triton") if find_spec(package) is None), None)
+    for package in ("torch", "triton"):
+        if find_spec(package) is None:
+            return how_to_install(package)
+    return "no GPU, and TRITON_INTERPRET=0 forbids to interpret its kernels" if _COMPILES_ALONE else None

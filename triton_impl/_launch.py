@@ -155,11 +155,8 @@ class Plan:
 
     def __call__(self, inputs: Inputs, addresses: Sequence[int | None], outputs: tuple[torch.Tensor, ...]) -> None:
         """Launch the kernel for a call of this kind, whose inputs begin at these addresses."""
-        if self.copied:
-            inputs = self._ready(inputs)
-            self.launch(self.grid, *inputs, *outputs, *self.rest)
-        elif self.launch.start is None:
-            self.launch(self.grid, *inputs, *outputs, *self.rest)
+        if self.copied or self.launch.start is None:
+            self.launch(self.grid, *self._ready(inputs), *outputs, *self.rest)
         else:
             self.launch(self.grid, *addresses, *[x.data_ptr() for x in outputs], *self.rest)
 

@@ -20,12 +20,14 @@ PROVES = (
 
 def check(attempt: Attempt) -> Iterator[str]:
     """Which later call is wrong, or which earlier result it has changed."""
-    before = [_bits(x) for x in attempt.outputs]
-    yield from _changed_inputs(attempt)
-    yield from _repeated(attempt)
-    for name, bits, now in zip(_names(attempt), before, attempt.outputs, strict=False):
+    arrays = attempt.place()
+    outputs = attempt.run(arrays)
+    before = [_bits(x) for x in outputs]
+    yield from _changed_inputs(attempt, arrays)
+    for name, bits, now in zip(_names(attempt), before, outputs, strict=False):
         if _bits(now) != bits:
             yield f"{name}: a later call has changed the result of an earlier one"
+    yield from _repeated(attempt)
 
 
 def _names(attempt: Attempt) -> list[str]:
@@ -51,16 +53,14 @@ def _repeated(attempt: Attempt) -> Iterator[str]:
                 return
 
 
-def _changed_inputs(attempt: Attempt) -> Iterator[str]:
-    """Other values in the same arrays, all at once; where arrays cannot be written, in others of the same kind."""
+def _changed_inputs(attempt: Attempt, arrays: dict[str, Any]) -> Iterator[str]:
+    """Other values in the arrays of a call, all at once; where arrays cannot be written, in others of the same kind."""
     try:
         values = make_inputs(attempt.call.op, attempt.case, attempt.trial.seed + 1)
         call = bind(attempt.call.op, values)
         exact = oracle(attempt.op).intervals(**values)
     except SpecError:  # this case has no second set of values
         return
-    arrays = attempt.place()
-    attempt.run(arrays)
     fresh = attempt.place(values)
     if attempt.family != "jax":
         for name, value in fresh.items():

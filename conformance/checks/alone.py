@@ -21,8 +21,8 @@ def check(attempt: Attempt) -> Iterator[str]:
         return  # XLA compiles each number of rows by itself, and promises nothing of their bits
     count = len(attempt.made[rows[0]])
     slots = bool(attempt.call.updated)
-    if (slots and attempt.made["state_indices"] is None) or any(out.shape[0] != count for out in attempt.call.outputs):
-        return  # a row's number is that of its slot; or the results have other rows
+    if slots and attempt.made["state_indices"] is None:
+        return  # a row's number is that of its slot
     whole = [to_numpy(x) for x in attempt.outputs]
     choices = {f"row {i} alone": np.array([i]) for i in sorted({0, count // 2, count - 1}) if count > 1}
     if count > 2:
@@ -42,9 +42,12 @@ def check(attempt: Attempt) -> Iterator[str]:
 
 def _row_arguments(attempt: Attempt) -> list[str]:
     """The arrays whose first dimension are the rows; none where integers that are not say which rows count."""
+    rows = attempt.call.op.rows
+    if attempt.call.dims.get(rows) == ():
+        return []
     arrays = [t for t in attempt.call.op.tensors if isinstance(attempt.made[t.name], np.ndarray) and not t.updated]
-    rows = [t.name for t in arrays if t.shape[:1] == (attempt.call.op.rows,)]
-    return [] if any(attempt.made[t.name].dtype.kind == "i" and t.name not in rows for t in arrays) else rows
+    found = [t.name for t in arrays if t.shape[:1] == (rows,)]
+    return [] if any(attempt.made[t.name].dtype.kind == "i" and t.name not in found for t in arrays) else found
 
 
 def _picked(made: Mapping[str, Any], rows: list[str], picked: Any) -> dict[str, Any]:

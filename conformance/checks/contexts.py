@@ -20,8 +20,8 @@ def check(attempt: Attempt) -> Iterator[str]:
     if attempt.case.repeat > 1:
         return
     for name, context in _contexts(attempt).items():
+        arrays = attempt.place()
         with context():
-            arrays = attempt.place()
             before = _settings(attempt)
             outputs = attempt.run(arrays)
             after = _settings(attempt)
@@ -119,9 +119,8 @@ def _under_jit(attempt: Attempt) -> Iterator[str]:
     arrays = attempt.place()
     traced = {name: x for name, x in arrays.items() if family_of(x) == "jax"}
     fixed = {name: x for name, x in arrays.items() if name not in traced}
-    if any(
-        t.host_unless in fixed and fixed[t.host_unless] is None for t in attempt.call.op.tensors if t.name in traced
-    ):
+    read = {t.name for t in attempt.call.op.tensors if t.host_unless and fixed.get(t.host_unless) is None}
+    if read & traced.keys():
         return  # a grid in an array has to be read, which a traced one cannot be
     outputs = jax.jit(lambda given: attempt.run({**given, **fixed}))(traced)
     problem = verdict(outputs, attempt.call, attempt.exact)

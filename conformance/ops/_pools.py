@@ -35,9 +35,9 @@ def _out_of_range(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) 
 
 def _shuffled(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
     """Different even numbers up to twice as many as there are sequences, in any order; the third sequence has none."""
-    slots = 2.0 * rng.permutation(shape[0] + 1)[: shape[0]]
+    slots = 2 * rng.permutation(shape[0] + 1)[: shape[0]].astype(np.float64)
     slots[2:3] = -1
-    return slots
+    return np.asarray(slots, np.float64)
 
 
 def _shuffled_beyond(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:

@@ -55,6 +55,7 @@ def cases() -> Iterator[Case]:
     yield _case("all_empty", (0, 0, 0, 0), 3)
     yield _case("all_empty-no_rows", (0, 0, 0), 0)
     yield _case("decode", tuple(range(10)), 9)
+    yield _one("rows_1030", 1030, dims={"HV": 1, "K": 4, "V": 4})
     yield _case("short_sequences", (0, 2, 2, 7, 10, 11, 17, 21, 23), 25, dtype="float32")
     yield _case("starts_far_behind", (130, 131, 199), 200, dims={"H": 1, "HV": 1})
     for key, value in ((1, 1), (8, 24), (24, 72), (72, 24), (64, 40), (128, 128), (256, 32)):

@@ -62,6 +62,8 @@ def cases() -> Iterator[Case]:
         present=("initial_state", "cu_seqlens"),
         fill={"cu_seqlens": "cu_seqlens"},
     )
+    attrs = {"num_k_heads": 1, "head_k_dim": 4, "head_v_dim": 4}
+    yield Case("rows_1030", {"L": 1030, "HV": 1, "W": 4, "S": 1}, attrs | _FINAL, _BF16, present=("initial_state",))
     yield Case("final_state_off", _PACKED, _HEADS, present=("cu_seqlens",), fill={"cu_seqlens": "cu_seqlens"})
     for key, value, heads in ((24, 40, 3), (1, 1, 1), (80, 96, 4), (128, 64, 2), (256, 256, 1)):
         attrs = {"num_k_heads": heads, "head_k_dim": key, "head_v_dim": value}

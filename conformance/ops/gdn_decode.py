@@ -45,6 +45,7 @@ def cases() -> Iterator[Case]:
     yield from _value_cases()
     for batch in (0, 1):
         yield _case(f"batch_{batch}", batch)
+    yield _case("batch_1030", 1030, 1, 1, 2, key=1, value=1, dtypes={"x": "bfloat16"})
     yield _case("batch_0-indices", 0, index="int64")
     yield _case("all_padding", 3, index="int32", fill={"state_indices": "no_slots"})
     yield _case("split_gates", index="int32", **SPLIT)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from polyfuse.conformance.plan import ABSENT, Plan
+from polyfuse.conformance.covering import ABSENT
+from polyfuse.conformance.plan import Plan
 
 # Where sequences end, and the rows past the last one.
 _SEQUENCES = {
@@ -50,6 +51,7 @@ _HEAD = "contiguous every_other"
 
 PLAN = Plan(
     sizes={"sequences": tuple(_SEQUENCES), "heads": _HEADS},
+    blank={"sequences": ("no_rows", "all_empty"), "heads": ((0, 0, 8, 8),)},
     case=_case,
     needs={"state_indices": "state_pool", "has_initial_state": "state_pool"},
     attrs={"scale": (None, 0.02, 2.0)},

@@ -11,6 +11,7 @@ _SHAPES = (
 
 PLAN = Plan(
     sizes={"shape": _SHAPES},
+    blank={"shape": tuple(shape for shape in _SHAPES if 0 in (*shape[0], shape[1]))},
     case=lambda chosen: {"dims": {"...": chosen["shape"][0], "V": chosen["shape"][1]}},
     attrs={"eps": (1e-6, 1e-60, 1e-12, 0.5), "weight_offset": (0.0, 1.0, -1.0)},
     fills={

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from polyfuse.conformance.plan import ABSENT, Plan
+from polyfuse.conformance.covering import ABSENT
+from polyfuse.conformance.plan import Plan
 
 # Where sequences end, and the rows past the last one.
 _SEQUENCES = {
@@ -48,6 +49,7 @@ _HEAD = "contiguous every_other"
 
 PLAN = Plan(
     sizes={"sequences": tuple(_SEQUENCES), "heads": _HEADS, "width": (4, 2, 3), "more_columns": (0, 1, 5)},
+    blank={"sequences": ("no_rows",)},
     case=_case,
     needs={"state_indices": "state_pool", "has_initial_state": "state_pool"},
     attrs={"l2norm_eps": (1e-6, 1e-60, 0.5)},

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from polyfuse.conformance.plan import ABSENT, Plan
+from polyfuse.conformance.covering import ABSENT
+from polyfuse.conformance.plan import Plan
 
 # Key heads, value heads, K and V.
 _HEADS = ((2, 4, 16, 16), (1, 1, 1, 1), (3, 6, 5, 7), (2, 2, 24, 40), (1, 4, 33, 31), (1, 1, 64, 128), (1, 2, 128, 64))
@@ -54,6 +55,7 @@ PLAN = Plan(
         "more_columns": (0, 1, 3),
         "no_slots": (False, True),
     },
+    blank={"batch": ("none",), "no_slots": (True,)},
     case=_case,
     needs={"num_accepted": "tokens", "tokens": "state_indices"},
     attrs={"l2norm_eps": (1e-6, 1e-60, 0.5), "norm_eps": (1e-6, 1e-60, 0.5), "scale": (None, 0.7)},

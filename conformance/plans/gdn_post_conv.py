@@ -27,6 +27,7 @@ _HEADS = "contiguous every_other misaligned expanded_last"
 
 PLAN = Plan(
     sizes={"shape": _SHAPES},
+    blank={"shape": tuple(shape for shape in _SHAPES if shape[0] == 0)},
     case=_case,
     attrs={"l2norm_eps": (1e-6, 1e-60, 1e-12, 0.5)},
     fills={

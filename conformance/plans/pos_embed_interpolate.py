@@ -54,6 +54,7 @@ PLAN = Plan(
         "unused": (False, True),
         "grid_form": ("host", "int32", "int64"),
     },
+    blank={"table_size": tuple(size for size in _TABLES if size[2] == 0)},
     case=_case,
     attrs={"merge_size": (2, 1, 3)},
     fills={

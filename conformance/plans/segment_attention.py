@@ -43,6 +43,7 @@ _LAYOUTS = (
 
 PLAN = Plan(
     sizes={"segments": tuple(_SEGMENTS), "heads_dim": _HEADS, "longest": _LONGEST},
+    blank={"segments": ("none", "no_rows"), "heads_dim": ((0, 8), (1, 0))},
     case=_case,
     attrs={"scale": (None, 0.02, 2.0)},
     fills={"q": f"{_VALUES} large", "k": _VALUES, "v": f"{_VALUES} large huge"},

@@ -20,6 +20,7 @@ def _case(chosen: Mapping[str, Any]) -> Mapping[str, Any]:
 
 PLAN = Plan(
     sizes={"shape": _SHAPES},
+    blank={"shape": tuple(shape for shape in _SHAPES if 0 in (*shape[0], shape[1]))},
     case=_case,
     attrs={
         "scale_ub": (None, 1e-3, 10.0),

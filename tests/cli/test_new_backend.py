@@ -103,7 +103,7 @@ def test_a_stub_claims_every_call_until_values_are_deleted(op):
         (["MyChip"], "new-backend: NAME: expected a lowercase identifier, got 'MyChip'; try mychip"),
         (["my-chip"], "new-backend: NAME: expected a lowercase identifier, got 'my-chip'"),
         (["triton"], "NAME: expected none of the known backends numpy, jax, pallas, torch, triton, got 'triton'"),
-        (["mychip", "--family", "tf"], "new-backend: --family: expected one of torch, jax, numpy, got 'tf'"),
+        (["mychip", "--family", "tf"], "Invalid value for '--family': 'tf' is not one of 'torch', 'jax', 'numpy'."),
         (["mychip", "--dir", "full"], "new-backend: DIR: expected a new or empty folder, got full, which holds mine"),
         (["mychip", "--dir", "full/mine"], "new-backend: DIR: expected a new or empty folder, got the file full/mine"),
     ],

@@ -18,6 +18,7 @@ from polyfuse.conformance.tasks import Task
 from polyfuse.conformance.trial import EXACT
 from polyfuse.conformance.worker import Setup
 from polyfuse.dispatch import Backend, registry
+from polyfuse.spec import OPS
 from tests.conformance import hostile
 
 NUMBERS = count()
@@ -49,7 +50,7 @@ def outcomes(report):
 def test_each_case_that_ends_its_process_fails_alone(plugin):
     report = run(
         [hostile.OP], ["hostile", "numpy"], only=hostile.ONLY, workers=2, plugins=[f"{plugin()}:BACKEND"],
-        time_limit=3, memory_limit=0.5,
+        level="quick", time_limit=3, memory_limit=0.5,
     )  # fmt: skip
     assert (report.state, report.ok) == ("complete", False)
     assert len(report.results) == report.planned
@@ -79,14 +80,16 @@ def test_a_crash_can_be_waived(plugin):
     assert result.detail.startswith("erratum 1 (ended the process by SIGSEGV")
 
 
+def seldom(*beginnings):
+    """The names of cases on which the level quick calls a backend once: all but the core ones."""
+    names = (case.name for case in cases(hostile.OP) if case.name not in OPS[hostile.OP].core)
+    return [name for name in names if name.startswith(beginnings)]
+
+
 def test_the_same_report_from_any_number_of_workers(plugin):
-    only = ["dims_*", "rows_0", "qkv_*"]
-    plugins = [f"{plugin()}:BACKEND"]
-    names = ["torch", "hostile", "numpy"]
-    first, *others = (
-        run([hostile.OP, "gdn_in_proj"], names, only=[*only, "bias-auto"], workers=workers, plugins=plugins)
-        for workers in (0, 1, 2)
-    )
+    options = {"only": [*seldom("dims_", "rows_0", "qkv_"), "bias-auto"], "plugins": [f"{plugin()}:BACKEND"]}
+    ops, names = [hostile.OP, "gdn_in_proj"], ["torch", "hostile", "numpy"]
+    first, *others = (run(ops, names, level="quick", workers=workers, **options) for workers in (0, 1, 2))
     assert {r.status for r in first.results} == {"passed", "failed", "skipped"}
     assert any(r.margins for r in first.results)
     for other in others:
@@ -111,12 +114,13 @@ def test_cases_of_a_kind_go_to_the_worker_that_has_compiled_one():
 
 def test_a_leak_does_not_accumulate(plugin):
     """Each case of 5 rows keeps 0.125 GiB, and says so if 6 have done so before it in the same process."""
+    five = {case.name for case in cases(hostile.OP) if case.dims["L"] == 5}
     report = run(
-        [hostile.OP], ["hostile"], only=["float*", "bfloat16-*"], workers=1, plugins=[f"{plugin()}:BACKEND"],
-        memory_limit=0.5,
+        [hostile.OP], ["hostile"], only=[name for name in seldom("") if name in five], level="quick", workers=1,
+        plugins=[f"{plugin()}:BACKEND"], memory_limit=0.5,
     )  # fmt: skip
     ran = [r for r in report.results if r.reason != "left_out"]
-    assert len(ran) == 12
+    assert len(ran) > 6
     assert [r.detail for r in ran if r.status != "passed"] == []
 
 

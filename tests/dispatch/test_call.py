@@ -179,3 +179,12 @@ def test_an_array_without_data_cannot_go_to_another_framework():
     with pytest.raises(SpecError, match="cannot become a jax array: ") as error:
         polyfuse.pos_embed_interpolate(table, [[1, 2, 2]], backend="jax")
     assert "\n" not in str(error.value)
+
+
+def test_autocast_changes_no_dtype_of_an_op():
+    x, weight, small = torch.randn(5, 16), torch.randn(24, 16), torch.randn(4, 16)
+    wanted = polyfuse.gdn_in_proj(x, weight, small, backend="torch")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = polyfuse.gdn_in_proj(x, weight, small, backend="torch")
+        assert torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

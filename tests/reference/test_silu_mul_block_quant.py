@@ -255,8 +255,8 @@ def ends(name: str, x: Any, **options: Any) -> tuple[list[float], list[float], l
 
 
 def y_error(y: float) -> float:
-    """10 roundings of |y| * (1 + 64), a flushed y and a flushed sigmoid or silu, which count 2 * |y|."""
-    return 10 * ULP * y * 65 + FLUSH * (1 + 2 * y)
+    """10 roundings of |y|, as the gate is 64; a flushed sigmoid and silu, times up; a flushed y, and up times 64."""
+    return 10 * ULP * y + 65 * FLUSH * (y / 64) + FLUSH * (1 + 64)
 
 
 def test_the_interval_of_the_scale() -> None:

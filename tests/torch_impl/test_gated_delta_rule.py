@@ -9,15 +9,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyfuse
-from polyfuse.conformance import Case, Trial
-from polyfuse.conformance.cases import all_cases
+from polyfuse.conformance import Case, Trial, cases
+from polyfuse.conformance.cases import model_cases
 from polyfuse.dispatch import registry
 from polyfuse.spec import SpecError, Unsupported
 from polyfuse.spec.gated_delta_rule import NAME
 from polyfuse.torch_impl.gated_delta_rule import gated_delta_rule
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-QUICK = [pytest.param(case, marks=[pytest.mark.slow] if n % 4 else []) for n, case in enumerate(all_cases(NAME))]
+CASES = [*cases(NAME), *model_cases(NAME)]
+QUICK = [pytest.param(case, marks=[pytest.mark.slow] if n % 4 else []) for n, case in enumerate(CASES)]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

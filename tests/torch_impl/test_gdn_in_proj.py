@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import polyfuse
 from polyfuse import SpecError, Unsupported
 from polyfuse._torch import projections
-from polyfuse.conformance import Trial, cases
+from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import registry
 from polyfuse.runtime import stack_weights
 
@@ -232,3 +232,20 @@ def test_bad_shapes(shapes, message):
     given = {"x": (7, 64), "w_qkvz": (96, 64), "w_ba": (8, 64)} | shapes
     with pytest.raises(SpecError, match=re.escape(message)):
         polyfuse.gdn_in_proj(**{name: torch.zeros(shape) for name, shape in given.items()})
+
+
+@pytest.mark.parametrize("lead", [(9,), (2, 3)])
+@pytest.mark.parametrize("strategy", ["sequential", "merged"])
+def test_a_bias_is_added_before_the_rounding_whatever_the_strides(strategy, lead):
+    bias_of_gaps = {"bias_qkvz": "every_other", "bias_ba": "expanded_last"}
+    for layout in ({"x": "every_other"}, bias_of_gaps):
+        case = Case(
+            f"strided-{strategy}-{len(lead)}-{'-'.join(layout)}",
+            {"...": lead, "hidden": 32, "N1": 40, "N2": 24, "M1": 40, "M2": 24},
+            {"strategy": strategy},
+            {"T": "float16"},
+            present=("bias_qkvz", "bias_ba"),
+            layout=layout,
+            stacked=("w_qkvz", "w_ba") if strategy == "merged" else (),
+        )
+        assert Trial(OP, case, 0).on(registry().get("torch")) == ("passed", "")

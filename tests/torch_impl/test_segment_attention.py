@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyfuse
 from polyfuse.conformance import Case, Trial, cases, place
-from polyfuse.conformance.cases import all_cases
+from polyfuse.conformance.cases import model_cases
 from polyfuse.dispatch import registry
 from polyfuse.spec import SpecError
 from polyfuse.spec.segment_attention import NAME
@@ -35,7 +35,7 @@ def masked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", all_cases(NAME), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases(NAME), *model_cases(NAME)], ids=lambda case: case.name)
 def test_case(case: Case, device: str) -> None:
     assert Trial(NAME, case, 0).on(registry().get("torch"), device) == ("passed", "")
 

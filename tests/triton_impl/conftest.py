@@ -56,14 +56,14 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run_uninterpreted(tmp_path: Path) -> Callable[..., list[str]]:
-    """Runs code in a fresh process that has not chosen the interpreter, and gives the lines that it prints."""
+def run_afresh(tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs code in a fresh process, in an environment changed by keywords, and gives the lines that it prints."""
 
-    def run(code: str) -> list[str]:
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    def run(code: str, **changed: str) -> list[str]:
+        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         done = subprocess.run(
             [sys.executable, "-c", code],
-            env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+            env=inherited | {"TRITON_CACHE_DIR": str(tmp_path), **changed},
             cwd=ROOT,  # where the code finds `tests`
             capture_output=True,
             text=True,
@@ -72,3 +72,9 @@ def run_uninterpreted(tmp_path: Path) -> Callable[..., list[str]]:
         return done.stdout.splitlines()
 
     return run
+
+
+@pytest.fixture
+def run_uninterpreted(run_afresh: Callable[..., list[str]]) -> Callable[[str], list[str]]:
+    """Runs code in a fresh process that does not interpret kernels, and gives the lines that it prints."""
+    return lambda code: run_afresh(code, TRITON_INTERPRET="0")

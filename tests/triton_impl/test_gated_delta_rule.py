@@ -210,3 +210,16 @@ def test_results_and_states_past_2_31_elements() -> None:
     wanted = gated_delta_rule(**few, initial_state=state, cu_seqlens=ends[: part + 1], output_final_state=True)
     assert torch.equal(o.view(-1, *wanted[0].shape), wanted[0].expand(count // part, *wanted[0].shape))
     assert torch.equal(final.view(-1, *wanted[1].shape), wanted[1].expand(count // part, *wanted[1].shape))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_keys_of_whole_blocks_with_rows_side_by_side_are_copied(dtype):
+    case = Case(
+        f"column_strided-{dtype}",
+        {"L": 5, "H": 1, "HV": 1, "K": 16, "V": 4, "S": 1},
+        {"output_final_state": True},
+        {"T": dtype},
+        fill={"q": "unit", "k": "unit", "g": "decay", "beta": "gate"},
+        layout={"q": "column_strided", "k": "column_strided"},
+    )
+    assert Trial(OP, case, 0).on(registry().get("triton"), DEVICE) == ("passed", "")

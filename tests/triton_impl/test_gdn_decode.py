@@ -220,3 +220,11 @@ def test_states_past_2_31_elements() -> None:
     assert torch.equal(out.view(-1, part, values), wanted.expand(rows // part, -1, -1))
     for name, state in states.items():
         assert torch.equal(pools[name].view(-1, *state.shape), state.flip(0).expand(rows // part, *state.shape)), name
+
+
+def test_a_zero_row_gives_zeros_also_of_an_eps_below_float32():
+    heads = {"num_k_heads": 1, "head_k_dim": 4, "head_v_dim": 4}
+    dims = {"...": (2,), "HV": 1, "W": 2, "n": 1, "conv_slots": 2, "slots": 2}
+    fill = {"x": "zeros", "conv_state": "zeros", "recurrent_state": "zeros"}
+    case = Case("zeros-norm_eps", dims, heads | {"norm_eps": 1e-60, "l2norm_eps": 1e-60}, present=("z",), fill=fill)
+    assert Trial(OP, case, 0).on(registry().get("triton"), DEVICE) == ("passed", "")

@@ -174,9 +174,7 @@ def test_a_captured_graph_follows_its_grid() -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="about a machine without a GPU")
 @pytest.mark.parametrize("first", ["", "import triton, triton.language\n", "import transformers.modeling_utils\n"])
-def test_kernels_are_interpreted_whoever_imports_triton_first(
-    first: str, run_uninterpreted: Callable[[str], list[str]]
-) -> None:
+def test_kernels_are_interpreted_whoever_imports_triton_first(first: str, run_afresh: Callable[..., list[str]]) -> None:
     """Library functions of Triton are needed for it: `tl.sum` and `x.to`, which a kernel of gated_rms_norm calls."""
     code = """
 import torch, polyfuse
@@ -185,7 +183,7 @@ x, gate, weight = torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)
 ran, want = (polyfuse.gated_rms_norm(x, gate, weight, backend=name) for name in ("triton", "torch"))
 print((ran - want).abs().max().item() < 1e-5, polyfuse.call_counts()["gated_rms_norm", "triton"])
 """
-    assert run_uninterpreted(first + code)[-1] == "True 1"
+    assert run_afresh(first + code)[-1] == "True 1"
 
 
 COMPILE = """

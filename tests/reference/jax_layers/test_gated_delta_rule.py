@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import polyfuse
-from polyfuse.conformance import Case, Trial, all_cases
+from polyfuse.conformance import Case, Trial, cases
+from polyfuse.conformance.cases import model_cases
 from polyfuse.spec import Unsupported
 
 OP = "gated_delta_rule"
-CASES = all_cases(OP)  # compiling each takes a third of a second
+CASES = [*cases(OP), *model_cases(OP)]  # compiling each takes a third of a second
 USUAL = {"q": "unit", "k": "unit", "g": "decay", "beta": "gate", "cu_seqlens": "cu_seqlens"}
 PACKED: dict[str, Any] = {
     "dims": {"L": 25, "H": 2, "HV": 4, "K": 8, "V": 6, "N": 9, "S": 8},  # lengths 2, 0, 5, 3, 1, 6, 4, 2; two past them

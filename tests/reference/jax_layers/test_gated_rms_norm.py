@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from polyfuse.conformance import Case, Trial, all_cases, cases
+from polyfuse.conformance import Case, Trial, cases
+from polyfuse.conformance.cases import model_cases
 from polyfuse.spec.gated_rms_norm import ACTIVATIONS
 
 OP = "gated_rms_norm"
@@ -36,7 +37,7 @@ def test_public_function(layer: Any, name: str) -> None:
 
 
 def test_real_shapes(jax_layer: Any) -> None:
-    real = [case for case in all_cases(OP) if case.name not in CASES and case.repeat == 1]
+    real = [case for case in model_cases(OP) if case.name not in CASES and case.repeat == 1]
     assert real
     assert jax_layer.problems(real) == {}
 

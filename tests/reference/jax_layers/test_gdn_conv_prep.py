@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from polyfuse.conformance import Case, Trial, all_cases, cases
+from polyfuse.conformance import Case, Trial, cases
+from polyfuse.conformance.cases import model_cases
 from polyfuse.reference.pallas import gdn_post_conv as kernel
 from polyfuse.spec import Unsupported
 from tests import interleaved
@@ -62,7 +63,7 @@ def test_public_function(layer: Any, name: str) -> None:
 
 def test_real_shapes(jax_layer: Any) -> None:
     own = {case.name for case in cases(OP)}
-    real = [case for case in all_cases(OP) if case.name not in own and case.dims["L"] < 99]
+    real = [case for case in model_cases(OP) if case.name not in own and case.dims["L"] < 99]
     assert real
     assert jax_layer.problems(real) == {}
 

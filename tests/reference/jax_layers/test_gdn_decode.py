@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import polyfuse
-from polyfuse.conformance import Trial, all_cases, cases
+from polyfuse.conformance import Trial, cases
+from polyfuse.conformance.cases import model_cases
 from polyfuse.spec import Unsupported
 
 OP = "gdn_decode"
@@ -43,7 +44,7 @@ def test_public_function(jax_layer: Any, name: str) -> None:
 
 def test_real_shapes(jax_layer: Any) -> None:
     own = {case.name for case in CASES}
-    real = [case for case in all_cases(OP) if case.name not in own]
+    real = [case for case in model_cases(OP) if case.name not in own]
     assert real
     assert jax_layer.problems(real) == {}
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from polyfuse.conformance import all_cases, cases, compare
+from polyfuse.conformance import cases, compare
+from polyfuse.conformance.cases import model_cases
 from polyfuse.reference import oracle
 from polyfuse.spec import Unsupported
 
@@ -49,7 +50,7 @@ def test_public_function(layer: Any) -> None:
 
 
 def test_real_shape(layer: Any) -> None:
-    [case] = [case for case in all_cases(OP) if case.name.endswith("photo_512")]
+    [case] = [case for case in model_cases(OP) if case.name.endswith("photo_512")]
     assert case.dims == {"N": 48, "D": 1152}
     assert layer.problems([case]) == {}
 

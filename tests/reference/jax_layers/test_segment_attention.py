@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from polyfuse.conformance import Case, Trial
-from polyfuse.conformance.cases import all_cases
+from polyfuse.conformance import Case, Trial, cases
+from polyfuse.conformance.cases import model_cases
 from polyfuse.dispatch import registry
 from polyfuse.reference.jax import segment_attention as module
 from polyfuse.reference.jax.segment_attention import segment_attention
 from polyfuse.spec.segment_attention import NAME
 
-CASES = {case.name: case for case in all_cases(NAME)}
+CASES = {case.name: case for case in [*cases(NAME), *model_cases(NAME)]}
 
 # Compiling is most of the time here.
 FAST = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}

@@ -150,7 +150,7 @@ def _all_states(
     """The states [S, HV, K, V] after all sequences, of which FLA computed those with rows."""
     if last is not None and len(last) == sizes[0]:
         return last
-    final = torch.zeros(sizes, device=device)
+    final = torch.zeros(sizes, dtype=torch.float32, device=device)
     if initial is not None:
         final.copy_(initial)
     if last is not None:

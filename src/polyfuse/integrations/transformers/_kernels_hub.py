@@ -1,5 +1,6 @@
 """The layers that polyfuse accelerates, for the `kernelize` of Hugging Face's `kernels` package: local, no hub."""
 
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -40,7 +41,7 @@ def kernel_mapping() -> dict[str, dict[str, dict[Any, LocalRepository]]]:
     have to be given their name first, with `kernels.replace_kernel_forward_from_hub(Qwen3NextGatedDeltaNet,
     "Qwen3NextGatedDeltaNet")`. Raises `ImportError` without the `kernels` package.
     """
-    if find_spec("kernels") is None:
+    if "kernels" not in sys.modules and find_spec("kernels") is None:
         raise ModuleNotFoundError("kernel_mapping: kernels is not installed: pip install kernels", name="kernels")
     mode = import_module("kernels").Mode
     repositories = {name: {mode.INFERENCE | mode.TORCH_COMPILE: LocalRepository(name)} for name in _LAYERS}
