@@ -1,7 +1,7 @@
 """What the quantising ops share on the host, and how their programs share out the rows of experts."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import log2, prod
 from typing import Any
 
@@ -59,9 +59,9 @@ def of_tile(tile, ends, values):
     return place, tile - before, tl.sum(tl.where(chosen, first, zero), 0), tl.sum(tl.where(chosen, count, zero), 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Results:
-    """The results of calls of one kind, and what a kernel takes to write them."""
+    """The results of calls of one kind, and what a kernel takes to write them; one object for each kind."""
 
     q_shape: tuple[int, ...]
     q_dtype: torch.dtype
@@ -99,6 +99,7 @@ class Results:
         return buffer.view(self.scale_dtype).as_strided(self.scale_shape, strides)
 
 
+@lru_cache(maxsize=1024)
 def results(
     lead: tuple[int, ...],
     width: int,

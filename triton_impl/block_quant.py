@@ -11,7 +11,7 @@ from polyfuse.spec import Capability, Unsupported
 from polyfuse.triton_impl import _blocks
 from polyfuse.triton_impl._blocks import CHUNK, Results, expert_rows, of_tile, tile_ends
 from polyfuse.triton_impl._common import widen
-from polyfuse.triton_impl._launch import Inputs, Launcher, Plan, Plans
+from polyfuse.triton_impl._launch import Launcher, Plan, Plans
 from polyfuse.triton_impl._quantise import store_groups
 
 NAME = "block_quant"
@@ -129,39 +129,29 @@ def _kernel(
 _launch = Launcher(NAME, _kernel)
 
 
-class _QuantPlan(Plan):
-    """A plan that knows what the results are."""
-
-    __slots__ = ("results",)
-
-    results: Results
-
-
-def _make(inputs: Inputs, lead: tuple[int, ...], scale_ub: float | None, alignment: int, *by: Any) -> _QuantPlan:
-    """`by` are the arguments of `_blocks.results` from group_size on."""
-    x: Any
-    x, num_rows, ends, _ = inputs
-    masked, width, group = num_rows is not None, x.shape[-1], by[0]
+def _plan(
+    inputs: tuple[Any, ...], results: Results, lead: tuple[int, ...], scale_ub: float | None, group: int, alignment: int
+) -> Plan:
+    """How a call with these inputs, in the order of the kernel's parameters, is launched."""
     if group > _blocks.WIDEST_GROUP:
         raise Unsupported(f"{NAME}: group_size={group}: a program takes whole groups of up to {_blocks.WIDEST_GROUP}")
+    x, num_rows, ends, _ = inputs
+    masked, width = num_rows is not None, x.shape[-1]
     experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
-    results = _blocks.results(lead, width, x.device, masked, ends is not None, *by)
     groups = -(-width // group)
     block, warps = _blocks.tile(group, x.itemsize, experts * rows * width)
     tiles = experts * -(-rows * groups // block)
     if ends is not None:
-        tiles = min(tiles + len(ends), rows * groups) if len(ends) else 0
+        tiles = min(tiles + len(ends), rows * groups)
     if masked or ends is not None:
         tiles = _blocks.programs(x.device, tiles)
     strides = x.stride() if masked else (0, *x.stride())
     fixed = (*strides, *results.fixed, rows * groups >= _blocks.WIDE_PAIRS, block, alignment)
     numbers = scale_ub, rows, experts if ends is None else len(ends), *results.numbers
-    plan = _QuantPlan(_launch, (tiles if width else 0, 1, 1), inputs, numbers, fixed, warps, contiguous=(1, 2))
-    plan.results = results
-    return plan
+    return Plan(_launch, (tiles, 1, 1), inputs, numbers, fixed, warps, contiguous=(1, 2))
 
 
-_plans = Plans(_make)
+_plans = Plans(_plan)
 
 
 def block_quant(
@@ -184,21 +174,12 @@ def block_quant(
     lead = tuple(x.shape[:-1])
     if num_rows is None and len(lead) > 1:
         x = x.flatten(0, -2)
-    inputs = x, num_rows, expert_ends, global_scale
-    plan: Any = _plans(
-        inputs,
-        lead,
-        scale_ub,
-        expert_alignment,
-        group_size,
-        quant_dtype,
-        scale_format,
-        scale_layout,
-        scale_min,
-        reciprocal,
-        fill,
-    )
-    q, scale = plan.results.allocate(x.device)
-    if plan.grid[0]:
-        plan(inputs, *plan.results.writable(q, scale))
+    results = _blocks.results(
+        lead, x.shape[-1], x.device, num_rows is not None, expert_ends is not None, group_size, quant_dtype,
+        scale_format, scale_layout, scale_min, reciprocal, fill,
+    )  # fmt: skip
+    q, scale = results.allocate(x.device)
+    if q.numel() and (expert_ends is None or len(expert_ends)):
+        inputs = x, num_rows, expert_ends, global_scale
+        _plans(inputs, results.writable(q, scale), results, lead, scale_ub, group_size, expert_alignment)
     return q, scale

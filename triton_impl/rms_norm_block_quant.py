@@ -17,7 +17,7 @@ from polyfuse.triton_impl import _blocks
 from polyfuse.triton_impl._blocks import CHUNK, Results, expert_rows, of_tile, tile_ends
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._gdn import sum_of_squares
-from polyfuse.triton_impl._launch import Inputs, Launcher, Plan, Plans
+from polyfuse.triton_impl._launch import Launcher, Plan, Plans
 from polyfuse.triton_impl._quantise import store_groups
 
 NAME = "rms_norm_block_quant"
@@ -168,29 +168,29 @@ def _kernel(
 _launch = Launcher(NAME, _kernel)
 
 
-class _QuantPlan(Plan):
-    """A plan that knows what the results are."""
+def _plan(
+    inputs: tuple[Any, ...],
+    results: Results,
+    lead: tuple[int, ...],
+    numbers: tuple[float | None, ...],
+    group: int,
+    alignment: int,
+) -> Plan:
+    """How a call with these inputs, in the order of the kernel's parameters, is launched.
 
-    __slots__ = ("results",)
-
-    results: Results
-
-
-def _make(inputs: Inputs, lead: tuple[int, ...], numbers: tuple[Any, ...], alignment: int, *by: Any) -> _QuantPlan:
-    """`numbers` are eps, offset and scale_ub; `by` the arguments of `_blocks.results` from group_size on."""
-    x: Any
+    `numbers` are eps, weight_offset and scale_ub.
+    """
     x, residual, _, num_rows, ends, _ = inputs
-    masked, width, group = num_rows is not None, x.shape[-1], by[0]
+    masked, width = num_rows is not None, x.shape[-1]
     experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
-    results = _blocks.results(lead, width, x.device, masked, ends is not None, *by)
-    padded = triton.next_power_of_2(-(-width // group) or 1) * triton.next_power_of_2(group)
+    padded = triton.next_power_of_2(-(-width // group)) * triton.next_power_of_2(group)
     elements = next(most[1] for most in TILES if experts * rows * width <= most[0])
     tile_rows = max(1, elements // padded)
     if masked or ends is not None:
         tile_rows = min(tile_rows, ROWS_WITH_EXPERTS)
     tiles = experts * -(-rows // tile_rows)
     if ends is not None:
-        tiles = min(tiles + len(ends), rows) if len(ends) else 0
+        tiles = min(tiles + len(ends), rows)
     if masked or ends is not None:
         tiles = _blocks.programs(x.device, tiles)
     strides = [
@@ -200,13 +200,10 @@ def _make(inputs: Inputs, lead: tuple[int, ...], numbers: tuple[Any, ...], align
     fixed = (*strides[0], *strides[1], *results.fixed, tile_rows, alignment)
     sizes = rows, experts if ends is None else len(ends), *results.numbers
     warps = min(32, max(1, tile_rows * padded // WARP_ELEMENTS))
-    grid = (tiles if width else 0, 1, 1)
-    plan = _QuantPlan(_launch, grid, inputs, (*numbers, *sizes), fixed, warps, contiguous=(2, 3, 4))
-    plan.results = results
-    return plan
+    return Plan(_launch, (tiles, 1, 1), inputs, (*numbers, *sizes), fixed, warps, contiguous=(2, 3, 4))
 
 
-_plans = Plans(_make)
+_plans = Plans(_plan)
 
 
 def rms_norm_block_quant(
@@ -235,21 +232,14 @@ def rms_norm_block_quant(
     if num_rows is None and len(lead) > 1:
         x = x.flatten(0, -2)
         residual = residual if residual is None else residual.flatten(0, -2)
-    inputs = x, residual, weight, num_rows, expert_ends, global_scale
-    plan: Any = _plans(
-        inputs,
-        lead,
-        (max(eps, FP32_TINY), weight_offset, scale_ub),  # a zero row must give zeros
-        expert_alignment,
-        group_size,
-        quant_dtype,
-        scale_format,
-        scale_layout,
-        scale_min,
-        reciprocal,
-        fill,
-    )
-    q, scale = plan.results.allocate(x.device)
-    if plan.grid[0]:
-        plan(inputs, *plan.results.writable(q, scale), total)
+    results = _blocks.results(
+        lead, width, x.device, num_rows is not None, expert_ends is not None, group_size, quant_dtype, scale_format,
+        scale_layout, scale_min, reciprocal, fill,
+    )  # fmt: skip
+    q, scale = results.allocate(x.device)
+    if q.numel() and (expert_ends is None or len(expert_ends)):
+        inputs = x, residual, weight, num_rows, expert_ends, global_scale
+        numbers = max(eps, FP32_TINY), weight_offset, scale_ub  # a zero row must give zeros
+        outputs = *results.writable(q, scale), total
+        _plans(inputs, outputs, results, lead, numbers, group_size, expert_alignment)
     return q, scale, total

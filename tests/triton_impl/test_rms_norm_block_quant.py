@@ -10,6 +10,7 @@ from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import from_numpy, to_numpy
 from polyfuse.triton_impl import _common
 from polyfuse.triton_impl import rms_norm_block_quant as module
+from polyfuse.triton_impl._launch import Plans
 from polyfuse.triton_impl.rms_norm_block_quant import rms_norm_block_quant
 
 # The interpreter computes with NumPy, which reports what overflows or is invalid.
@@ -36,7 +37,7 @@ def test_tiles_do_not_change_bits(rows: int, monkeypatch: pytest.MonkeyPatch) ->
     weight = torch.linspace(-1, 1, 96, device=DEVICE)
     options: Any = {"residual": residual, "group_size": 32, "weight_offset": 1.0}
     want = rms_norm_block_quant(x, weight, **options)
-    module._plans.plans.clear()
+    monkeypatch.setattr(module, "_plans", Plans(module._plan))
     monkeypatch.setattr(module, "TILES", ((2**63, rows * 128),))
     for one, other in zip(rms_norm_block_quant(x, weight, **options), want, strict=True):
         assert to_numpy(one).tobytes() == to_numpy(other).tobytes()
@@ -44,4 +45,3 @@ def test_tiles_do_not_change_bits(rows: int, monkeypatch: pytest.MonkeyPatch) ->
         alone = rms_norm_block_quant(x[i : i + 1], weight, **options | {"residual": residual[i : i + 1]})
         for one, other in zip(alone, want, strict=True):
             assert to_numpy(one).tobytes() == to_numpy(other[i : i + 1]).tobytes()
-    module._plans.plans.clear()
