@@ -63,6 +63,13 @@ class Interval(NamedTuple):
     high: F64
 
 
+def or_nan(y: Interval, either: Any) -> Interval:
+    """The interval, but NaN or infinity where `either` is true."""
+    return Interval(
+        np.where(either, np.nan, y.value), np.where(either, np.inf, y.low), np.where(either, np.inf, y.high)
+    )
+
+
 def quantise(y: F64, by: Quantiser) -> tuple[F64, F64]:
     """q and scale as they are stored, but for the last rounding of a q that is no pair."""
     amax = np.abs(grouped(y, by.group_size)).max(-1, initial=0.0)
@@ -250,7 +257,9 @@ def _quantised_interval(y: Interval, scale: Interval, by: Quantiser, relative: f
 def _pair_interval(q: Interval) -> Interval:
     """Bytes [..., D / 2], between the least and the greatest codes of what either number may be."""
     value, low, high = (codes(end) for end in q)
-    # Numbers below 0 have codes from 8 on, in reverse; an interval around 0 has those of both sides.
-    around = (low >= 8) & (high < 8)
+    # Numbers below 0 have codes from 8 on, in reverse; an interval around 0 has those of both sides, and so has one of
+    # which an end, or the exact value, is -0: the sign of 0 is not asked for.
+    around = (low >= 8) & (high < 8) | (value == 8) | (low == 8) | (high == 8)
     least = np.where(around, 0, np.minimum(low, high)).astype(np.uint8)
-    return Interval(pairs(value), pairs(least), pairs(np.maximum(low, high)))
+    most = np.where(around, np.maximum(np.maximum(low, high), 8), np.maximum(low, high)).astype(np.uint8)
+    return Interval(pairs(value), pairs(least), pairs(most))

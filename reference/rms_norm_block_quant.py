@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from polyfuse.reference._numerics import F64, Array, Exact, round_to, to_f64
+from polyfuse.reference._numerics import F64, Array, Exact, may_flush, numpy_dtype, round_to, to_f64
 from polyfuse.reference._oracle import Error, Oracle
-from polyfuse.reference._quantiser import Interval, Quantiser, quantise, store, valid_rows
+from polyfuse.reference._quantiser import Interval, Quantiser, or_nan, quantise, store, valid_rows
 from polyfuse.reference._quantiser import bounds as quantised_bounds
 from polyfuse.reference.gated_rms_norm import factor, inverse_rms, weighted
 from polyfuse.spec import FP32_TINY, Capability, dtype_name
@@ -71,16 +72,20 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     other = 1 + np.abs(h * inverse) + (1 + inverse) * np.abs(factors) + np.abs(y) / max(given.eps, FP32_TINY)
     slack = relative * np.abs(y) + flush * other
     slack = np.where(np.isfinite(y), np.where(np.isfinite(slack), slack, np.inf), 0.0)
+    # An infinite factor meets a number that may count as 0: NaN and infinity are both right.
+    either = np.isinf(factors) & (may_flush(h) | may_flush(h * inverse))
     if given.residual is None:
-        found = quantised_bounds(Interval(y, y - slack, y + slack), given, error)
+        found = quantised_bounds(or_nan(Interval(y, y - slack, y + slack), either), given, error)
         return found | {"sum": Exact.around(exact["sum"], exact["sum"])}
     # A sum in float32 that is then rounded to fewer bits has been rounded twice: h may be the next number.
     wide = to_f64(given.x) + to_f64(given.residual)
     twice = np.where(np.isfinite(wide), error("sum")[0] * np.abs(wide) + FP32_TINY, 0.0)
-    low, high = (to_f64(round_to(end, dtype_name(given.x.dtype))) for end in (wide - twice, wide + twice))
+    dtype = dtype_name(given.x.dtype)
+    most = np.where(np.isfinite(h), float(ml_dtypes.finfo(numpy_dtype(dtype)).max), np.inf)
+    low, high = (to_f64(round_to(np.clip(end, -most, most), dtype)) for end in (wide - twice, wide + twice))
     other_h = np.where(low == high, 0.0, high - low) * inverse * np.abs(factors)
     slack = slack + np.where(np.isfinite(y), other_h, 0.0)
-    found = quantised_bounds(Interval(y, y - slack, y + slack), given, error)
+    found = quantised_bounds(or_nan(Interval(y, y - slack, y + slack), either), given, error)
     valid = valid_rows(h.shape[:-1], Quantiser.of(given))
     ends = np.where(valid, wide - twice, -np.inf), np.where(valid, wide + twice, np.inf)
     return found | {"sum": Exact(exact["sum"], *ends)}

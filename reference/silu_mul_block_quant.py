@@ -7,7 +7,7 @@ import numpy as np
 
 from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, may_flush, round_to, to_f64
 from polyfuse.reference._oracle import Error, Oracle
-from polyfuse.reference._quantiser import Interval, Quantiser, quantise, store
+from polyfuse.reference._quantiser import Interval, Quantiser, or_nan, quantise, store
 from polyfuse.reference._quantiser import bounds as quantised_bounds
 from polyfuse.reference.gdn_post_conv import sigmoid
 from polyfuse.spec import FP32_ROUNDOFF, FP32_TINY, Capability, dtype_name
@@ -113,7 +113,7 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
         y = _product(y, Interval(weight, *ends))
         y = _around(y, error("weighted")[0], FP32_TINY)
         y = Interval(*(rounded(end, given.x) if given.materialize else overflowed(end) for end in y))
-        y = _or_nan(y, either)
+        y = or_nan(y, either)
     return quantised_bounds(y, given, error)
 
 
@@ -139,7 +139,7 @@ def _activation_interval(given: Any, relative: float, flush: float) -> Interval:
         y = Interval(value, value - error, value + error)
     # An infinite factor meets one that may count as 0: NaN and infinity are both right.
     either = np.isinf(factor) & (gate != 0) & (np.minimum(sigma, np.abs(silu)) < FP32_TINY)
-    return _or_nan(y, either | np.isinf(silu) & may_flush(factor))
+    return or_nan(y, either | np.isinf(silu) & may_flush(factor))
 
 
 def _silu_error(gate: F64, inner: F64, relative: float, flush: float) -> tuple[F64, F64]:
@@ -147,13 +147,6 @@ def _silu_error(gate: F64, inner: F64, relative: float, flush: float) -> tuple[F
     sigma = sigmoid(inner)
     lost = np.abs(gate) * np.minimum(sigma, flush) + np.minimum(np.abs(gate * sigma), flush)
     return relative * (1 + np.maximum(-inner, 0)), lost
-
-
-def _or_nan(y: Interval, either: Any) -> Interval:
-    """The interval, but NaN or infinity where `either` is true."""
-    return Interval(
-        np.where(either, np.nan, y.value), np.where(either, np.inf, y.low), np.where(either, np.inf, y.high)
-    )
 
 
 def _rounded_in_turn(gate: F64, up: F64, given: Any, relative: float, flush: float) -> Interval:

@@ -34,6 +34,8 @@ def check(attempt: Attempt) -> Iterator[str]:
         arrays = attempt.place(_picked(attempt.made, rows, picked))
         outputs = [to_numpy(x) for x in attempt.run(arrays)]
         for want, one, other in zip(attempt.call.outputs, whole, outputs, strict=False):
+            if one.shape[:1] != (count,):
+                continue  # it does not lie row by row
             if one[picked].tobytes() != other.tobytes():
                 at = next(i for i in range(len(picked)) if one[picked[i]].tobytes() != other[i].tobytes())
                 yield f"{want.name}: {name}: row {int(picked[at])} differs in bits from the whole call"

@@ -86,7 +86,8 @@ def stored(
         scale = jnp.where(valid[..., None], scale, padding)
     if swizzled:
         *lead, groups = scale.shape
-        whole = _swizzled(scale.reshape(lead[0] if masked else 1, -1 if scale.size else 0, groups), padding)
+        experts, rows = (lead[0], prod(lead[1:])) if masked else (1, prod(lead))
+        whole = _swizzled(scale.reshape(experts, rows, groups), padding)
         return whole if masked else whole[0]
     if not packed:
         return scale
