@@ -271,7 +271,8 @@ class Covering:
     def _learn(self, row: Row) -> None:
         """Add the clause that refuses a row: the values of which another one would make it a case.
 
-        Several clauses may refuse it. Then more and more of the other values are the usual ones, until one is left.
+        Several clauses may refuse it. Then more and more of the other values are the usual ones, until one is left. If
+        that never is so, the row alone is ruled out.
         """
         now: Row | None = row
         while now is not None:
@@ -284,7 +285,7 @@ class Covering:
             usual = (self._usual(now, n) for n, v in enumerate(now) if v != self._base[n] and n not in dict(items))
             fit = (trial for trial in usual if not self._broken(dict(enumerate(trial))))
             now = next((trial for trial in fit if self.refused(trial)), None)
-        self._add(frozenset(enumerate(row)), self.refused(row))
+        self._add(frozenset(enumerate(row)), f"no one of several reasons, such as {self.refused(row)}")
 
     def _isolated(self, items: Clause) -> Clause | None:
         """The clause that these items break beside usual values; None if they break none."""

@@ -246,12 +246,16 @@ def _quantised_interval(y: Interval, scale: Interval, by: Quantiser, relative: f
     s, s_low, s_high = (divisors(part, by, y.value.shape[-1]) for part in scale)
     low = ratio(y.low, np.where(y.low >= 0, s_high, s_low))
     high = ratio(y.high, np.where(y.high >= 0, s_low, s_high))
+    low = np.where((low == 0) & ~np.isfinite(s), -0.0, low)  # of either sign
+    some = (s_low == 0) & (s_high > 0)  # an e4m3 scale that is 0, and q with it, or next to 0
+    low = np.where(some, np.where(y.low < 0, -qmax, 0), low)
+    high = np.where(some, np.where(y.high > 0, qmax, 0), high)
     unrounded = (y.low == y.high) & (s_low == s_high) & (np.frexp(s)[0] == 0.5)
     slack = np.where(unrounded, 0.0, relative)
     ends = (ratio(y.value, s), low - slack * np.abs(low), high + slack * np.abs(high))
-    missing = 0.0 if by.quant_dtype in WITHOUT_NAN else np.nan
+    missing = (0.0, -0.0, 0.0) if by.quant_dtype in WITHOUT_NAN else (np.nan,) * 3
     clipped = (np.clip(end, -qmax, qmax) for end in ends)
-    return Interval(*(np.where(np.isnan(end), missing, end) for end in clipped))
+    return Interval(*(np.where(np.isnan(end), none, end) for end, none in zip(clipped, missing, strict=True)))
 
 
 def _pair_interval(q: Interval) -> Interval:

@@ -69,7 +69,7 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     inverse, factors = inverse_rms(h, given.eps), factor(given.weight, given.weight_offset)
     y = weighted(h * inverse, factors)
     relative, flush = error("y")
-    other = 1 + np.abs(h * inverse) + (1 + inverse) * np.abs(factors) + np.abs(y) / max(given.eps, FP32_TINY)
+    other = 1 + np.abs(h * inverse) + (1 + inverse) * np.abs(factors) + np.abs(y) * inverse**2
     slack = relative * np.abs(y) + flush * other
     slack = np.where(np.isfinite(y), np.where(np.isfinite(slack), slack, np.inf), 0.0)
     # An infinite factor meets a number that may count as 0: NaN and infinity are both right.

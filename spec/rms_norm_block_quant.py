@@ -83,7 +83,7 @@ SPEC = OpSpec(
             "order is known to sqrt(D) roundings (four standard deviations of adding one by one), which the root "
             "halves; 3 for half of those of squares, mean and eps; 4 for a reciprocal root within 2 ulp and the "
             "product; 2 for weight + weight_offset and the product. A flushed y counts once, any other flushed number "
-            "what multiplies it; flushed squares |y| / eps",
+            "what multiplies it; flushed squares |y| / (mean + eps)",
             flushes=1,
         ),
         *QUANTISER_ERRORS,
