@@ -31,8 +31,8 @@ ATTRS: Mapping[str, tuple[Any, ...]] = {
     "fill": (None, 0.5, 4.0),
 }
 FILLS = {
-    "x": "normal zeros signed_zeros nan_one nan_some nan_row inf_one inf_some largest huge subnormal tiny large decades "
-    "ladder integers odd_halves one_hot equal",
+    "x": "normal zeros signed_zeros nan_one nan_some nan_row inf_one inf_some largest huge subnormal tiny large "
+    "decades ladder integers odd_halves one_hot equal",
     "num_rows": "row_counts zeros beyond below",
     "expert_ends": "expert_ends_4 expert_ends_1 zeros beyond",
     "global_scale": "a_thousandth equal",
