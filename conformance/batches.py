@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from polyfuse.conformance.case import Case
 from polyfuse.conformance.layouts import LAYOUTS
 from polyfuse.reference._numerics import Array
-from polyfuse.spec import Call
+from polyfuse.spec import Call, bind
 
 BESIDE_ROWS = ("E", "B")  # the first dimension of arguments with one number for each expert, or for each sequence
 SLOTS = "state_indices"
+ENDS = "expert_ends"  # where the rows of each expert end
 
 Places = NDArray[np.int64]
 
@@ -62,17 +63,25 @@ def _picks(count: int, many: int, what: str) -> Iterator[tuple[str, Places]]:
 
 def _of_rows(made: Mapping[str, Any], call: Call, many: int) -> Iterator[Batch]:
     op = call.op
+    beside = (op.rows, *BESIDE_ROWS)
     growing = [
-        t.name for t in op.tensors if t.shape[0] in (op.rows, *BESIDE_ROWS) and isinstance(made[t.name], np.ndarray)
+        t.name for t in op.tensors if t.shape[:1] and t.shape[0] in beside and isinstance(made[t.name], np.ndarray)
     ]
     first = made[op.tensors[0].name]
     if not first.size or (op.rows == "..." and not call.dims["..."]):
         return
+    if made.get(ENDS) is not None:
+        if made["fill"] is not None:
+            return  # of rows that are no expert's, which stand alone here
+        made = {**made, ENDS: None, "expert_alignment": 1}
+        growing.remove(ENDS)
+    one = bind(op, made | {argument: made[argument][:1] for argument in growing})
+    by_row = [output.name for output in one.outputs if output.shape[0] == 1]
     for name, picked in _picks(len(first), many, "row"):
         values = dict(made)
         for argument in growing:
             values[argument] = made[argument][picked]
-        same = {output.name: (np.arange(len(picked)), picked) for output in call.outputs}
+        same = {output: (np.arange(len(picked)), picked) for output in by_row}
         if call.updated:
             same |= _with_slots(made, values, call, picked)
         yield Batch(name, values, same)

@@ -271,22 +271,37 @@ class Covering:
     def _learn(self, row: Row) -> None:
         """Add the clause that refuses a row: the values of which another one would make it a case.
 
-        Several clauses may refuse it. Then more and more of the other values are the usual ones, until one is left.
+        Several clauses may refuse it. Then more and more of the other values are the usual ones, until one is left. If
+        that never is so, the row alone is ruled out.
         """
         now: Row | None = row
         while now is not None:
             items = self._mattering(now)
-            alone = self._normal([dict(items).get(n, v) for n, v in enumerate(self._base)], [n for n, _ in items])
-            if items and self.refused(alone):
-                items = self._mattering(alone)
-                self._add(items, self.refused(alone))
-                if items <= set(enumerate(row)):
+            clause = self._isolated(items)
+            if clause:
+                self._add(clause, self.refused(self._alone(clause)))
+                if clause <= set(enumerate(row)):
                     return
-                break
             usual = (self._usual(now, n) for n, v in enumerate(now) if v != self._base[n] and n not in dict(items))
             fit = (trial for trial in usual if not self._broken(dict(enumerate(trial))))
             now = next((trial for trial in fit if self.refused(trial)), None)
-        self._add(frozenset(enumerate(row)), self.refused(row))
+        self._add(frozenset(enumerate(row)), f"no one of several reasons, such as {self.refused(row)}")
+
+    def _isolated(self, items: Clause) -> Clause | None:
+        """The clause that these items break beside usual values; None if they break none."""
+        for _ in self.factors:
+            alone = self._alone(items)
+            if not items or not self.refused(alone):
+                return None
+            mattering = self._mattering(alone)
+            if mattering == items:
+                return items
+            items = mattering  # of two clauses, what both have is left: that alone breaks one of them
+        return None
+
+    def _alone(self, items: Clause) -> Row:
+        """The row with these items, whose other values are the usual ones."""
+        return self._normal([dict(items).get(n, v) for n, v in enumerate(self._base)], [n for n, _ in items])
 
     def _mattering(self, row: Row) -> Clause:
         return frozenset((n, v) for n, v in enumerate(row) if self._matters(row, n))

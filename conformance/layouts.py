@@ -101,7 +101,7 @@ def _expanded(axis: int) -> Callable[[Array], Array]:
 
 
 LAYOUTS: dict[str, Callable[[Array], Array]] = {
-    "contiguous": np.ascontiguousarray,
+    "contiguous": lambda values: np.array(values, order="C"),  # of no dimensions too
     "row_strided": _gap(8),
     "odd_strided": _gap(1),  # no two rows begin at addresses that are alike
     "every_other": _every_other,

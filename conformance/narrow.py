@@ -33,6 +33,19 @@ TOGETHER: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {"scale_ub": 10.0, "quant_dtype": "float8_e5m2"},
         {"limit": 0.75, "quant_dtype": "int8"},
         {"reciprocal": True, "scale_ub": 10.0},
+        {"limit_on": "silu", "T": "float16"},
+        {"alpha": 1.702, "scale_layout": "swizzled_128x4"},
+        {"row_weight": "float16", "interleaved": True},
+    ),
+    "block_quant": (
+        {"scale_ub": 10.0, "quant_dtype": "float8_e5m2"},
+        {"scale_min": 0.5, "quant_dtype": "int8"},
+        {"fill": 0.5, "x": "float16"},
+    ),
+    "rms_norm_block_quant": (
+        {"eps": 0.5, "T": "float16"},
+        {"weight_offset": -1.0, "quant_dtype": "int8"},
+        {"weight": "float16", "scale_layout": "col_major_tma"},
     ),
     "gdn_in_proj": (
         {"strategy": "parallel", "bias_ba": "float16"},

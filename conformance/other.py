@@ -13,7 +13,7 @@ from polyfuse.reference import Exact, oracle
 from polyfuse.reference._numerics import Array
 from polyfuse.spec import OpSpec, bind
 
-BOUNDARIES = ("cu_seqlens",)  # arrays of numbers that do not decrease: where sequences begin and end
+BOUNDARIES = ("cu_seqlens", "expert_ends")  # of numbers that do not decrease: where sequences or experts end
 
 
 class Inputs:

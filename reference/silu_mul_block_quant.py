@@ -1,15 +1,17 @@
 """The oracle of `silu_mul_block_quant`; the formula is the docstring of `polyfuse.spec.silu_mul_block_quant`."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from polyfuse.reference._numerics import F64, FP32_MAX, Array, Exact, may_flush, round_to, to_f64
 from polyfuse.reference._oracle import Error, Oracle
+from polyfuse.reference._quantiser import Interval, Quantiser, or_nan, quantise, store
+from polyfuse.reference._quantiser import bounds as quantised_bounds
 from polyfuse.reference.gdn_post_conv import sigmoid
-from polyfuse.spec import FP32_TINY, Capability, Output, dtype_name
-from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, QMAX, SPEC, scale_floor
+from polyfuse.spec import FP32_ROUNDOFF, FP32_TINY, Capability, dtype_name
+from polyfuse.spec.silu_mul_block_quant import SPEC
 
 CAPABILITY = Capability(devices=("cpu",))
 
@@ -18,44 +20,75 @@ def formula(
     x: Array,
     *,
     up: Array | None,
+    row_weight: Array | None,
     num_rows: Array | None,
+    expert_ends: Array | None,
+    global_scale: Array | None,
+    interleaved: bool,
+    alpha: float,
+    up_offset: float,
+    limit: float | None,
+    limit_on: str,
+    materialize: bool,
     group_size: int,
     quant_dtype: str,
     scale_format: str,
     scale_layout: str,
     scale_ub: float | None,
     scale_min: float | None,
-    limit: float | None,
-    materialize: bool,
     reciprocal: bool,
+    expert_alignment: int,
+    fill: float | None,
 ) -> tuple[F64, F64]:
-    """q [..., D] and scale [..., G], or the bytes of a packed scale; 0 in rows past num_rows."""
-    gate, factor = gate_and_up(x, up, limit)
-    y = gate * sigmoid(gate)
+    """q [..., Q] and scale [R, G], or the bytes of a packed scale; 0 where nothing is written."""
+    gate, factor = gate_and_up(x, up, interleaved, limit, limit_on)
+    alpha, up_offset = float(np.float32(alpha)), float(np.float32(up_offset))
+    factor = factor + up_offset if up_offset else factor  # -0 + 0 would be +0
     if materialize:
-        y = rounded(rounded(y, x) * factor, x)
+        silu = gate * sigmoid(gate) if alpha == 1 else gate * rounded(sigmoid(rounded(alpha * gate, x)), x)
+        factor = rounded(factor, x) if up_offset else factor
+        y = rounded(capped(rounded(silu, x), limit, limit_on) * factor, x)
     else:
-        y = overflowed(y * factor)
-    amax = np.abs(grouped(y, group_size)).max(-1, initial=0.0)
-    scale = bounded_scale(raw_scale(amax, quant_dtype, reciprocal), amax, quant_dtype, scale_ub, scale_min)
-    if scale_format != "float32":
-        scale = power_of_two_above(scale)
-    divisor = np.repeat(np.maximum(scale, least_divisor(quant_dtype, scale_min)), group_size, axis=-1)
-    q = np.clip(y / divisor, -QMAX[quant_dtype], QMAX[quant_dtype])
-    if quant_dtype == "int8":
-        q = np.where(np.isnan(q), 0.0, q)
-    stored = exponent_bytes(scale) if scale_format == "ue8m0_packed" else scale
-    valid = valid_rows(x, num_rows)
-    return np.where(valid, q, 0.0), np.where(valid, stored, 0.0)
+        y = overflowed(capped(gate * sigmoid(alpha * gate), limit, limit_on) * factor)
+    if row_weight is not None:
+        y = y * to_f64(row_weight)[..., None]
+        y = rounded(y, x) if materialize else overflowed(y)
+    by = Quantiser(
+        num_rows,
+        expert_ends,
+        global_scale,
+        group_size,
+        quant_dtype,
+        scale_format,
+        scale_layout,
+        scale_ub,
+        scale_min,
+        reciprocal,
+        expert_alignment,
+        fill,
+    )
+    return quantise(y, by)
 
 
-def gate_and_up(x: Array, up: Array | None, limit: float | None) -> tuple[F64, F64]:
-    """The halves of x, or x and up, clamped to the float32 nearest to the limit."""
-    gate, factor = np.split(to_f64(x), 2, axis=-1) if up is None else (to_f64(x), to_f64(up))
+def gate_and_up(x: Array, up: Array | None, interleaved: bool, limit: float | None, limit_on: str) -> tuple[F64, F64]:
+    """Of x, or x and up; clamped to the float32 nearest to the limit."""
+    columns = to_f64(x)
+    if up is not None:
+        gate, factor = columns, to_f64(up)
+    elif interleaved:
+        gate, factor = columns[..., 0::2], columns[..., 1::2]
+    else:
+        gate, factor = np.split(columns, 2, axis=-1)
     if limit is not None:
         limit = float(np.float32(limit))
-        gate, factor = np.minimum(gate, limit), np.clip(factor, -limit, limit)
+        gate = np.minimum(gate, limit) if limit_on == "input" else gate
+        factor = np.clip(factor, -limit, limit)
     return gate, factor
+
+
+def capped(silu: F64, limit: float | None, limit_on: str) -> F64:
+    """silu(gate), at most the limit if that is on it."""
+    return np.minimum(silu, np.float64(np.float32(limit))) if limit is not None and limit_on == "silu" else silu
 
 
 def rounded(value: F64, x: Array) -> F64:
@@ -68,135 +101,96 @@ def overflowed(y: F64) -> F64:
     return np.where(np.abs(y) > FP32_MAX, np.copysign(np.inf, y), y)
 
 
-def grouped(y: F64, group_size: int) -> F64:
-    """[..., D] as [..., D / group_size, group_size]."""
-    return y.reshape(*y.shape[:-1], y.shape[-1] // group_size, group_size)
-
-
-def raw_scale(amax: F64, quant_dtype: str, reciprocal: bool) -> F64:
-    """amax / qmax, or the product with the reciprocal, rounded to float32 twice."""
-    if reciprocal:
-        return to_f64(round_to(amax * float(np.float32(1 / QMAX[quant_dtype])), "float32"))
-    return amax / QMAX[quant_dtype]
-
-
-def bounded_scale(scale: F64, amax: F64, quant_dtype: str, scale_ub: float | None, scale_min: float | None) -> F64:
-    """A scale between the floor and `scale_ub`, which an infinite amax passes."""
-    if scale_ub is not None:
-        scale = np.where(np.isfinite(amax), np.minimum(scale, float(np.float32(scale_ub))), scale)
-    return np.maximum(scale, float(np.float32(scale_floor(quant_dtype, scale_min))))
-
-
-def least_divisor(quant_dtype: str, scale_min: float | None) -> float:
-    """The least number that y is divided by."""
-    return float(np.float32(scale_floor(quant_dtype, scale_min) or LEAST_DIVISOR))
-
-
-def power_of_two_above(scale: F64) -> F64:
-    """The least power of two that is at least `scale`; infinity and NaN stay."""
-    mantissa, exponent = np.frexp(scale)
-    return np.where(np.isfinite(scale), np.ldexp(1.0, exponent - (mantissa == 0.5)), scale)
-
-
-def exponent_bytes(scale: F64) -> F64:
-    """Biased exponents of powers of two, 255 for NaN and infinity, padded with 0 to a multiple of four."""
-    _, exponent = np.frexp(np.where(np.isfinite(scale), scale, 1.0))
-    biased = np.where(np.isfinite(scale), exponent - 1 + 127, 255).astype(np.float64)
-    return np.pad(biased, [(0, 0)] * (biased.ndim - 1) + [(0, -biased.shape[-1] % 4)])
-
-
-def valid_rows(x: Array, num_rows: Array | None) -> Any:
-    """Whether each row counts: [E, T, 1], or True."""
-    return True if num_rows is None else (np.arange(x.shape[1]) < to_f64(num_rows)[:, None])[..., None]
-
-
-def store(value: F64, output: Output) -> Array:
-    """A result rounded to its dtype; of a packed scale the bytes, four to an int32."""
-    if output.dtype != "int32":
-        return round_to(value, output.dtype)
-    return np.ascontiguousarray(round_to(value, "uint8")).view(np.int32)
-
-
-class Interval(NamedTuple):
-    """An exact value, and the ends of what a right backend may have in its place."""
-
-    value: F64
-    low: F64
-    high: F64
-
-
 def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
     """The error of y, through the largest |y| to scale, and of both to q."""
     y = _activation_interval(given, *error("y"))
-    scale = _scale_interval(y, given, *error("scale"))
-    q = _quantised_interval(y, scale, given, error("q")[0])
-    packed = given.scale_format == "ue8m0_packed"
-    stored = Interval(*map(exponent_bytes, scale)) if packed else scale
-    valid = valid_rows(given.x, given.num_rows)
-    results = {}
-    for name, (value, low, high) in (("q", q), ("scale", stored)):
-        ends = np.where(valid, value, 0.0), np.where(valid, low, -np.inf), np.where(valid, high, np.inf)
-        results[name] = Exact(*ends, as_bytes=packed and name == "scale")
-    return results
+    if given.row_weight is not None:
+        weight = to_f64(given.row_weight)[..., None]
+        around_0 = (y.value != 0) & (y.low <= FP32_TINY) & (y.high >= -FP32_TINY)
+        either = np.isinf(y.value) & may_flush(weight) | np.isinf(weight) & around_0
+        lost = may_flush(weight)
+        ends = (np.where(lost, pick(weight, 0), weight) for pick in (np.minimum, np.maximum))
+        y = _product(y, Interval(weight, *ends))
+        y = _around(y, error("weighted")[0], FP32_TINY)
+        y = Interval(*(rounded(end, given.x) if given.materialize else overflowed(end) for end in y))
+        y = or_nan(y, either)
+    return quantised_bounds(y, given, error)
 
 
 def _activation_interval(given: Any, relative: float, flush: float) -> Interval:
-    gate, up = gate_and_up(given.x, given.up, given.limit)
-    sigma = sigmoid(gate)
-    silu = gate * sigma
-    steps = relative * (1 + np.maximum(-gate, 0))
-    flushed = np.abs(gate) * np.minimum(sigma, flush) + np.minimum(np.abs(silu), flush)
+    """gate * sigmoid(alpha * gate) * (up + up_offset)."""
+    gate, up = gate_and_up(given.x, given.up, given.interleaved, given.limit, given.limit_on)
+    alpha, offset = float(np.float32(given.alpha)), float(np.float32(given.up_offset))
+    sigma = sigmoid(alpha * gate)
+    silu, factor = gate * sigma, up + offset if offset else up
+    steps, flushed = _silu_error(gate, alpha * gate, relative, flush)
+    # Where the limit is surely below it, the error of silu is none of the result.
+    clamped = silu * (1 - steps) > capped(silu, given.limit, given.limit_on)
+    steps = np.where(clamped, relative, steps)
     if given.materialize:
-        error = steps * np.abs(silu) + flushed
-        error = np.where(np.isfinite(silu), error, 0.0)
-        ends = [rounded(rounded(end, given.x) * up, given.x) for end in (silu, silu - error, silu + error)]
-        lost = (flush > 0) & (may_flush(up) | may_flush(ends[0]))  # products with 0, or 0
-        y = Interval(ends[0], *(pick(ends[1], ends[2]) for pick in (np.minimum, np.maximum)))
-        y = Interval(
-            y.value, np.where(lost, np.minimum(y.low, 0), y.low), np.where(lost, np.maximum(y.high, 0), y.high)
-        )
+        y = _rounded_in_turn(gate, up, given, relative, flush)
+        lost = (flush > 0) & (may_flush(factor) | may_flush(y.value))  # products with 0, or 0
+        low, high = (np.where(lost, pick(end, 0), end) for pick, end in ((np.minimum, y.low), (np.maximum, y.high)))
+        y = Interval(y.value, low, high)
     else:
-        value = overflowed(silu * up)
-        error = steps * np.abs(value) + flushed * np.abs(up) + flush * (1 + np.abs(silu))
+        value = overflowed(capped(silu, given.limit, given.limit_on) * factor)
+        error = steps * np.abs(value) + flushed * np.abs(factor) + flush * (1 + np.abs(silu))
         error = np.where(np.isfinite(value), error, 0.0)
         y = Interval(value, value - error, value + error)
     # An infinite factor meets one that may count as 0: NaN and infinity are both right.
-    either = np.isinf(up) & (gate != 0) & (np.minimum(sigma, np.abs(silu)) < FP32_TINY) | np.isinf(silu) & may_flush(up)
-    return Interval(
-        np.where(either, np.nan, y.value), np.where(either, np.inf, y.low), np.where(either, np.inf, y.high)
-    )
+    either = np.isinf(factor) & (gate != 0) & (np.minimum(sigma, np.abs(silu)) < FP32_TINY)
+    return or_nan(y, either | np.isinf(silu) & may_flush(factor))
 
 
-def _scale_interval(y: Interval, given: Any, relative: float, flush: float) -> Interval:
-    """Scales [..., D / group_size] before they are stored."""
-    value, low, high = (grouped(part, given.group_size) for part in y)
-    nearest = np.where((low <= 0) & (high >= 0), 0.0, np.minimum(np.abs(low), np.abs(high)))
-    amax = np.abs(value).max(-1, initial=0.0)
-    least, most = nearest.max(-1, initial=0.0), np.maximum(np.abs(low), np.abs(high)).max(-1, initial=0.0)
-    power_of_two = given.scale_format != "float32"
-    # Rounded up to a power of two, an exact quotient must not be pushed over one.
-    slack = (0.0, -relative, 0.0 if power_of_two else relative)
-    scales = []
-    for end, widen, least_normal in zip((amax, least, most), slack, (0.0, flush, 0.0), strict=True):
-        scale = raw_scale(end, given.quant_dtype, given.reciprocal) * (1 + widen)
-        scale = np.where(scale < least_normal, 0.0, scale)
-        scale = bounded_scale(scale, amax, given.quant_dtype, given.scale_ub, given.scale_min)
-        scales.append(power_of_two_above(scale) if power_of_two else scale)
-    return Interval(*scales)
+def _silu_error(gate: F64, inner: F64, relative: float, flush: float) -> tuple[F64, F64]:
+    """Of gate * sigmoid(inner): the relative error, and what is lost where the sigmoid or the product is flushed."""
+    sigma = sigmoid(inner)
+    lost = np.abs(gate) * np.minimum(sigma, flush) + np.minimum(np.abs(gate * sigma), flush)
+    return relative * (1 + np.maximum(-inner, 0)), lost
 
 
-def _quantised_interval(y: Interval, scale: Interval, given: Any, relative: float) -> Interval:
-    """q [..., D] before rounding."""
-    qmax, least = QMAX[given.quant_dtype], least_divisor(given.quant_dtype, given.scale_min)
-    s, s_low, s_high = (np.repeat(np.maximum(part, least), given.group_size, axis=-1) for part in scale)
-    low = y.low / np.where(y.low >= 0, s_high, s_low)
-    high = y.high / np.where(y.high >= 0, s_low, s_high)
-    unrounded = (y.low == y.high) & (s_low == s_high) & (np.frexp(s)[0] == 0.5)
-    slack = np.where(unrounded, 0.0, relative)
-    ends = (y.value / s, low - slack * np.abs(low), high + slack * np.abs(high))
-    missing = 0.0 if given.quant_dtype == "int8" else np.nan
-    clipped = (np.clip(end, -qmax, qmax) for end in ends)
-    return Interval(*(np.where(np.isnan(end), missing, end) for end in clipped))
+def _rounded_in_turn(gate: F64, up: F64, given: Any, relative: float, flush: float) -> Interval:
+    """The same with materialize: each interval is rounded at both ends."""
+    x, alpha, offset = given.x, float(np.float32(given.alpha)), float(np.float32(given.up_offset))
+
+    def stored(interval: Interval) -> Interval:
+        return Interval(*(rounded(end, x) for end in interval))
+
+    if alpha == 1:
+        silu = gate * sigmoid(gate)
+        steps, flushed = _silu_error(gate, gate, relative, flush)
+        error = steps * np.abs(silu) + flushed
+        error = np.where(np.isfinite(silu), error, 0.0)
+        activated = stored(Interval(silu, silu - error, silu + error))
+    else:
+        inner = stored(_around(Interval(*[alpha * gate] * 3), FP32_ROUNDOFF, flush))
+        ends = []
+        for argument, sign in zip(inner, (0, -1, 1), strict=True):
+            sigma = sigmoid(argument)
+            wider = sigma + sign * (relative * sigma * (1 + np.maximum(-argument, 0)) + np.minimum(sigma, flush))
+            ends.append(np.where(np.isfinite(argument), wider, sigma))
+        low, high = np.minimum(ends[1], ends[2]), np.maximum(ends[1], ends[2])  # alpha may be negative
+        product = _product(stored(Interval(ends[0], low, high)), Interval(gate, gate, gate))
+        activated = stored(_around(product, 0.0, flush))
+    activated = Interval(*(capped(end, given.limit, given.limit_on) for end in activated))
+    factor = Interval(up, up, up)
+    if offset:
+        factor = stored(_around(Interval(*[up + offset] * 3), FP32_ROUNDOFF, flush))
+    return stored(_product(activated, factor))
+
+
+def _around(interval: Interval, relative: float, flush: float) -> Interval:
+    """The interval with one more rounding, or flush, of its ends."""
+    value, low, high = interval
+    slack = [relative * np.abs(end) + np.minimum(np.abs(end), flush) for end in (low, high)]
+    slack = [np.where(np.isfinite(end), more, 0.0) for end, more in zip((low, high), slack, strict=True)]
+    return Interval(value, low - slack[0], high + slack[1])
+
+
+def _product(a: Interval, b: Interval) -> Interval:
+    """Of two intervals, end by end."""
+    corners = [one * other for one in a[1:] for other in b[1:]]
+    return Interval(a.value * b.value, np.minimum.reduce(corners), np.maximum.reduce(corners))
 
 
 silu_mul_block_quant = Oracle(SPEC, formula, bounds, store)

@@ -38,6 +38,8 @@ _NAMES = (
     "gdn_post_conv",
     "gdn_conv_prep",
     "silu_mul_block_quant",
+    "block_quant",
+    "rms_norm_block_quant",
     "gdn_in_proj",
     "segment_attention",
     "gated_rms_norm",

@@ -56,8 +56,10 @@ class TensorSpec:
     @property
     def shapes(self) -> tuple[tuple[str, ...], ...]:
         """`shape`, then the one with its last dimension split where that may be."""
+        if not self.split:
+            return (self.shape,)
         *lead, last = self.shape
-        return (self.shape, (*lead, self.split, f"{last}/{self.split}")) if self.split else (self.shape,)
+        return (self.shape, (*lead, self.split, f"{last}/{self.split}"))
 
     def is_split(self, shape: tuple[Any, ...], lead: int) -> bool:
         """Whether an argument of this shape has its last dimension split; `"..."` stands for `lead` dimensions."""
@@ -93,7 +95,8 @@ class AttrSpec:
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """One result. `dtype` is a dtype name, a dtype variable or a name that `OpSpec.derive` adds.
+    """One result. `dtype` is a dtype name, a dtype variable or a name that `OpSpec.derive` adds. A name in `shape` may
+    stand for several dimensions if `OpSpec.derive` gives them as a tuple.
 
     `strides` names the tuple of element strides that `OpSpec.derive` adds; empty means contiguous. JAX arrays
     have no strides and ignore it. A `sliced` result may be part of the columns of one buffer with another such result.

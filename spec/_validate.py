@@ -295,12 +295,11 @@ def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
 
 
 def _evaluate_shape(symbols: tuple[str, ...], names: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A result's shape; a name may stand for several dimensions, as `"..."` does."""
     shape: list[Any] = []
     for symbol in symbols:
-        if symbol == "...":
-            shape.extend(names["..."])
-        else:
-            shape.append(evaluate(symbol, names))
+        size = names["..."] if symbol == "..." else evaluate(symbol, names)
+        shape.extend(size if isinstance(size, tuple) else (size,))
     return tuple(shape)
 
 

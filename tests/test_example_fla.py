@@ -155,7 +155,12 @@ def test_it_is_conformant(fla):
     report = run([OP], ["fla"], level="quick")
     assert report.ok, [(r.case, r.detail) for r in report.results if r.status == "failed"]
     assert sum(r.status == "passed" for r in report.results) >= 25
-    declared = ("unsupported: q.dtype=float32", "unsupported: K=", "unsupported: V=", "not among the cases of the level")
+    declared = (
+        "unsupported: q.dtype=float32",
+        "unsupported: K=",
+        "unsupported: V=",
+        "not among the cases of the level",
+    )
     assert all(r.detail.startswith(declared) for r in report.results if r.status == "skipped")
 
 

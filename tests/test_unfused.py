@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import silu
 
 from polyfuse.spec import FLOATS, OPS, SpecError
-from polyfuse.spec.silu_mul_block_quant import QMAX, SCALE_FORMATS, SCALE_LAYOUTS
+from polyfuse.spec.block_quant import QMAX
+from polyfuse.torch_impl._unfused import QUANT_DTYPES, SCALE_FORMATS, SCALE_LAYOUTS
 from polyfuse.torch_impl.silu_mul_block_quant import silu_mul_block_quant
 from polyfuse.unfused import block_quant, silu_mul
 
@@ -52,7 +53,7 @@ def test_scale_min_0_keeps_the_scale_and_divides_by_1e_12_at_least() -> None:
     assert torch.equal(q.float()[0], want.float())
 
 
-@pytest.mark.parametrize("quant_dtype", QMAX)
+@pytest.mark.parametrize("quant_dtype", QUANT_DTYPES)
 def test_reciprocal_scales_are_products_with_the_rounded_reciprocal(quant_dtype: str) -> None:
     y, qmax = normal(64, 128), torch.tensor(QMAX[quant_dtype])
     amax = y.abs().amax(-1, keepdim=True)
@@ -73,7 +74,7 @@ def test_a_reciprocal_product_decides_about_its_power_of_two() -> None:
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
 def test_together_they_are_the_op(scale_format: str, scale_layout: str, dtype: str) -> None:
     x = normal(2, 3, 2 * 192, dtype=getattr(torch, dtype))
-    for quant_dtype, reciprocal in product(QMAX, (False, True)):
+    for quant_dtype, reciprocal in product(QUANT_DTYPES, (False, True)):
         options: Any = {"scale_format": scale_format, "scale_layout": scale_layout, "quant_dtype": quant_dtype}
         options["reciprocal"] = reciprocal
         q, scale = block_quant(silu_mul(x), group_size=32, **options)
@@ -112,7 +113,7 @@ def test_silu_mul_refuses(x: torch.Tensor, options: dict[str, float], message: s
         ({"y": torch.zeros(4)}, "y: expected at least 2 dimensions, got 1"),
         ({"group_size": 3}, "y: expected a last dimension divisible by group_size=3, got 4"),
         ({"group_size": 0}, "group_size: expected an integer >= 1, got 0"),
-        ({"quant_dtype": "int4"}, f"quant_dtype: expected one of {', '.join(QMAX)}, got int4"),
+        ({"quant_dtype": "int4"}, f"quant_dtype: expected one of {', '.join(QUANT_DTYPES)}, got int4"),
         ({"scale_format": "e8"}, f"scale_format: expected one of {', '.join(SCALE_FORMATS)}, got e8"),
         ({"scale_layout": "rows"}, f"scale_layout: expected one of {', '.join(SCALE_LAYOUTS)}, got rows"),
         ({"scale_ub": -1.0}, r"scale_ub: expected a number > 0, got -1\.0"),
@@ -130,7 +131,7 @@ def test_block_quant_refuses(options: dict[str, object], message: str) -> None:
 
 
 def test_block_quant_takes_what_the_op_takes() -> None:
-    attributes = {attr.name: attr.default for attr in OPS["silu_mul_block_quant"].attrs}
-    del attributes["limit"], attributes["materialize"]
+    attributes = {attr.name: attr.default for attr in OPS["block_quant"].attrs}
+    del attributes["expert_alignment"], attributes["fill"]  # of experts, and of rows that are not valid
     parameters = signature(block_quant).parameters.values()
     assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == attributes

@@ -1,7 +1,8 @@
 """The Triton backend of `silu_mul_block_quant`: one launch, each element read once.
 
 The (row, group) pairs of an expert, or of all rows, are numbered through; a program takes BLOCK consecutive ones as a
-tile [BLOCK, group_size]. A group never spans programs, so that no tile shape changes a bit.
+tile [BLOCK, group_size]. A group never spans programs, so that no tile shape changes a bit. Where rows belong to
+experts, programs take the tiles of valid rows in turn: they add up the experts' rows on the device to find them.
 """
 
 from dataclasses import dataclass
@@ -12,94 +13,61 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from polyfuse.spec import Capability, Unsupported
-from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, QMAX, scale_floor, scale_strides
-from polyfuse.triton_impl._common import INTERPRETED, LOG2_E, round_to, widen
+from polyfuse.triton_impl import _blocks
+from polyfuse.triton_impl._blocks import CHUNK, Results, expert_rows, of_tile, tile_ends
+from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._launch import Launch, Launcher
-from polyfuse.triton_impl._quantise import divide, exponent_byte, power_of_two_above, quantise
+from polyfuse.triton_impl._quantise import store_groups
+from polyfuse.triton_impl._silu_mul import activated
 
 NAME = "silu_mul_block_quant"
 
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
 
-# (up to this many bytes of gate, bytes of gate per program, per thread), of groups from 128 columns on, and smaller.
-# A program takes at least one group. Few rows need many programs, each of which loads 16 bytes at a time.
-TILES = ((2**18, 512, 16), (2**63, 2048, 32))
-SMALL_GROUP_TILES = ((2**18, 512, 16), (2**63, 4096, 32))
-WIDEST_GROUP = 2**15
-WIDE_PAIRS = 2**31  # from here on pairs are numbered in 64 bits
-
-LEAST = tl.constexpr(LEAST_DIVISOR)
-
 
 @triton.jit
-def _silu(gate):
-    """gate * sigmoid(gate), bitwise what PyTorch computes on the same device."""
-    if INTERPRETED:
-        return tl.div_rn(gate, 1.0 + tl.exp(-gate))
-    else:
-        return tl.div_rn(gate, 1.0 + libdevice.exp(-gate))
-
-
-@triton.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x))."""
-    if INTERPRETED:
-        return tl.div_rn(1.0, 1.0 + tl.exp(-x))
-    else:  # these two flush to 0 what is below the least normal number, which saves a third of the instructions
-        return libdevice.fast_dividef(1.0, 1.0 + libdevice.exp2(x * -LOG2_E))
-
-
-@triton.jit(do_not_specialize=["num_rows_ptr", "rows", "tiles", "scale_expert", "scale_row", "scale_group"])
-def _kernel(
-    x_ptr,  # [experts, rows, 2*D], or the gate [experts, rows, D]
-    up_ptr,  # [experts, rows, D], or None for the columns of x from D on
-    num_rows_ptr,  # [experts], or None for one expert whose rows are all valid
-    q_ptr,  # [experts, rows, D]
-    scale_ptr,  # [experts, rows, GROUPS]; packed: bytes of int32 [experts, rows, GROUPS / 4]
+def _tile(
+    tile,
+    valid,  # rows
+    first,  # row of all that is the expert's row 0, or None
+    x_ptr,
+    up_ptr,
+    weight_ptr,
+    global_scale_ptr,
+    q_ptr,
+    scale_ptr,
     scale_ub,
     limit,
-    rows,
-    tiles,  # per expert
-    scale_expert,
+    alpha,
+    up_offset,
     scale_row,
     scale_group,
-    x_expert,
     x_row,
     x_column,
-    up_expert,
     up_row,
     up_column,
+    weight_row,
     D: tl.constexpr,
     GROUP: tl.constexpr,
-    FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr,
     QMAX: tl.constexpr,
     FLOOR: tl.constexpr,
-    SCALE_FORMAT: tl.constexpr,
-    MATERIALIZE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+    PADDING: tl.constexpr,
     RECIPROCAL: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMIT_ON: tl.constexpr,
+    MATERIALIZE: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    GROUPS: tl.constexpr = D // GROUP
+    """One tile of an expert, or of all rows."""
+    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     COLUMNS: tl.constexpr = triton.next_power_of_2(GROUP)
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.uint32
-    tile = tl.program_id(0)
-    valid = rows
-    if num_rows_ptr is not None:
-        expert = (tile // tiles).to(tl.int64)
-        tile = tile % tiles
-        valid = tl.minimum(tl.load(num_rows_ptr + expert), rows)
-        if tile.to(tl.int64) * BLOCK >= valid.to(tl.int64) * GROUPS:
-            return
-        x_ptr += expert * x_expert
-        if up_ptr is not None:
-            up_ptr += expert * up_expert
-        q_ptr += expert * rows * D
-        scale_ptr += expert * scale_expert
-
     pair = tile.to(INDEX) * BLOCK + tl.arange(0, BLOCK).to(INDEX)  # [BLOCK]
     row = pair // GROUPS
     group = pair - row * GROUPS
@@ -109,50 +77,154 @@ def _kernel(
     column = (group * GROUP).to(tl.int64)[:, None] + lane  # [BLOCK, COLUMNS]
     source = x_ptr + row.to(tl.int64)[:, None] * x_row
     inside = lane < GROUP
-    gate = tl.load(source + column * x_column, mask=inside, other=0.0, eviction_policy="evict_first")
-    if up_ptr is None:
-        ups = source + (column + D) * x_column
+    if D % GROUP != 0:
+        inside = inside & (column < D)
+    if INTERLEAVED:
+        place = tl.arange(0, 2 * COLUMNS)[None, :]
+        both = (group * (2 * GROUP)).to(tl.int64)[:, None] + place
+        held = place < 2 * GROUP
+        if D % GROUP != 0:
+            held = held & (both < 2 * D)
+        columns = tl.load(source + both * x_column, mask=held, other=0.0, eviction_policy="evict_first")
+        gate, up = tl.split(tl.reshape(columns, [BLOCK, COLUMNS, 2]))
     else:
-        ups = up_ptr + row.to(tl.int64)[:, None] * up_row + column * up_column
-    up = tl.load(ups, mask=inside, other=0.0, eviction_policy="evict_first")
-    mask = live[:, None] & inside
+        gate = tl.load(source + column * x_column, mask=inside, other=0.0, eviction_policy="evict_first")
+        if up_ptr is None:
+            ups = source + (column + D) * x_column
+        else:
+            ups = up_ptr + row.to(tl.int64)[:, None] * up_row + column * up_column
+        up = tl.load(ups, mask=inside, other=0.0, eviction_policy="evict_first")
     dtype: tl.constexpr = gate.dtype
-    gate = widen(gate)
-    up = widen(up)
-    if limit is not None:  # comparisons with NaN are false: it stays
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    if MATERIALIZE:
-        y = widen(round_to(widen(round_to(_silu(gate), dtype)) * up, dtype))
-    else:
-        y = gate * (_sigmoid(gate) * up)
+    y = activated(widen(gate), widen(up), alpha, up_offset, limit, dtype, LIMIT_ON, MATERIALIZE)
+    if weight_ptr is not None:
+        y = y * widen(tl.load(weight_ptr + row.to(tl.int64) * weight_row))[:, None]
+        if MATERIALIZE:
+            y = widen(round_to(y, dtype))
+        if GROUP != COLUMNS or D % GROUP != 0:
+            y = tl.where(inside, y, 0.0)  # 0 times an infinite weight
+    if first is not None:
+        pair = pair.to(tl.int64) + first * GROUPS
+        row = row.to(tl.int64) + first
+    store_groups(
+        y,
+        pair,
+        row,
+        group,
+        live,
+        q_ptr,
+        scale_ptr,
+        global_scale_ptr,
+        scale_ub,
+        scale_row,
+        scale_group,
+        D,
+        GROUP,
+        DTYPE,
+        QMAX,
+        FLOOR,
+        FORMAT,
+        SWIZZLED,
+        PADDING,
+        RECIPROCAL,
+    )
 
-    # As integers the magnitudes have the same order, and NaN is above infinity.
-    amax = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)  # [BLOCK]
-    if RECIPROCAL:
-        scale = amax * (1 / QMAX)
-    else:
-        scale = tl.div_rn(amax, QMAX)
-    if scale_ub is not None:
-        scale = tl.where((scale > scale_ub) & (amax < float("inf")), scale_ub, scale)
-    scale = tl.where(scale < FLOOR, FLOOR, scale)
-    if SCALE_FORMAT != "float32":
-        scale = power_of_two_above(scale)
-    divisor = scale
-    if FLOOR == 0:
-        divisor = tl.where(scale < LEAST, LEAST, scale)
-    q = quantise(divide(y, divisor, SCALE_FORMAT != "float32", scale_ub is None), QMAX, FORMAT, q_ptr.dtype.element_ty)
-    tl.store(q_ptr + (pair.to(tl.int64) * GROUP)[:, None] + lane, q, mask=mask)
 
-    scale_at = scale_ptr + row.to(tl.int64) * scale_row
-    if SCALE_FORMAT == "ue8m0_packed":
-        scale_at += (group // 4).to(tl.int64) * scale_group
-        byte = scale_at.to(tl.pointer_type(tl.uint8), bitcast=True) + group % 4
-        tl.store(byte, exponent_byte(scale), mask=live)
-        for i in tl.static_range(1, 4 - (GROUPS - 1) % 4):
-            tl.store(byte + i, tl.zeros([BLOCK], tl.uint8), mask=live & (group == GROUPS - 1))
+@triton.jit(
+    do_not_specialize=[
+        "num_rows_ptr",
+        "ends_ptr",
+        "global_scale_ptr",
+        "rows",
+        "experts",
+        "scale_expert",
+        "scale_row",
+        "scale_group",
+    ]
+)
+def _kernel(
+    x_ptr,  # [experts, rows, 2*D], or the gate [experts, rows, D]
+    up_ptr,  # [experts, rows, D], or None for the columns of x from D on
+    weight_ptr,  # [experts, rows], or None
+    num_rows_ptr,  # [experts], or None
+    ends_ptr,  # [experts], or None; with neither, all rows are valid
+    global_scale_ptr,  # or None
+    q_ptr,  # [experts, rows, D], a byte for two columns of four bits
+    scale_ptr,  # [experts, rows, GROUPS]; packed: bytes of int32 [experts, rows, GROUPS / 4]
+    scale_ub,
+    limit,
+    alpha,
+    up_offset,
+    rows,
+    experts,
+    scale_expert,
+    scale_row,
+    scale_group,
+    x_expert,
+    x_row,
+    x_column,
+    up_expert,
+    up_row,
+    up_column,
+    weight_expert,
+    weight_row,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    QMAX: tl.constexpr,
+    FLOOR: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+    PADDING: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMIT_ON: tl.constexpr,
+    MATERIALIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
+    STORED: tl.constexpr = D // 2 if DTYPE == "float4_e2m1" else D
+    tile = tl.program_id(0)
+    if num_rows_ptr is None and ends_ptr is None:
+        _tile(
+            tile, rows, None, x_ptr, up_ptr, weight_ptr, global_scale_ptr, q_ptr, scale_ptr, scale_ub, limit, alpha,
+            up_offset, scale_row, scale_group, x_row, x_column, up_row, up_column, weight_row, D, GROUP, DTYPE, QMAX,
+            FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, INTERLEAVED, LIMIT_ON, MATERIALIZE, WIDE, BLOCK,
+        )  # fmt: skip
     else:
-        tl.store(scale_at + group.to(tl.int64) * scale_group, scale, mask=live)
+        step = tl.num_programs(0)
+        begin = experts * 0  # the chunk's first expert
+        while begin < experts:
+            first, count = expert_rows(num_rows_ptr, ends_ptr, begin + tl.arange(0, CHUNK), experts, rows, ALIGNMENT)
+            ends = tile_ends(count, GROUPS, BLOCK)
+            tiles = tl.max(ends, 0)
+            while tile < tiles:
+                place, number, first_row, valid = of_tile(tile, ends, (first.to(tl.int64), count.to(tl.int64)))
+                x, up, weight, q, scale = x_ptr, up_ptr, weight_ptr, q_ptr, scale_ptr
+                if num_rows_ptr is not None:
+                    expert = (begin + place).to(tl.int64)
+                    x += expert * x_expert
+                    q += expert * rows * STORED
+                    scale += expert * scale_expert
+                    if up_ptr is not None:
+                        up += expert * up_expert
+                    if weight_ptr is not None:
+                        weight += expert * weight_expert
+                else:
+                    x += first_row * x_row
+                    if up_ptr is not None:
+                        up += first_row * up_row
+                    if weight_ptr is not None:
+                        weight += first_row * weight_row
+                _tile(
+                    number, valid, first_row, x, up, weight, global_scale_ptr, q, scale, scale_ub, limit, alpha,
+                    up_offset, scale_row, scale_group, x_row, x_column, up_row, up_column, weight_row, D, GROUP, DTYPE,
+                    QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, INTERLEAVED, LIMIT_ON, MATERIALIZE, WIDE, BLOCK,
+                )  # fmt: skip
+                tile += step
+            tile -= tiles
+            begin += CHUNK
 
 
 _launch = Launcher(NAME, _kernel)
@@ -162,33 +234,13 @@ _launch = Launcher(NAME, _kernel)
 class _Plan:
     """What depends on a call's signature alone, and the launch for it, which the first call finds."""
 
-    q_shape: tuple[int, ...]
-    q_dtype: torch.dtype
-    emulated: bool
-    scale_shape: tuple[int, ...]
-    scale_strides: tuple[int, ...] | None
-    scale_dtype: torch.dtype
+    results: Results
+    plain: bool  # the results are written in the dtypes that they have
     grid: tuple[int, int, int]
-    numbers: tuple[int, ...]  # behind scale_ub and limit
+    numbers: tuple[int, ...]  # behind up_offset
     fixed: tuple[Any, ...]
     warps: int
     launch: Launch | None = None
-
-
-def _converts(device: torch.device, quant_dtype: str) -> bool:
-    """Whether Triton's cast to this fp8 dtype is right there: to nearest even, saturating, from fp32 at once."""
-    if INTERPRETED.value or device.type != "cuda" or torch.version.hip or quant_dtype == "float8_e4m3fnuz":
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _tile(group: int, itemsize: int, elements: int) -> tuple[int, int]:
-    """How many groups and warps a program has."""
-    columns = triton.next_power_of_2(group)
-    tiles = TILES if group >= 128 else SMALL_GROUP_TILES
-    tile_bytes, thread_bytes = next(t[1:] for t in tiles if elements * itemsize <= t[0])
-    groups = max(1, tile_bytes // itemsize // columns)
-    return groups, min(32, max(4, groups * columns * itemsize // thread_bytes // 32))
 
 
 @lru_cache(maxsize=1024)
@@ -196,57 +248,65 @@ def _plan(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     up_strides: tuple[int, ...] | None,
+    weight_strides: tuple[int, ...] | None,
     dtype: torch.dtype,
     device: torch.device,
     masked: bool,
+    ends: int | None,
+    interleaved: bool,
+    limit_on: str,
+    materialize: bool,
     group: int,
     quant_dtype: str,
     scale_format: str,
     scale_layout: str,
     scale_min: float | None,
-    materialize: bool,
     reciprocal: bool,
-    *launched_by: bool,
+    alignment: int,
+    fill: float | None,
+    *launched_by: Any,
 ) -> _Plan:
-    """`strides` are those of x as [experts, rows, width] if `masked`, else as [rows, width]; `up_strides` those of up.
+    """`strides` are those of x as [experts, rows, width] if `masked`, else as [rows, width]; `up_strides` those of up,
+    `weight_strides` those of row_weight. `ends` is the number of expert_ends.
 
     `launched_by` is what else tells one launch from another.
     """
-    if group > WIDEST_GROUP:
-        raise Unsupported(f"{NAME}: group_size={group}: a program takes whole groups of up to {WIDEST_GROUP}")
-    lead, width = shape[:-1], shape[-1] // 2 if up_strides is None else shape[-1]
+    if group > _blocks.WIDEST_GROUP:
+        raise Unsupported(f"{NAME}: group_size={group}: a program takes whole groups of up to {_blocks.WIDEST_GROUP}")
+    lead, width = tuple(shape[:-1]), shape[-1] // 2 if up_strides is None else shape[-1]
     experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
-    groups = width // group
-    packed = scale_format == "ue8m0_packed"
-    columns = -(-groups // 4) if packed else groups
-    layout = scale_strides(lead, columns, scale_layout, masked)
-    scale_row, scale_group = (columns, 1) if layout is None else (1, layout[-1])
-    scale_expert = 0 if not masked else rows * columns if layout is None else layout[0]
-    block, warps = _tile(group, dtype.itemsize, experts * rows * width)
-    tiles = -(-rows * groups // block)
+    groups = -(-width // group)
+    form = _blocks.results(
+        lead, width, device, masked, ends is not None, group, quant_dtype, scale_format, scale_layout, scale_min,
+        reciprocal, fill,
+    )  # fmt: skip
+    block, warps = _blocks.tile(group, dtype.itemsize, experts * rows * width)
+    tiles = experts * -(-rows * groups // block)
+    if ends is not None:
+        tiles = min(tiles + ends, rows * groups) if ends else 0
+    if masked or ends is not None:
+        tiles = _blocks.programs(device, tiles)
+
+    def three(given: tuple[int, ...] | None, names: int) -> tuple[int | None, ...]:
+        return (None,) * names if given is None else given if masked else (0, *given)
+
     fixed = (
-        *(strides if masked else (0, *strides)),
-        *((None, None, None) if up_strides is None else up_strides if masked else (0, *up_strides)),
-        width,
-        group,
-        quant_dtype,
-        QMAX[quant_dtype],
-        scale_floor(quant_dtype, scale_min),
-        scale_format,
+        *three(strides, 3),
+        *three(up_strides, 3),
+        *three(weight_strides, 2),
+        *form.fixed,
+        interleaved,
+        limit_on,
         materialize,
-        reciprocal,
-        rows * groups >= WIDE_PAIRS,
+        rows * groups >= _blocks.WIDE_PAIRS,
         block,
+        alignment,
     )
     return _Plan(
-        q_shape=(*lead, width),
-        q_dtype=getattr(torch, quant_dtype),
-        emulated=quant_dtype != "int8" and not _converts(device, quant_dtype),
-        scale_shape=(*lead, columns),
-        scale_strides=layout,
-        scale_dtype=torch.int32 if packed else torch.float32,
-        grid=(experts * tiles, 1, 1),
-        numbers=(rows, tiles, scale_expert, scale_row, scale_group),
+        results=form,
+        plain=not form.codes and form.scale_dtype is not torch.float8_e4m3fn,
+        grid=(tiles if width else 0, 1, 1),
+        numbers=(rows, experts if ends is None else ends, *form.numbers),
         fixed=fixed,
         warps=warps,
     )
@@ -256,16 +316,25 @@ def silu_mul_block_quant(
     x: torch.Tensor,
     *,
     up: torch.Tensor | None = None,
+    row_weight: torch.Tensor | None = None,
     num_rows: torch.Tensor | None = None,
+    expert_ends: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    limit: float | None = None,
+    limit_on: str = "input",
+    materialize: bool = False,
     group_size: int = 128,
     quant_dtype: str = "float8_e4m3fn",
     scale_format: str = "float32",
     scale_layout: str = "row_major",
     scale_ub: float | None = None,
     scale_min: float | None = None,
-    limit: float | None = None,
-    materialize: bool = False,
     reciprocal: bool = False,
+    expert_alignment: int = 1,
+    fill: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns q and scale, each rounded once."""
     shape = x.shape
@@ -273,37 +342,47 @@ def silu_mul_block_quant(
         if len(shape) > 2:
             x = x.flatten(0, -2)
             up = up if up is None else up.flatten(0, -2)
+            row_weight = row_weight if row_weight is None else row_weight.flatten()
     elif num_rows.stride(0) != 1:
         num_rows = num_rows.contiguous()
+    if expert_ends is not None and expert_ends.stride(0) != 1:
+        expert_ends = expert_ends.contiguous()
     plan = _plan(
         shape,
         x.stride(),
         up if up is None else up.stride(),
+        row_weight if row_weight is None else row_weight.stride(),
         x.dtype,
         x.device,
         num_rows is not None,
+        expert_ends if expert_ends is None else len(expert_ends),
+        interleaved,
+        limit_on,
+        materialize,
         group_size,
         quant_dtype,
         scale_format,
         scale_layout,
         scale_min,
-        materialize,
         reciprocal,
+        expert_alignment,
+        fill,
         scale_ub is None,
         limit is None,
+        alpha == 1,
+        up_offset == 0,
         x.data_ptr() % 16 == 0,
         up is None or up.data_ptr() % 16 == 0,
+        row_weight is None or (row_weight.dtype, row_weight.data_ptr() % 16 == 0),
+        global_scale is None,
     )
-    q = torch.empty(plan.q_shape, dtype=plan.q_dtype, device=x.device)
-    if plan.scale_strides is None:
-        scale = torch.empty(plan.scale_shape, dtype=plan.scale_dtype, device=x.device)
-    else:
-        scale = torch.empty_strided(plan.scale_shape, plan.scale_strides, dtype=plan.scale_dtype, device=x.device)
+    q, scale = plan.results.allocate(x.device)
     if plan.grid[0] == 0:
         return q, scale
-    codes = q.view(torch.uint8) if plan.emulated else q
+    codes, scales = (q, scale) if plan.plain else plan.results.writable(q, scale)
+    tensors = x, up, row_weight, num_rows, expert_ends, global_scale, codes
+    numbers = scale_ub, limit, None if alpha == 1 else alpha, None if up_offset == 0 else up_offset, *plan.numbers
     if plan.launch is None:
-        numbers = scale_ub, limit, *plan.numbers
-        plan.launch = _launch.find((x, up, num_rows, codes), numbers, plan.fixed, plan.warps)
-    plan.launch(plan.grid, x, up, num_rows, codes, scale, scale_ub, limit, *plan.numbers, *plan.fixed)
+        plan.launch = _launch.find(tensors, numbers, plan.fixed, plan.warps)
+    plan.launch(plan.grid, *tensors, scales, *numbers, *plan.fixed)
     return q, scale

@@ -7,17 +7,29 @@ from typing import Any
 import numpy as np
 
 from polyfuse.conformance.case import Case
-from polyfuse.conformance.fills import Fill, row_counts
-from polyfuse.conformance.mutations import Mutant, changed, common, patched, returned, right, ties_away
+from polyfuse.conformance.fills import Fill
+from polyfuse.conformance.mutations import Mutant, changed, common, patched
+from polyfuse.conformance.ops._quantising import (
+    BYTES,
+    MXFP8,
+    NVFP4,
+    PLAIN_FORMATS,
+    PLAIN_LAYOUTS,
+    QUANTISER_FILLS,
+    option_cases,
+    quantiser_mutants,
+)
 from polyfuse.reference import silu_mul_block_quant as oracle
-from polyfuse.reference._numerics import F64, Array, to_f64
-from polyfuse.spec import FLOATS, Output, dtype_name
-from polyfuse.spec.silu_mul_block_quant import NAME, QMAX, SCALE_FORMATS, SCALE_LAYOUTS
+from polyfuse.reference._numerics import F64
+from polyfuse.spec import FLOATS
+from polyfuse.spec.silu_mul_block_quant import NAME
+
+GPT_OSS = {"alpha": 1.702, "up_offset": 1.0, "limit": 7.0}
 
 
 def cases() -> Iterator[Case]:
     small = {"...": (5,), "D": 128}
-    for dtype, fmt, layout in product(QMAX, SCALE_FORMATS, SCALE_LAYOUTS):
+    for dtype, fmt, layout in product(BYTES, PLAIN_FORMATS, PLAIN_LAYOUTS):
         attrs = {"group_size": 32, "quant_dtype": dtype, "scale_format": fmt, "scale_layout": layout}
         yield Case(f"{dtype}-{fmt}-{layout}", small, attrs, {"T": "bfloat16"})
     for dtype, materialize, limit in product(FLOATS, (False, True), (None, 0.75)):
@@ -28,10 +40,10 @@ def cases() -> Iterator[Case]:
             attrs = {"group_size": group, "scale_format": fmt}
             yield Case(f"group_{group}-{fmt}", {"...": (4,), "D": width}, attrs, {"T": "bfloat16"})
     for lead in ((0,), (1,), (67,), (2, 3), (2, 2, 2)):
-        for layout in SCALE_LAYOUTS:
+        for layout in PLAIN_LAYOUTS:
             attrs = {"group_size": 32, "scale_layout": layout}
             yield Case(f"lead_{'x'.join(map(str, lead))}-{layout}", {"...": lead, "D": 64}, attrs, {"T": "bfloat16"})
-    for fmt, layout in product(SCALE_FORMATS, SCALE_LAYOUTS):
+    for fmt, layout in product(PLAIN_FORMATS, PLAIN_LAYOUTS):
         yield Case(
             f"experts-{fmt}-{layout}",
             {"...": (3, 6), "D": 160, "E": 3},
@@ -40,7 +52,7 @@ def cases() -> Iterator[Case]:
             present=("num_rows",),
             fill={"num_rows": "row_counts", "x": "nan_past_rows"},
         )
-    for dtype, fmt in product(QMAX, ("float32", "ue8m0")):
+    for dtype, fmt in product(BYTES, ("float32", "ue8m0")):
         for fill in ("zeros", "nan_some", "inf_some", "large", "tiny", "decades", "outliers"):
             attrs = {"group_size": 32, "quant_dtype": dtype, "scale_format": fmt}
             yield Case(f"fill_{fill}-{dtype}-{fmt}", {"...": (12,), "D": 96}, attrs, fill={"x": fill})
@@ -49,16 +61,16 @@ def cases() -> Iterator[Case]:
             yield Case(f"scale_ub_{ub}-{dtype}", small, {"group_size": 32, "quant_dtype": dtype, "scale_ub": ub})
     yield Case("scale_ub-inf_some", small, {"group_size": 32, "scale_ub": 0.01}, fill={"x": "inf_some"})
     fills = ("zeros", "tiny", "decades", "nan_some", "inf_some")
-    for (fill, least), dtype in zip(product(fills, (0.0, 1e-12, 0.5)), cycle(QMAX), strict=False):
+    for (fill, least), dtype in zip(product(fills, (0.0, 1e-12, 0.5)), cycle(BYTES), strict=False):
         attrs = {"group_size": 32, "quant_dtype": dtype, "scale_min": least}
         yield Case(f"scale_min_{least}-{fill}-{dtype}", {"...": (12,), "D": 96}, attrs, fill={"x": fill})
-    for fmt in SCALE_FORMATS[1:]:
+    for fmt in PLAIN_FORMATS[1:]:
         attrs = {"group_size": 32, "scale_format": fmt, "scale_min": 0.01}
         yield Case(f"scale_min_0.01-{fmt}", {"...": (12,), "D": 96}, attrs, fill={"x": "decades"})
     attrs = {"scale_layout": "col_major", "scale_min": 0.0, "materialize": True}
     yield Case("scale_min_0.0-materialize", {"...": (5,), "D": 256}, attrs, {"T": "bfloat16"}, fill={"x": "decades"})
     for dtype, fmt, fill in (
-        *((dtype, "float32", "decades") for dtype in QMAX),
+        *((dtype, "float32", "decades") for dtype in BYTES),
         ("int8", "ue8m0", "decades"),
         ("float8_e4m3fn", "ue8m0_packed", "zeros"),
     ):
@@ -66,13 +78,15 @@ def cases() -> Iterator[Case]:
         name = f"reciprocal-{fill}-{dtype}-{fmt}"
         yield Case(name, {"...": (12,), "D": 96}, attrs, {"T": "bfloat16"}, fill={"x": fill})
     yield Case("reciprocal", small, {"group_size": 32, "reciprocal": True})
-    for dtype, fmt in product(QMAX, SCALE_FORMATS[1:]):
+    for dtype, fmt in product(BYTES, PLAIN_FORMATS[1:]):
         attrs = {"group_size": 32, "quant_dtype": dtype, "scale_format": fmt, "materialize": True}
         yield Case(f"ties-{dtype}-{fmt}", {"...": (12,), "D": 96}, attrs, {"T": "bfloat16"})
     yield Case("scale_min_above_ub", small, {"group_size": 32, "scale_ub": 1e-3, "scale_min": 2e-3})
     for layout in ("row_strided", "column_strided"):
         yield Case(layout, {"...": (9,), "D": 64}, {"group_size": 32}, {"T": "bfloat16"}, layout={"x": layout})
     yield from _up_cases()
+    yield from _activation_cases()
+    yield from option_cases()
     # 211,200 rows: more than 2**31 elements.
     yield Case("over_2_31", {"...": (660,), "D": 12288}, {}, {"T": "bfloat16"}, repeat=320)
 
@@ -83,7 +97,7 @@ def _up_cases() -> Iterator[Case]:
     for dtype, materialize in product(FLOATS, (False, True)):
         attrs = {"group_size": 32, "materialize": materialize, "limit": 0.75 if materialize else None}
         yield Case(f"up-{dtype}-materialize_{materialize}", small, attrs, {"T": dtype}, present=("up",))
-    for dtype, fmt, layout in zip(QMAX, cycle(SCALE_FORMATS), cycle(SCALE_LAYOUTS), strict=False):
+    for dtype, fmt, layout in zip(BYTES, cycle(PLAIN_FORMATS), cycle(PLAIN_LAYOUTS), strict=False):
         attrs = {"group_size": 32, "quant_dtype": dtype, "scale_format": fmt, "scale_layout": layout}
         yield Case(f"up-{dtype}-{fmt}-{layout}", small, attrs, {"T": "bfloat16"}, present=("up",))
     for lead in ((0,), (1,), (3, 4)):
@@ -108,9 +122,47 @@ def _up_cases() -> Iterator[Case]:
         yield Case(f"up-fill_{fill}", {"...": (12,), "D": 96}, {"group_size": 32}, present=("up",), fill={"up": fill})
 
 
-def _decades(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
-    """Magnitudes from 1e-4 to 1e3, so that the groups of a row have very different scales."""
-    return rng.standard_normal(shape) * 10.0 ** rng.uniform(-4, 3, (*shape[:-1], 1))
+def _activation_cases() -> Iterator[Case]:
+    """What y is besides silu(gate) * up."""
+    small = {"...": (5,), "D": 96}
+    for dtype, materialize in product(FLOATS, (False, True)):
+        attrs = GPT_OSS | {"group_size": 32, "materialize": materialize, "interleaved": True}
+        yield Case(
+            f"gpt_oss-{dtype}-materialize_{materialize}", small, attrs, {"T": dtype}, fill={"x": "around_limits"}
+        )
+        attrs = {"group_size": 32, "limit": 0.75, "limit_on": "silu", "materialize": materialize}
+        yield Case(f"limit_on_silu-{dtype}-materialize_{materialize}", small, attrs, {"T": dtype})
+        attrs, dtypes = {"group_size": 32, "materialize": materialize}, {"T": "bfloat16", "row_weight": dtype}
+        name = f"row_weight-{dtype}-materialize_{materialize}"
+        yield Case(name, small, attrs, dtypes, present=("row_weight",))
+    for fmt, width in (("float32", 96), ("ue8m0_packed", 100)):
+        attrs = {"group_size": 48, "scale_format": fmt, "interleaved": True}
+        yield Case(f"interleaved-{fmt}", {"...": (2, 3), "D": width}, attrs, {"T": "bfloat16"})
+    yield Case("interleaved-column_strided", small, NVFP4 | {"interleaved": True}, layout={"x": "column_strided"})
+    yield Case("gpt_oss-mxfp8-up", small, MXFP8 | GPT_OSS, present=("up",), fill={"x": "around_limits"})
+    yield Case("up_offset-group_7", {"...": (4,), "D": 21}, {"group_size": 7, "up_offset": -0.5, "alpha": 0.5})
+    yield Case(
+        "row_weight-experts",
+        {"...": (3, 6), "D": 96, "E": 3},
+        {"group_size": 32},
+        {"T": "bfloat16"},
+        present=("num_rows", "row_weight"),
+        fill={"num_rows": "row_counts", "x": "nan_past_rows"},
+        layout={"row_weight": "column_strided"},
+    )
+    yield Case(
+        "row_weight-expert_ends",
+        {"...": (17,), "D": 96, "E": 4},
+        {"group_size": 32, "expert_alignment": 4},
+        {"T": "bfloat16"},
+        present=("expert_ends", "row_weight"),
+        fill={"expert_ends": "expert_ends_4", "x": "nan_between_4"},
+    )
+
+
+def _around_limits(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
+    """Normal values, five times as large: a limit of 7 clamps some."""
+    return 5 * rng.standard_normal(shape)
 
 
 def _outliers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
@@ -120,68 +172,7 @@ def _outliers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F
     return values
 
 
-def _row_counts(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
-    return row_counts(shape[0]).astype(np.float64)
-
-
-def _nan_past_rows(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:
-    """NaN in the rows of each expert past its `row_counts`: they must not be read."""
-    values = rng.standard_normal(shape)
-    for expert, count in enumerate(row_counts(shape[0])):
-        values[expert, count:] = np.nan
-    return values
-
-
-FILLS: dict[str, Fill] = {
-    "decades": _decades,
-    "outliers": _outliers,
-    "row_counts": _row_counts,
-    "nan_past_rows": _nan_past_rows,
-}
-
-
-def _scale_of_the_next_group(q: Array, scale: Array) -> tuple[Array, Array]:
-    return q, np.roll(scale, 1, axis=-1)
-
-
-def _scale_transposed(q: Array, scale: Array) -> tuple[Array, Array]:
-    return q, np.ascontiguousarray(np.moveaxis(scale, -1, 0)).reshape(scale.shape)
-
-
-def _packed_in_reverse(q: Array, scale: Array) -> tuple[Array, Array]:
-    return q, scale.byteswap() if scale.dtype == np.int32 else scale
-
-
-def _nan_saturates(q: Array, scale: Array) -> tuple[Array, Array]:
-    """A maximum that skips NaN, and a cast that saturates it."""
-    nan = np.isnan(to_f64(q))
-    q[nan] = np.float32(QMAX.get(dtype_name(q.dtype), 0)).astype(q.dtype)
-    return q, scale
-
-
-def _truncating(store: Any) -> Any:
-    def truncated(value: F64, output: Output) -> Array:
-        if output.name == "q":
-            grid = np.float64(2) ** (np.frexp(value)[1] - 4)
-            value = np.trunc(value / grid) * grid
-        stored: Array = store(value, output)
-        return stored
-
-    return truncated
-
-
-def _rounding_ties_away(store: Any) -> Any:
-    def stored(value: F64, output: Output) -> Array:
-        rounded: Array = ties_away(value, output.dtype) if output.name == "q" else store(value, output)
-        return rounded
-
-    return stored
-
-
-def _unrounded_scale_used(**values: Any) -> Any:
-    """q of the scale before it was rounded up to a power of two."""
-    q, _ = right(NAME, {**values, "scale_format": "float32"})
-    return q, right(NAME, values)[1]
+FILLS: dict[str, Fill] = QUANTISER_FILLS | {"outliers": _outliers, "around_limits": _around_limits}
 
 
 def _gate_and_up_swapped(v: dict[str, Any]) -> dict[str, Any]:
@@ -209,28 +200,40 @@ def _up_with_the_strides_of_x(v: dict[str, Any]) -> dict[str, Any]:
     return {"up": memory[places % max(memory.size, 1)] if up.size else up}
 
 
-def _rounded_down(right: Any) -> Any:
-    return lambda scale: np.where(np.isfinite(scale), right(scale) / 2, scale)
+def _neighbouring_weight(v: dict[str, Any]) -> dict[str, Any]:
+    return {} if v["row_weight"] is None else {"row_weight": np.roll(v["row_weight"], 1, axis=-1)}
 
 
-MUTANTS: dict[str, Mutant] = common(NAME) | {
-    "scale_of_the_next_group": returned(NAME, _scale_of_the_next_group),
-    "scale_transposed": returned(NAME, _scale_transposed),
-    "packed_in_reverse": returned(NAME, _packed_in_reverse),
-    "nan_saturates": returned(NAME, _nan_saturates),
-    "truncated": patched(NAME, oracle.silu_mul_block_quant, "store", _truncating),
-    "ties_away": patched(NAME, oracle.silu_mul_block_quant, "store", _rounding_ties_away),
-    "unrounded_scale_used": _unrounded_scale_used,
-    "scale_rounded_down": patched(NAME, oracle, "power_of_two_above", _rounded_down),
-    "no_scale_floor": patched(NAME, oracle, "scale_floor", lambda right: lambda *_: 1e-30),
-    "gate_and_up_swapped": changed(NAME, _gate_and_up_swapped),
-    "up_ignored": changed(NAME, _up_behind_gate),
-    "up_with_the_strides_of_x": changed(NAME, _up_with_the_strides_of_x),
-    "limit_ignored": changed(NAME, lambda v: {"limit": None}),
-    "scale_ub_ignored": changed(NAME, lambda v: {"scale_ub": None}),
-    "scale_min_ignored": changed(NAME, lambda v: {"scale_min": None}),
-    "zero_scale_min_raised": changed(NAME, lambda v: {"scale_min": 1e-12 if v["scale_min"] == 0 else v["scale_min"]}),
-    "always_materialized": changed(NAME, lambda v: {"materialize": True}),
-    "never_materialized": changed(NAME, lambda v: {"materialize": False}),
-    "reciprocal_ignored": changed(NAME, lambda v: {"reciprocal": False}),
-}
+def _offset_before_the_clamp(right: Any) -> Any:
+    """An up that a limit 1 lower would clamp from above, as if its offset of 1 came before the clamp."""
+
+    def halves(x: Any, up: Any, interleaved: bool, limit: float | None, limit_on: str) -> Any:
+        gate, factor = right(x, up, interleaved, limit, limit_on)
+        return gate, factor if limit is None else np.minimum(factor, limit - 1)
+
+    return halves
+
+
+def _halves_for_interleaved(v: dict[str, Any]) -> dict[str, Any]:
+    return {"interleaved": False}
+
+
+MUTANTS: dict[str, Mutant] = (
+    common(NAME)
+    | quantiser_mutants(NAME, oracle.silu_mul_block_quant)
+    | {
+        "gate_and_up_swapped": changed(NAME, _gate_and_up_swapped),
+        "up_ignored": changed(NAME, _up_behind_gate),
+        "up_with_the_strides_of_x": changed(NAME, _up_with_the_strides_of_x),
+        "interleaved_as_halves": changed(NAME, _halves_for_interleaved),
+        "alpha_ignored": changed(NAME, lambda v: {"alpha": 1.0}),
+        "up_offset_ignored": changed(NAME, lambda v: {"up_offset": 0.0}),
+        "offset_before_the_clamp": patched(NAME, oracle, "gate_and_up", _offset_before_the_clamp),
+        "limit_ignored": changed(NAME, lambda v: {"limit": None, "limit_on": "input"}),
+        "limit_on_input": changed(NAME, lambda v: {"limit_on": "input"}),
+        "row_weight_ignored": changed(NAME, lambda v: {"row_weight": None}),
+        "row_weight_of_the_neighbour": changed(NAME, _neighbouring_weight),
+        "always_materialized": changed(NAME, lambda v: {"materialize": True}),
+        "never_materialized": changed(NAME, lambda v: {"materialize": False}),
+    }
+)

@@ -4,39 +4,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from polyfuse.conformance.plan import Plan
+from polyfuse.conformance.plans import _quantising as quantising
 
-# Leading dimensions, D, and the columns that share a scale.
-_SHAPES = (
-    *(((5,), 128, 32), ((0,), 64, 32), ((3,), 0, 32), ((1,), 21, 7), ((33,), 96, 96), ((3, 6), 160, 32)),
-    *(((4, 2), 64, 64), ((2, 2, 2), 48, 16), ((2, 65), 3, 1), ((7,), 512, 256), ((129,), 32, 32), ((9, 16), 128, 128)),
-    *(((1025,), 8, 8), ((2,), 1040, 16)),
-)
+# Limits, and what they are on: one factor, as without a limit there is nothing for it to be on.
+_LIMITS = ((None, "input"), (0.75, "input"), (7.0, "input"), (0.75, "silu"), (7.0, "silu"))
 
 
 def _case(chosen: Mapping[str, Any]) -> Mapping[str, Any]:
-    lead, width, group = chosen["shape"]
-    return {"dims": {"...": lead, "D": width, "E": lead[0]}, "attrs": {"group_size": group}}
+    found = quantising.case(chosen)
+    limit, limit_on = chosen["limits"]
+    return {**found, "attrs": {**found["attrs"], "limit": limit, "limit_on": limit_on}}
 
 
 PLAN = Plan(
-    sizes={"shape": _SHAPES},
-    blank={"shape": tuple(shape for shape in _SHAPES if 0 in (*shape[0], shape[1]))},
+    sizes={**quantising.SIZES, "limits": _LIMITS},
+    blank={"shape": quantising.BLANK},
     case=_case,
     attrs={
-        "scale_ub": (None, 1e-3, 10.0),
-        "scale_min": (None, 0.0, 1e-12, 0.5, 2.0**-126),
-        "limit": (None, 0.75, 7.0),
+        **quantising.ATTRS,
+        "limit_on": (),  # of `limits`
+        "alpha": (1.0, 1.702, -0.5),
+        "up_offset": (0.0, 1.0, -0.5),
     },
     fills={
-        "x": "normal zeros signed_zeros nan_one nan_row inf_one inf_some largest huge subnormal tiny large decades "
-        "outliers integers odd_halves one_hot equal",
+        **quantising.FILLS,
         "up": "normal zeros signed_zeros nan_one inf_one largest subnormal integers one_hot",
-        "num_rows": "row_counts zeros beyond below",
+        "row_weight": "normal zeros nan_one inf_one subnormal large",
     },
     layouts={
-        "x": "contiguous row_strided odd_strided column_strided one_of_three second_half every_other misaligned offset "
-        "sliced expanded",
+        **quantising.LAYOUTS,
         "up": "contiguous row_strided odd_strided column_strided one_of_three every_other misaligned expanded",
-        "num_rows": "contiguous every_other misaligned",
+        "row_weight": "contiguous every_other misaligned expanded",
     },
 )

@@ -21,11 +21,14 @@ else:
     HostArray = DType = Any
 
 __all__ = [
+    "BlockQuantResult",
     "GatedDeltaRuleResult",
     "GdnConvPrepResult",
     "GdnInProjResult",
     "GdnPostConvResult",
+    "RmsNormBlockQuantResult",
     "SiluMulBlockQuantResult",
+    "block_quant",
     "gated_delta_rule",
     "gated_rms_norm",
     "gdn_conv_prep",
@@ -33,6 +36,7 @@ __all__ = [
     "gdn_in_proj",
     "gdn_post_conv",
     "pos_embed_interpolate",
+    "rms_norm_block_quant",
     "segment_attention",
     "silu_mul_block_quant",
 ]
@@ -179,19 +183,28 @@ def silu_mul_block_quant(
     x: Array,
     *,
     up: Array | None = None,
+    row_weight: Array | None = None,
     num_rows: Array | None = None,
+    expert_ends: Array | None = None,
+    global_scale: Array | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    limit: float | None = None,
+    limit_on: Literal["input", "silu"] = "input",
+    materialize: bool = False,
     group_size: int = 128,
     quant_dtype: DType = "float8_e4m3fn",
-    scale_format: Literal["float32", "ue8m0", "ue8m0_packed"] = "float32",
-    scale_layout: Literal["row_major", "col_major", "col_major_tma"] = "row_major",
+    scale_format: Literal["float32", "ue8m0", "ue8m0_packed", "e4m3"] = "float32",
+    scale_layout: Literal["row_major", "col_major", "col_major_tma", "swizzled_128x4"] = "row_major",
     scale_ub: float | None = None,
     scale_min: float | None = None,
-    limit: float | None = None,
-    materialize: bool = False,
     reciprocal: bool = False,
+    expert_alignment: int = 1,
+    fill: float | None = None,
     backend: str | Sequence[str] | None = None,
 ) -> SiluMulBlockQuantResult[Array]:
-    """SiLU-and-multiply followed by block-wise FP8 or INT8 quantisation, in one pass over the activation."""
+    """SiLU-and-multiply followed by block-wise FP8, FP4 or INT8 quantisation, in one pass over the activation."""
     return named(
         SiluMulBlockQuantResult,
         run(
@@ -199,16 +212,134 @@ def silu_mul_block_quant(
             (
                 x,
                 up,
+                row_weight,
                 num_rows,
+                expert_ends,
+                global_scale,
+                interleaved,
+                alpha,
+                up_offset,
+                limit,
+                limit_on,
+                materialize,
                 group_size,
                 quant_dtype,
                 scale_format,
                 scale_layout,
                 scale_ub,
                 scale_min,
-                limit,
-                materialize,
                 reciprocal,
+                expert_alignment,
+                fill,
+            ),
+            backend,
+        ),
+    )
+
+
+class BlockQuantResult(NamedTuple, Generic[Array]):
+    """The results of `block_quant`."""
+
+    q: Array
+    scale: Array
+
+
+@public
+def block_quant(
+    x: Array,
+    *,
+    num_rows: Array | None = None,
+    expert_ends: Array | None = None,
+    global_scale: Array | None = None,
+    group_size: int = 128,
+    quant_dtype: DType = "float8_e4m3fn",
+    scale_format: Literal["float32", "ue8m0", "ue8m0_packed", "e4m3"] = "float32",
+    scale_layout: Literal["row_major", "col_major", "col_major_tma", "swizzled_128x4"] = "row_major",
+    scale_ub: float | None = None,
+    scale_min: float | None = None,
+    reciprocal: bool = False,
+    expert_alignment: int = 1,
+    fill: float | None = None,
+    backend: str | Sequence[str] | None = None,
+) -> BlockQuantResult[Array]:
+    """Block-wise FP8, FP4 or INT8 quantisation of any activation, in one pass."""
+    return named(
+        BlockQuantResult,
+        run(
+            "block_quant",
+            (
+                x,
+                num_rows,
+                expert_ends,
+                global_scale,
+                group_size,
+                quant_dtype,
+                scale_format,
+                scale_layout,
+                scale_ub,
+                scale_min,
+                reciprocal,
+                expert_alignment,
+                fill,
+            ),
+            backend,
+        ),
+    )
+
+
+class RmsNormBlockQuantResult(NamedTuple, Generic[Array]):
+    """The results of `rms_norm_block_quant`."""
+
+    q: Array
+    scale: Array
+    sum: Array
+
+
+@public
+def rms_norm_block_quant(
+    x: Array,
+    weight: Array,
+    *,
+    residual: Array | None = None,
+    num_rows: Array | None = None,
+    expert_ends: Array | None = None,
+    global_scale: Array | None = None,
+    eps: float = 1e-06,
+    weight_offset: float = 0.0,
+    group_size: int = 128,
+    quant_dtype: DType = "float8_e4m3fn",
+    scale_format: Literal["float32", "ue8m0", "ue8m0_packed", "e4m3"] = "float32",
+    scale_layout: Literal["row_major", "col_major", "col_major_tma", "swizzled_128x4"] = "row_major",
+    scale_ub: float | None = None,
+    scale_min: float | None = None,
+    reciprocal: bool = False,
+    expert_alignment: int = 1,
+    fill: float | None = None,
+    backend: str | Sequence[str] | None = None,
+) -> RmsNormBlockQuantResult[Array]:
+    """Residual sum and root-mean-square normalisation followed by block-wise quantisation, in one pass."""
+    return named(
+        RmsNormBlockQuantResult,
+        run(
+            "rms_norm_block_quant",
+            (
+                x,
+                weight,
+                residual,
+                num_rows,
+                expert_ends,
+                global_scale,
+                eps,
+                weight_offset,
+                group_size,
+                quant_dtype,
+                scale_format,
+                scale_layout,
+                scale_ub,
+                scale_min,
+                reciprocal,
+                expert_alignment,
+                fill,
             ),
             backend,
         ),

@@ -10,6 +10,6 @@ from polyfuse.spec import not_installed
 if missing := not_installed(__name__, "torch"):
     raise missing
 
-from polyfuse.torch_impl.silu_mul_block_quant import block_quant, silu_mul
+from polyfuse.torch_impl._unfused import block_quant, silu_mul
 
 __all__ = ["block_quant", "silu_mul"]

@@ -13,7 +13,7 @@ import torch
 import polyfuse
 from polyfuse.conformance import cases, make_inputs, place
 from polyfuse.spec import OPS
-from polyfuse.spec.silu_mul_block_quant import SCALE_LAYOUTS
+from polyfuse.spec.block_quant import SCALE_LAYOUTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # Inductor's own
 
@@ -31,7 +31,7 @@ def cells() -> Iterator[tuple[str, str, dict[str, object]]]:
         yield "gdn_conv_prep", f"{name}{state}", {"output_final_state": final}
     for name, final in product(("width_2-plain-int32", "width_4-bias-initial_state-int64"), (True, False)):
         yield "gdn_conv_prep", name, {"output_final_state": final}
-    for layout, fmt in product(SCALE_LAYOUTS, ("float32", "ue8m0_packed")):
+    for layout, fmt in product(SCALE_LAYOUTS[:3], ("float32", "ue8m0_packed")):
         for name in (f"lead_0-{layout}", f"lead_67-{layout}", f"experts-{fmt}-{layout}"):
             yield "silu_mul_block_quant", name, {"scale_format": fmt}
         yield "silu_mul_block_quant", f"lead_67-{layout}", {"scale_format": fmt, "D": 0}

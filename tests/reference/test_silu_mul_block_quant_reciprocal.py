@@ -1,6 +1,6 @@
 """The oracle of `silu_mul_block_quant` with `reciprocal`, and the powers of two that its scales are rounded up to."""
 
-from types import SimpleNamespace
+from dataclasses import fields
 from typing import Any
 
 import ml_dtypes
@@ -10,24 +10,30 @@ import pytest
 import polyfuse
 from polyfuse.conformance.checks.values import compare
 from polyfuse.reference import oracle
-from polyfuse.reference.silu_mul_block_quant import (
+from polyfuse.reference._quantiser import (
     Interval,
+    Quantiser,
     _scale_interval,
     bounded_scale,
     power_of_two_above,
     raw_scale,
 )
-from polyfuse.spec.silu_mul_block_quant import QMAX
+from polyfuse.spec.block_quant import QMAX
 
 silu_mul_block_quant = oracle("silu_mul_block_quant")
 exact = silu_mul_block_quant.intervals
 
 
+def quantiser(**options: Any) -> Quantiser:
+    """Of groups of one, with a low floor."""
+    none = dict.fromkeys(field.name for field in fields(Quantiser))
+    return Quantiser(**none | {"group_size": 1, "scale_format": "float32", "scale_min": 1e-30} | options)
+
+
 def scale_interval(amax: Any, **options: Any) -> Any:
     """The interval of the scale of groups of one, whose |y| is known to be these."""
-    given = {"group_size": 1, "scale_ub": None, "scale_min": 1e-30} | options
-    bound = silu_mul_block_quant.spec.bound("scale").error(given)
-    return _scale_interval(Interval(*(amax[:, None],) * 3), SimpleNamespace(**given), *bound)
+    bound = silu_mul_block_quant.spec.bound("scale").error(options)
+    return _scale_interval(Interval(*(amax[:, None],) * 3), quantiser(**options), *bound)
 
 
 @pytest.mark.parametrize("quant_dtype", QMAX)
@@ -42,8 +48,8 @@ def test_with_reciprocal_the_scale_of_an_amax_is_one_number(scale_format: str, q
     power_of_two = scale_format == "ue8m0"
     want = np.exp2(np.ceil(np.log2(product.astype(np.float64)))) if power_of_two else product
     wide = amax.astype(np.float64)
-    scale = bounded_scale(raw_scale(wide, quant_dtype, True), wide, quant_dtype, None, 1e-30)
-    np.testing.assert_array_equal(power_of_two_above(scale) if power_of_two else scale, want)
+    by = quantiser(quant_dtype=quant_dtype, scale_format=scale_format, reciprocal=True)
+    np.testing.assert_array_equal(bounded_scale(raw_scale(wide, by), wide, by), want)
     for end in scale_interval(wide, quant_dtype=quant_dtype, scale_format=scale_format, reciprocal=True):
         np.testing.assert_array_equal(end[:, 0], want)
 
@@ -52,7 +58,7 @@ def test_with_reciprocal_a_product_that_rounds_to_a_power_of_two_stays_there() -
     """The one mantissa whose quotient, 1 + 2**-24 of a power, is above it."""
     amax = np.nextafter(np.float32(127), np.float32(128)).astype(np.float64)[None]
     for reciprocal, want in ((False, 2.0), (True, 1.0)):
-        assert power_of_two_above(raw_scale(amax, "int8", reciprocal)) == want
+        assert power_of_two_above(raw_scale(amax, quantiser(quant_dtype="int8", reciprocal=reciprocal))) == want
         found = scale_interval(amax, quant_dtype="int8", scale_format="ue8m0", reciprocal=reciprocal)
         assert (found.value, found.high) == (want, want)
 

@@ -11,7 +11,7 @@ from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import from_numpy, registry, to_numpy
 from polyfuse.reference._numerics import round_to, to_f64
 from polyfuse.spec import FLOATS
-from polyfuse.spec.silu_mul_block_quant import QMAX, SCALE_FORMATS, SCALE_LAYOUTS
+from polyfuse.spec.block_quant import QMAX, SCALE_FORMATS, SCALE_LAYOUTS
 from polyfuse.torch_impl.silu_mul_block_quant import silu_mul_block_quant
 from tests._torch.cases import SILU_MUL_BLOCK_QUANT
 
@@ -88,7 +88,7 @@ def test_gate_and_up_as_two_tensors(materialize: bool, masked: bool, device: str
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("quant_dtype", [dtype for dtype in QMAX if dtype != "int8"])
+@pytest.mark.parametrize("quant_dtype", list(QMAX)[:3])
 def test_the_casts_of_torch_round_to_nearest_even_and_keep_nan(quant_dtype: str, device: str) -> None:
     """What the op relies on, at every value and every midpoint of the format."""
     grid = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, quant_dtype)).astype(np.float64)
@@ -98,8 +98,8 @@ def test_the_casts_of_torch_round_to_nearest_even_and_keep_nan(quant_dtype: str,
     np.testing.assert_array_equal(to_f64(to_numpy(cast)), to_f64(round_to(values, quant_dtype)))
 
 
-@pytest.mark.parametrize("scale_layout", SCALE_LAYOUTS)
-@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
+@pytest.mark.parametrize("scale_layout", SCALE_LAYOUTS[:3])
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS[:3])
 @pytest.mark.parametrize("masked", [False, True])
 def test_traces_and_never_reads_num_rows(masked: bool, scale_format: str, scale_layout: str) -> None:
     """A fake tensor has no values: reading one back raises."""

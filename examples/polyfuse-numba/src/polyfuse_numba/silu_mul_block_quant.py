@@ -8,7 +8,7 @@ import torch
 from numba import prange
 
 from polyfuse.spec import Capability
-from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, QMAX, scale_floor, scale_strides
+from polyfuse.spec.block_quant import LEAST_DIVISOR, QMAX, scale_floor, scale_strides
 from polyfuse_numba._common import (
     as_bits,
     as_float,
@@ -22,7 +22,20 @@ from polyfuse_numba._common import (
     units,
 )
 
-CAPABILITY = Capability(devices=("cpu",))
+CAPABILITY = Capability(
+    devices=("cpu",),
+    dtypes={"row_weight": (), "expert_ends": (), "global_scale": ()},  # none of them
+    attrs={
+        "interleaved": (False,),
+        "alpha": (1.0,),
+        "up_offset": (0.0,),
+        "limit_on": ("input",),
+        "quant_dtype": ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "int8"),
+        "scale_format": ("float32", "ue8m0", "ue8m0_packed"),
+        "scale_layout": ("row_major", "col_major", "col_major_tma"),
+        "fill": (None,),
+    },
+)
 
 # mantissa bits, exponent bias, bits of NaN, bits of -0; int8 has no mantissa
 FORMATS = {
@@ -39,22 +52,31 @@ def silu_mul_block_quant(
     x: torch.Tensor,
     *,
     up: torch.Tensor | None = None,
+    row_weight: torch.Tensor | None = None,
     num_rows: torch.Tensor | None = None,
+    expert_ends: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    limit: float | None = None,
+    limit_on: str = "input",
+    materialize: bool = False,
     group_size: int = 128,
     quant_dtype: str = "float8_e4m3fn",
     scale_format: str = "float32",
     scale_layout: str = "row_major",
     scale_ub: float | None = None,
     scale_min: float | None = None,
-    limit: float | None = None,
-    materialize: bool = False,
     reciprocal: bool = False,
+    expert_alignment: int = 1,
+    fill: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and scale, each rounded once; rows past num_rows are left unwritten."""
     if up is None:
         x, up = x.chunk(2, -1)
     lead, width = x.shape[:-1], x.shape[-1]
-    rows, groups = prod(lead), width // group_size
+    rows, groups = prod(lead), -(-width // group_size)
     packed, masked = scale_format == "ue8m0_packed", num_rows is not None
     columns = -(-groups // 4) if packed else groups
     strides = scale_strides(tuple(lead), columns, scale_layout, masked)
@@ -87,7 +109,7 @@ def silu_mul_block_quant(
         scale_format != "float32",
         packed,
         np.float32(np.inf if scale_ub is None else scale_ub),
-        np.float32(scale_floor(quant_dtype, scale_min)),
+        np.float32(scale_floor(quant_dtype, scale_min, scale_format)),
         np.float32(LEAST_DIVISOR if scale_min == 0 else 0.0),
         np.float32(np.inf if limit is None else limit),
         materialize,
@@ -241,8 +263,8 @@ def _kernel(
                     decode(kind, rounded[: columns * unit], gate)
                 else:
                     _activate(gate, up, limit)
-                for piece in range(columns // group):
-                    first, last = piece * group, (piece + 1) * group
+                for piece in range((columns + group - 1) // group):
+                    first, last = piece * group, min((piece + 1) * group, columns)
                     scale = _scale(gate[first:last], qmax, reciprocal, power_of_two, upper, floor)
                     # What `up` held is used up: now the divisor of every column.
                     up[first:last] = least_divisor if scale < least_divisor else scale

@@ -9,7 +9,7 @@ from torch.fx import Node
 from polyfuse.runtime.fusion._labels import Quantised, Ratio
 from polyfuse.runtime.fusion._nodes import NARROW, Labels, dtype_of, is_contiguous, rounded, same, sizes
 from polyfuse.runtime.fusion._results import ScaleUses
-from polyfuse.spec.silu_mul_block_quant import LARGEST_SCALE_MIN, LEAST_SCALE_MIN, QMAX, scale_floor
+from polyfuse.spec.block_quant import LARGEST_SCALE_MIN, LEAST_SCALE_MIN, QMAX, scale_floor
 
 prims = torch.ops.prims
 
@@ -68,15 +68,16 @@ def _match(label: Quantised, nodes: list[Node], uses: ScaleUses, materialize: bo
     if not all(map(is_contiguous, q)):
         return NearMiss("q is not contiguous")
     kept, scale_min = uses.kept(scale)
-    if scale_min == rounded(scale_floor(dtype), torch.float32):
-        scale_min = None
     (packed, layout), places = uses.placement(kept, scale)
+    scale_format = "ue8m0_packed" if packed else "ue8m0" if kept.power_of_two else "float32"
+    if scale_min == rounded(scale_floor(dtype, None, scale_format), torch.float32):
+        scale_min = None
     if not all(_has_known_shape(node, x) for node in (*q, *places)):
         return NearMiss("q or the scale is used in a shape with two sizes that are not those of x")
     attrs = {
         "group_size": scale.group_size,
         "quant_dtype": dtype,
-        "scale_format": "ue8m0_packed" if packed else "ue8m0" if kept.power_of_two else "float32",
+        "scale_format": scale_format,
         "scale_layout": layout,
         "scale_ub": scale.high,
         "scale_min": scale_min,

@@ -20,6 +20,7 @@ from polyfuse.dispatch import _torch_library
 from polyfuse.dispatch._plan import CALLS
 from polyfuse.runtime.fusion._replace import NAME, PLACED, fuse, is_inference
 from polyfuse.spec import SpecError
+from polyfuse.spec import block_quant as quantiser
 
 COUNTER = "polyfuse.fusion "  # the start of the names under which Inductor's counters hold a graph's report
 
@@ -115,5 +116,6 @@ def _as_tuple(passes: Any) -> tuple[Any, ...]:
 @lru_cache(maxsize=1)
 def _source() -> str:
     """A hash of all that decides what the passes do: this package, the op's spec and its schema."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(op.__file__)]
+    specs = [Path(op.__file__), Path(quantiser.__file__)]
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *specs]
     return sha256(b"".join(f.read_bytes() for f in files) + _torch_library.schema(CALLS[NAME]).encode()).hexdigest()

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from polyfuse.runtime.fusion._labels import Label, Packed, Quantised, Ratio, Scale, scale_of
 from polyfuse.runtime.fusion._nodes import Labels, contiguous_strides, is_contiguous, rounded, same, sizes, width_of
-from polyfuse.spec.silu_mul_block_quant import LEAST_DIVISOR, SCALE_LAYOUTS, scale_strides
+from polyfuse.spec.block_quant import LEAST_DIVISOR, SCALE_LAYOUTS, scale_strides
 
 
 class ScaleForm(NamedTuple):

@@ -23,7 +23,7 @@ from polyfuse.runtime.fusion._nodes import (
     with_defaults,
 )
 from polyfuse.runtime.fusion._product import read_clamp
-from polyfuse.spec.silu_mul_block_quant import QMAX
+from polyfuse.spec.block_quant import QMAX
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -1,0 +1,200 @@
+"""What the quantising ops share on the host, and how their programs share out the rows of experts."""
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import log2, prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from polyfuse.spec.block_quant import FLOAT4, QMAX, scale_floor, scale_form
+from polyfuse.triton_impl._common import INTERPRETED
+
+# (up to this many bytes of one operand, bytes of it per program, per thread), of groups from 128 columns on, and
+# smaller. A program takes at least one group. Few rows need many programs, each of which loads 16 bytes at a time.
+TILES = ((2**18, 512, 16), (2**63, 2048, 32))
+SMALL_GROUP_TILES = ((2**18, 512, 16), (2**63, 4096, 32))
+WIDEST_GROUP = 2**15
+WIDE_PAIRS = 2**31  # from here on pairs are numbered in 64 bits
+
+# The parameters of the kernels whose value, or alignment, makes no other kernel.
+ANY_VALUE = [
+    *("num_rows_ptr", "ends_ptr", "global_scale_ptr"),
+    *("rows", "experts", "scale_expert", "scale_row", "scale_group"),
+]
+CHUNK = tl.constexpr(256)  # experts that a program looks at together
+PROGRAMS = 16  # of one multiprocessor, that share out the rows of experts; each takes one tile after another
+
+
+@triton.jit
+def expert_rows(num_rows_ptr, ends_ptr, expert, experts, rows, ALIGNMENT: tl.constexpr):
+    """The first row and the number of rows of each expert [CHUNK]; none of those past the last."""
+    known = expert < experts
+    if num_rows_ptr is not None:
+        count = tl.minimum(tl.load(num_rows_ptr + expert, mask=known, other=0), rows)
+        return expert * 0, tl.maximum(count, 0)
+    else:
+        before = tl.load(ends_ptr + expert - 1, mask=known & (expert > 0), other=0).to(tl.int64)
+        first = tl.maximum((before + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT, 0)
+        end = tl.minimum(tl.load(ends_ptr + expert, mask=known, other=0), rows)
+        return first, tl.maximum(end - first, 0)
+
+
+@triton.jit
+def tile_ends(count, PAIRS_PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """How many tiles of BLOCK pairs there are up to the end of each expert [CHUNK]."""
+    return tl.cumsum(((count.to(tl.int64) * PAIRS_PER_ROW + BLOCK - 1) // BLOCK).to(tl.int32), 0)
+
+
+@triton.jit
+def of_tile(tile, ends, values):
+    """The place of the expert that a tile belongs to, the number of its tile in it, and the values [CHUNK] there."""
+    place = tl.sum((ends <= tile).to(tl.int32), 0)
+    before = tl.max(tl.where(ends <= tile, ends, 0), 0)
+    chosen = tl.arange(0, CHUNK) == place
+    first, count = values
+    zero = tl.zeros_like(first)
+    return place, tile - before, tl.sum(tl.where(chosen, first, zero), 0), tl.sum(tl.where(chosen, count, zero), 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Results:
+    """The results of calls of one kind, and what a kernel takes to write them; one object for each kind."""
+
+    q_shape: tuple[int, ...]
+    q_dtype: torch.dtype
+    scale_shape: tuple[int, ...]
+    scale_strides: tuple[int, ...] | None
+    scale_dtype: torch.dtype
+    codes: bool  # q is written as bytes
+    numbers: tuple[int, ...]  # scale_expert, scale_row, scale_group
+    fixed: tuple[Any, ...]  # D and GROUP to RECIPROCAL of `store_groups`
+    first: int | float | None  # what the scales hold before the kernel writes, as `_storage` holds it
+
+    def allocate(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """New q and scale."""
+        q = torch.empty(self.q_shape, dtype=self.q_dtype, device=device)
+        if self.first is not None:
+            return q, self._filled(device, self.first)
+        if self.scale_strides is None:
+            return q, torch.empty(self.scale_shape, dtype=self.scale_dtype, device=device)
+        return q, torch.empty_strided(self.scale_shape, self.scale_strides, dtype=self.scale_dtype, device=device)
+
+    def writable(self, q: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same memory, in the dtypes that a kernel writes."""
+        return (
+            q.view(torch.uint8) if self.codes else q,
+            scale.view(torch.uint8) if self.scale_dtype is torch.float8_e4m3fn else scale,
+        )
+
+    def _filled(self, device: torch.device, number: int | float) -> torch.Tensor:
+        strides = self.scale_strides or _contiguous(self.scale_shape)
+        size = 1 + sum((n - 1) * step for n, step in zip(self.scale_shape, strides, strict=True))
+        if not prod(self.scale_shape):
+            size = 0
+        storage = torch.uint8 if self.scale_dtype is torch.float8_e4m3fn else self.scale_dtype
+        buffer = torch.full((size,), number, dtype=storage, device=device)
+        return buffer.view(self.scale_dtype).as_strided(self.scale_shape, strides)
+
+
+@lru_cache(maxsize=1024)
+def results(
+    lead: tuple[int, ...],
+    width: int,
+    device: torch.device,
+    masked: bool,
+    with_ends: bool,
+    group_size: int,
+    quant_dtype: str,
+    scale_format: str,
+    scale_layout: str,
+    scale_min: float | None,
+    reciprocal: bool,
+    fill: float | None,
+) -> Results:
+    """The results of rows [*lead, width], some of which are not valid if `masked` or `with_ends`."""
+    form = scale_form(lead, width, group_size, scale_format, scale_layout, masked)
+    swizzled = scale_layout == "swizzled_128x4"
+    rows, columns = (prod(lead[1:]) if masked else prod(lead)), form.shape[-1]
+    if swizzled:
+        numbers = prod(form.shape[-2:]), 0, 0
+        padded = rows % 128 or -(-width // group_size) % 4
+    elif form.strides is None:
+        numbers, padded = (rows * columns, columns, 1), False
+    else:
+        numbers = form.strides[0] if masked else 0, 1, form.strides[-1]
+        padded = form.strides[-1] != rows
+    byte = _fill_number(fill, scale_format, swizzled)
+    wanted = (masked or with_ends or padded) and (fill is not None or swizzled)
+    four_bit = quant_dtype == FLOAT4
+    q_dtype = torch.uint8 if four_bit else getattr(torch, quant_dtype)
+    return Results(
+        q_shape=(*lead, width // 2 if four_bit else width),
+        q_dtype=q_dtype,
+        scale_shape=form.shape,
+        scale_strides=form.strides,
+        scale_dtype=getattr(torch, form.dtype),
+        codes=quant_dtype not in ("int8", FLOAT4) and not _converts(device, quant_dtype),
+        numbers=numbers,
+        fixed=(
+            width,
+            group_size,
+            quant_dtype,
+            QMAX[quant_dtype],
+            scale_floor(quant_dtype, scale_min, scale_format),
+            scale_format,
+            swizzled,
+            int(byte) if scale_format == "ue8m0_packed" else 0,
+            reciprocal,
+        ),
+        first=None if not wanted else _four_times(int(byte)) if scale_format == "ue8m0_packed" else byte,
+    )
+
+
+def _fill_number(fill: float | None, scale_format: str, swizzled: bool) -> int | float:
+    """What is stored for `fill`: an exponent, the code of an e4m3 number, or itself."""
+    if fill is None:
+        return 0
+    if scale_format == "ue8m0_packed" or (scale_format == "ue8m0" and swizzled):
+        return int(log2(fill)) + 127
+    return int(torch.tensor(fill).to(torch.float8_e4m3fn).view(torch.uint8)) if scale_format == "e4m3" else fill
+
+
+def _four_times(byte: int) -> int:
+    return int.from_bytes(bytes([byte] * 4), "little", signed=True)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _converts(device: torch.device, quant_dtype: str) -> bool:
+    """Whether Triton's cast to this fp8 dtype is right there: to nearest even, saturating, from fp32 at once."""
+    if INTERPRETED.value or device.type != "cuda" or torch.version.hip or quant_dtype == "float8_e4m3fnuz":
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def tile(group: int, itemsize: int, elements: int) -> tuple[int, int]:
+    """How many groups and warps a program has."""
+    columns = triton.next_power_of_2(group)
+    tiles = TILES if group >= 128 else SMALL_GROUP_TILES
+    tile_bytes, thread_bytes = next(t[1:] for t in tiles if elements * itemsize <= t[0])
+    groups = max(1, tile_bytes // itemsize // columns)
+    return groups, min(32, max(4, groups * columns * itemsize // thread_bytes // 32))
+
+
+def programs(device: torch.device, tiles: int) -> int:
+    """How many programs share out at most so many tiles of experts."""
+    return min(tiles, _most_programs(device))
+
+
+@cache
+def _most_programs(device: torch.device) -> int:
+    if device.type not in ("cuda", "xpu"):
+        return 3
+    properties: Any = torch.get_device_module(device).get_device_properties(device)
+    units = properties.multi_processor_count if device.type == "cuda" else properties.gpu_subslice_count
+    return int(units) * PROGRAMS

@@ -1,0 +1,185 @@
+"""The Triton backend of `block_quant`: one launch, each element read once, in the tiles of `silu_mul_block_quant`."""
+
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from polyfuse.spec import Capability, Unsupported
+from polyfuse.triton_impl import _blocks
+from polyfuse.triton_impl._blocks import CHUNK, Results, expert_rows, of_tile, tile_ends
+from polyfuse.triton_impl._common import widen
+from polyfuse.triton_impl._launch import Launcher, Plan, Plans
+from polyfuse.triton_impl._quantise import store_groups
+
+NAME = "block_quant"
+
+CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
+
+
+@triton.jit
+def _tile(
+    tile, valid, first, x_ptr, global_scale_ptr, q_ptr, scale_ptr, scale_ub, scale_row, scale_group, x_row, x_column,
+    D: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, QMAX: tl.constexpr, FLOOR: tl.constexpr,
+    FORMAT: tl.constexpr, SWIZZLED: tl.constexpr, PADDING: tl.constexpr, RECIPROCAL: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One tile of an expert, or of all rows: `first` is the row of all that is the expert's row 0, or None."""
+    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
+    COLUMNS: tl.constexpr = triton.next_power_of_2(GROUP)
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.uint32
+    pair = tile.to(INDEX) * BLOCK + tl.arange(0, BLOCK).to(INDEX)  # [BLOCK]
+    row = pair // GROUPS
+    group = pair - row * GROUPS
+    live = row < valid.to(INDEX)
+    row = tl.minimum(row, valid.to(INDEX) - 1)  # past the last row it is read again: cheaper than a mask
+    lane = tl.arange(0, COLUMNS)[None, :]
+    column = (group * GROUP).to(tl.int64)[:, None] + lane  # [BLOCK, COLUMNS]
+    inside = lane < GROUP
+    if D % GROUP != 0:
+        inside = inside & (column < D)
+    source = x_ptr + row.to(tl.int64)[:, None] * x_row + column * x_column
+    y = widen(tl.load(source, mask=inside, other=0.0, eviction_policy="evict_first"))
+    if first is not None:
+        pair = pair.to(tl.int64) + first * GROUPS
+        row = row.to(tl.int64) + first
+    store_groups(
+        y, pair, row, group, live, q_ptr, scale_ptr, global_scale_ptr, scale_ub, scale_row, scale_group, D, GROUP,
+        DTYPE, QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows_ptr",
+        "ends_ptr",
+        "global_scale_ptr",
+        "rows",
+        "experts",
+        "scale_expert",
+        "scale_row",
+        "scale_group",
+    ]
+)
+def _kernel(
+    x_ptr,  # [experts, rows, D]
+    num_rows_ptr,  # [experts], or None
+    ends_ptr,  # [experts], or None; with neither, all rows are valid
+    global_scale_ptr,  # or None
+    q_ptr,  # [experts, rows, D], a byte for two columns of four bits
+    scale_ptr,  # [experts, rows, GROUPS]; packed: bytes of int32 [experts, rows, GROUPS / 4]
+    scale_ub,
+    rows,
+    experts,
+    scale_expert,
+    scale_row,
+    scale_group,
+    x_expert,
+    x_row,
+    x_column,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    QMAX: tl.constexpr,
+    FLOOR: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+    PADDING: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
+    STORED: tl.constexpr = D // 2 if DTYPE == "float4_e2m1" else D
+    tile = tl.program_id(0)
+    if num_rows_ptr is None and ends_ptr is None:
+        _tile(
+            tile, rows, None, x_ptr, global_scale_ptr, q_ptr, scale_ptr, scale_ub, scale_row, scale_group, x_row,
+            x_column, D, GROUP, DTYPE, QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, WIDE, BLOCK,
+        )  # fmt: skip
+    else:
+        step = tl.num_programs(0)
+        begin = experts * 0  # the chunk's first expert
+        while begin < experts:
+            first, count = expert_rows(num_rows_ptr, ends_ptr, begin + tl.arange(0, CHUNK), experts, rows, ALIGNMENT)
+            ends = tile_ends(count, GROUPS, BLOCK)
+            tiles = tl.max(ends, 0)
+            while tile < tiles:
+                place, number, first_row, valid = of_tile(tile, ends, (first.to(tl.int64), count.to(tl.int64)))
+                x, q, scale = x_ptr, q_ptr, scale_ptr
+                if num_rows_ptr is not None:
+                    expert = (begin + place).to(tl.int64)
+                    x += expert * x_expert
+                    q += expert * rows * STORED
+                    scale += expert * scale_expert
+                else:
+                    x += first_row * x_row
+                _tile(
+                    number, valid, first_row, x, global_scale_ptr, q, scale, scale_ub, scale_row, scale_group, x_row,
+                    x_column, D, GROUP, DTYPE, QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, WIDE, BLOCK,
+                )  # fmt: skip
+                tile += step
+            tile -= tiles
+            begin += CHUNK
+
+
+_launch = Launcher(NAME, _kernel)
+
+
+def _plan(
+    inputs: tuple[Any, ...], results: Results, lead: tuple[int, ...], scale_ub: float | None, group: int, alignment: int
+) -> Plan:
+    """How a call with these inputs, in the order of the kernel's parameters, is launched."""
+    if group > _blocks.WIDEST_GROUP:
+        raise Unsupported(f"{NAME}: group_size={group}: a program takes whole groups of up to {_blocks.WIDEST_GROUP}")
+    x, num_rows, ends, _ = inputs
+    masked, width = num_rows is not None, x.shape[-1]
+    experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
+    groups = -(-width // group)
+    block, warps = _blocks.tile(group, x.itemsize, experts * rows * width)
+    tiles = experts * -(-rows * groups // block)
+    if ends is not None:
+        tiles = min(tiles + len(ends), rows * groups)
+    if masked or ends is not None:
+        tiles = _blocks.programs(x.device, tiles)
+    strides = x.stride() if masked else (0, *x.stride())
+    fixed = (*strides, *results.fixed, rows * groups >= _blocks.WIDE_PAIRS, block, alignment)
+    numbers = scale_ub, rows, experts if ends is None else len(ends), *results.numbers
+    return Plan(_launch, (tiles, 1, 1), inputs, numbers, fixed, warps, contiguous=(1, 2))
+
+
+_plans = Plans(_plan)
+
+
+def block_quant(
+    x: torch.Tensor,
+    *,
+    num_rows: torch.Tensor | None = None,
+    expert_ends: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    group_size: int = 128,
+    quant_dtype: str = "float8_e4m3fn",
+    scale_format: str = "float32",
+    scale_layout: str = "row_major",
+    scale_ub: float | None = None,
+    scale_min: float | None = None,
+    reciprocal: bool = False,
+    expert_alignment: int = 1,
+    fill: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns q and scale, each rounded once."""
+    lead = tuple(x.shape[:-1])
+    if num_rows is None and len(lead) > 1:
+        x = x.flatten(0, -2)
+    results = _blocks.results(
+        lead, x.shape[-1], x.device, num_rows is not None, expert_ends is not None, group_size, quant_dtype,
+        scale_format, scale_layout, scale_min, reciprocal, fill,
+    )  # fmt: skip
+    q, scale = results.allocate(x.device)
+    if q.numel() and (expert_ends is None or len(expert_ends)):
+        inputs = x, num_rows, expert_ends, global_scale
+        _plans(inputs, results.writable(q, scale), results, lead, scale_ub, group_size, expert_alignment)
+    return q, scale

@@ -1,0 +1,245 @@
+"""The Triton backend of `rms_norm_block_quant`: one launch, each element of x read once.
+
+A program takes ROWS whole rows as a tile [ROWS * groups, group_size], padded to powers of two: summed over a row it
+gives the norm, and its lines are the groups. The sum is a tree over neighbours, so that no tile shape changes a bit.
+Where rows belong to experts, programs take the tiles of valid rows in turn, as those of `silu_mul_block_quant` do.
+"""
+
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from polyfuse.spec import FP32_TINY, Capability
+from polyfuse.triton_impl import _blocks
+from polyfuse.triton_impl._blocks import CHUNK, Results, expert_rows, of_tile, tile_ends
+from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._gdn import sum_of_squares
+from polyfuse.triton_impl._launch import Launcher, Plan, Plans
+from polyfuse.triton_impl._quantise import store_groups
+
+NAME = "rms_norm_block_quant"
+
+WIDEST_ROW = 2**15  # padded columns of a program
+CAPABILITY = Capability(
+    devices=("cuda", "rocm", "xpu", "cpu"), ranges={"D": (0, WIDEST_ROW // 2)}, interpreted=("cpu",)
+)
+
+# (up to this many elements of x, elements per program): few rows need many programs.
+TILES = ((2**18, 1024), (2**63, 4096))
+WARP_ELEMENTS = 512
+ROWS_WITH_EXPERTS = 4  # at most, of which an expert may have fewer
+
+
+@triton.jit
+def _tile(
+    tile, valid, first, x_ptr, residual_ptr, weight_ptr, global_scale_ptr, q_ptr, scale_ptr, sum_ptr, eps, offset,
+    scale_ub, scale_row, scale_group, x_row, x_column, residual_row, residual_column, D: tl.constexpr,
+    GROUP: tl.constexpr, DTYPE: tl.constexpr, QMAX: tl.constexpr, FLOOR: tl.constexpr, FORMAT: tl.constexpr,
+    SWIZZLED: tl.constexpr, PADDING: tl.constexpr, RECIPROCAL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Some rows of an expert, or of all: `first` is the row of all that is the expert's row 0, or None."""
+    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
+    LINES: tl.constexpr = triton.next_power_of_2(GROUPS)
+    LANES: tl.constexpr = triton.next_power_of_2(GROUP)
+    line = tl.arange(0, ROWS * LINES)
+    row = tile.to(tl.int64) * ROWS + line // LINES  # [ROWS * LINES]
+    group = line % LINES
+    live = (row < valid) & (group < GROUPS)
+    source = tl.minimum(row, valid.to(tl.int64) - 1)[:, None]  # past the last row it is read again
+    lane = tl.arange(0, LANES)[None, :]
+    column = (group * GROUP)[:, None] + lane
+    inside = (lane < GROUP) & (column < D)
+    x = tl.load(x_ptr + source * x_row + column * x_column, mask=inside, other=0.0, eviction_policy="evict_first")
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    dtype: tl.constexpr = x.dtype
+    h = widen(x)
+    if residual_ptr is not None:
+        places = residual_ptr + source * residual_row + column * residual_column
+        h = h + widen(tl.load(places, mask=inside, other=0.0, eviction_policy="evict_first"))
+        rounded = round_to(h, dtype)
+        tl.store(sum_ptr + (row * D)[:, None] + column, rounded, mask=live[:, None] & inside)
+        h = widen(rounded)
+    total = sum_of_squares(tl.reshape(h, [ROWS, 1, LINES * LANES]))  # [ROWS, 1]
+    inverse = tl.rsqrt(tl.fma(total, 1.0 / D, eps))
+    inverse = tl.reshape(tl.broadcast_to(inverse, [ROWS, LINES]), [ROWS * LINES])[:, None]
+    y = tl.where(inside, h * inverse * (widen(weight) + offset), 0.0)
+    pair = row * GROUPS + group
+    if first is not None:
+        pair += first * GROUPS
+        row += first
+    store_groups(
+        y, pair, row, group, live, q_ptr, scale_ptr, global_scale_ptr, scale_ub, scale_row, scale_group, D, GROUP,
+        DTYPE, QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows_ptr",
+        "ends_ptr",
+        "global_scale_ptr",
+        "rows",
+        "experts",
+        "scale_expert",
+        "scale_row",
+        "scale_group",
+    ]
+)
+def _kernel(
+    x_ptr,  # [experts, rows, D]
+    residual_ptr,  # the same, or None
+    weight_ptr,  # [D]
+    num_rows_ptr,  # [experts], or None
+    ends_ptr,  # [experts], or None; with neither, all rows are valid
+    global_scale_ptr,  # or None
+    q_ptr,  # [experts, rows, D], a byte for two columns of four bits
+    scale_ptr,  # [experts, rows, GROUPS]; packed: bytes of int32 [experts, rows, GROUPS / 4]
+    sum_ptr,  # [experts, rows, D] with residual
+    eps,
+    offset,
+    scale_ub,
+    rows,
+    experts,
+    scale_expert,
+    scale_row,
+    scale_group,
+    x_expert,
+    x_row,
+    x_column,
+    residual_expert,
+    residual_row,
+    residual_column,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    QMAX: tl.constexpr,
+    FLOOR: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+    PADDING: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    STORED: tl.constexpr = D // 2 if DTYPE == "float4_e2m1" else D
+    tile = tl.program_id(0)
+    if num_rows_ptr is None and ends_ptr is None:
+        _tile(
+            tile, rows, None, x_ptr, residual_ptr, weight_ptr, global_scale_ptr, q_ptr, scale_ptr, sum_ptr, eps,
+            offset, scale_ub, scale_row, scale_group, x_row, x_column, residual_row, residual_column, D, GROUP, DTYPE,
+            QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, ROWS,
+        )  # fmt: skip
+    else:
+        step = tl.num_programs(0)
+        begin = experts * 0  # the chunk's first expert
+        while begin < experts:
+            first, count = expert_rows(num_rows_ptr, ends_ptr, begin + tl.arange(0, CHUNK), experts, rows, ALIGNMENT)
+            ends = tile_ends(count, 1, ROWS)
+            tiles = tl.max(ends, 0)
+            while tile < tiles:
+                place, number, first_row, valid = of_tile(tile, ends, (first.to(tl.int64), count.to(tl.int64)))
+                x, residual, q, scale, total = x_ptr, residual_ptr, q_ptr, scale_ptr, sum_ptr
+                if num_rows_ptr is not None:
+                    expert = (begin + place).to(tl.int64)
+                    x += expert * x_expert
+                    q += expert * rows * STORED
+                    scale += expert * scale_expert
+                    if residual_ptr is not None:
+                        residual += expert * residual_expert
+                        total += expert * rows * D
+                else:
+                    x += first_row * x_row
+                    if residual_ptr is not None:
+                        residual += first_row * residual_row
+                        total += first_row * D
+                _tile(
+                    number, valid, first_row, x, residual, weight_ptr, global_scale_ptr, q, scale, total, eps, offset,
+                    scale_ub, scale_row, scale_group, x_row, x_column, residual_row, residual_column, D, GROUP, DTYPE,
+                    QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, ROWS,
+                )  # fmt: skip
+                tile += step
+            tile -= tiles
+            begin += CHUNK
+
+
+_launch = Launcher(NAME, _kernel)
+
+
+def _plan(
+    inputs: tuple[Any, ...],
+    results: Results,
+    lead: tuple[int, ...],
+    numbers: tuple[float | None, ...],
+    group: int,
+    alignment: int,
+) -> Plan:
+    """How a call with these inputs, in the order of the kernel's parameters, is launched.
+
+    `numbers` are eps, weight_offset and scale_ub.
+    """
+    x, residual, _, num_rows, ends, _ = inputs
+    masked, width = num_rows is not None, x.shape[-1]
+    experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
+    padded = triton.next_power_of_2(-(-width // group)) * triton.next_power_of_2(group)
+    elements = next(most[1] for most in TILES if experts * rows * width <= most[0])
+    tile_rows = max(1, elements // padded)
+    if masked or ends is not None:
+        tile_rows = min(tile_rows, ROWS_WITH_EXPERTS)
+    tiles = experts * -(-rows // tile_rows)
+    if ends is not None:
+        tiles = min(tiles + len(ends), rows)
+    if masked or ends is not None:
+        tiles = _blocks.programs(x.device, tiles)
+    strides = [
+        (None,) * 3 if tensor is None else tensor.stride() if masked else (0, *tensor.stride())
+        for tensor in (x, residual)
+    ]
+    fixed = (*strides[0], *strides[1], *results.fixed, tile_rows, alignment)
+    sizes = rows, experts if ends is None else len(ends), *results.numbers
+    warps = min(32, max(1, tile_rows * padded // WARP_ELEMENTS))
+    return Plan(_launch, (tiles, 1, 1), inputs, (*numbers, *sizes), fixed, warps, contiguous=(2, 3, 4))
+
+
+_plans = Plans(_plan)
+
+
+def rms_norm_block_quant(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    num_rows: torch.Tensor | None = None,
+    expert_ends: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    group_size: int = 128,
+    quant_dtype: str = "float8_e4m3fn",
+    scale_format: str = "float32",
+    scale_layout: str = "row_major",
+    scale_ub: float | None = None,
+    scale_min: float | None = None,
+    reciprocal: bool = False,
+    expert_alignment: int = 1,
+    fill: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns q, scale and the sum, each rounded once."""
+    lead, width = tuple(x.shape[:-1]), x.shape[-1]
+    total = x.new_empty((0, width) if residual is None else (*lead, width))
+    if num_rows is None and len(lead) > 1:
+        x = x.flatten(0, -2)
+        residual = residual if residual is None else residual.flatten(0, -2)
+    results = _blocks.results(
+        lead, width, x.device, num_rows is not None, expert_ends is not None, group_size, quant_dtype, scale_format,
+        scale_layout, scale_min, reciprocal, fill,
+    )  # fmt: skip
+    q, scale = results.allocate(x.device)
+    if q.numel() and (expert_ends is None or len(expert_ends)):
+        inputs = x, residual, weight, num_rows, expert_ends, global_scale
+        numbers = max(eps, FP32_TINY), weight_offset, scale_ub  # a zero row must give zeros
+        outputs = *results.writable(q, scale), total
+        _plans(inputs, outputs, results, lead, numbers, group_size, expert_alignment)
+    return q, scale, total
