@@ -75,7 +75,7 @@ def _of_rows(made: Mapping[str, Any], call: Call, many: int) -> Iterator[Batch]:
             return  # of rows that are no expert's, which stand alone here
         made = {**made, ENDS: None, "expert_alignment": 1}
         growing.remove(ENDS)
-    one = bind(op, made | {argument: made[argument][:1] for argument in growing})
+    one = bind(op, {**made, **{argument: made[argument][:1] for argument in growing}})
     by_row = [output.name for output in one.outputs if output.shape[0] == 1]
     for name, picked in _picks(len(first), many, "row"):
         values = dict(made)
