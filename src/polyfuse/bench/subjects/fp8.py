@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from polyfuse.integrations.transformers._fp8_mlp import ALIGNED, BLOCK, block_scaled_mm
+from polyfuse.runtime.quantized.activation import QuantizedActivation, QuantizedFormat
+from polyfuse.runtime.quantized.gemm import ALIGNED, BLOCK, block_scaled_mm
 from polyfuse.unfused import block_quant
 
 MLP = "gate_proj", "up_proj", "down_proj"
@@ -54,7 +55,8 @@ def _linear_of(quantise: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Ca
         q, row_scale = quantise(
             pad(rows, (0, 0, 0, -len(rows) % ALIGNED)), group_size=BLOCK, scale_layout="col_major", scale_min=0.0
         )
-        out = block_scaled_mm(q, row_scale, weight, scale, input.dtype)[: len(rows)]
+        activation = QuantizedActivation(q, row_scale, QuantizedFormat(scale_layout="col_major"))
+        out = block_scaled_mm(activation, weight, scale, input.dtype)[: len(rows)]
         return out.view(*input.shape[:-1], len(weight))
 
     return fp8_linear

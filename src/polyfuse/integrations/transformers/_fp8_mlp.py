@@ -1,18 +1,17 @@
 """The MLPs of Transformers' FP8 models on `silu_mul_block_quant` and a GEMM that takes quantised input."""
 
-from functools import cache
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
-from torch.nn.functional import ScalingType, pad, scaled_mm
+from torch.nn.functional import pad
 
-import polyfuse
 from polyfuse.integrations.transformers import _patch
 from polyfuse.integrations.transformers._plain import oddity
-from polyfuse.spec import FLOATS
+from polyfuse.runtime.quantized.activation import QuantizedFormat, silu_mul_block_quantized
+from polyfuse.runtime.quantized.gemm import ALIGNED, BLOCK, block_scaled_mm, gemm_for
 
 # By class name, so that no model's code is imported that is not used.
 FP8_LINEAR = "transformers.integrations.finegrained_fp8.FP8Linear"
@@ -33,8 +32,7 @@ def _formulas() -> set[str]:
 
 FORMULAS = _formulas()
 
-BLOCK = 128  # rows and columns of a weight, and columns of an activation, that share a scale
-ALIGNED = 4  # cuBLASLt takes multiples of this many rows, and of this many blocks along K
+DOWN_FORMAT = QuantizedFormat(scale_layout="col_major")
 
 
 def fp8_mlps(model: nn.Module) -> dict[str, nn.Module]:
@@ -77,28 +75,6 @@ def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs) if reason else _fused(module, args[0])
 
 
-def block_scaled_mm(
-    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """`q` [M, K] times the transpose of `weight` [N, K], both float8_e4m3fn, as `dtype` [M, N].
-
-    `scale` [M, K / 128], column-major, and `weight_scale` [N / 128, K / 128] are float32. Each block along K is a
-    float32 sum of products, times the two scales, and the blocks are summed up in float32. On a CPU a block's sum is
-    exact before it is rounded; elsewhere it is `scaled_mm`, with M a multiple of 4.
-    """
-    if q.device.type != "cpu":
-        missing = -weight_scale.shape[1] % ALIGNED
-        blocks = (pad(weight_scale, (0, missing)) if missing else weight_scale).t()
-        recipes = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
-        return scaled_mm(q, weight.t(), scale, recipes[0], blocks, recipes[1], output_dtype=dtype)
-    columns = weight_scale.repeat_interleave(BLOCK, dim=0)  # [N, K / 128]
-    total = scale.new_zeros(len(q), len(weight))
-    for block, (part, weight_part) in enumerate(zip(q.split(BLOCK, dim=1), weight.split(BLOCK, dim=1), strict=True)):
-        products = (part.double() @ weight_part.double().t()).float()  # float64 holds any sum of 128 exactly
-        total += products * scale[:, block, None] * columns[:, block]
-    return total.to(dtype)
-
-
 def why_not(module: nn.Module) -> str:
     """What of an MLP itself, as it is now, keeps it from the fused path; "" for nothing."""
     if not _patch.own_class_forward(type(module)):
@@ -119,7 +95,7 @@ def _why_not(module: nn.Module, x: torch.Tensor) -> str:
         return found
     if not x.numel():
         return "x is empty"
-    if not _has_gemm(x.device, x.dtype):
+    if not gemm_for(x.device, x.dtype):
         return f"no block-scaled GEMM for {x.dtype} on {x.device.type}"
     return why_not(module)
 
@@ -143,25 +119,9 @@ def _fused(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         )
         for linear in first
     )
-    q, scale = polyfuse.silu_mul_block_quant(
-        gate, up=up[0] if up else None, group_size=BLOCK, scale_layout="col_major", scale_min=0.0, materialize=True
-    )
-    out = block_scaled_mm(q, scale, down.weight, down.weight_scale_inv, x.dtype)
+    product = silu_mul_block_quantized(gate, DOWN_FORMAT, up=up[0] if up else None, scale_min=0.0, materialize=True)
+    out = block_scaled_mm(product, down.weight, down.weight_scale_inv, x.dtype)
     return out[:count].view(*x.shape[:-1], -1)
-
-
-def _has_gemm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `block_scaled_mm` gives results of this dtype there."""
-    if device.type == "cpu":
-        return str(dtype).removeprefix("torch.") in FLOATS
-    return device.type == "cuda" and dtype == torch.bfloat16 and _has_scaled_mm(device)
-
-
-@cache
-def _has_scaled_mm(device: torch.device) -> bool:
-    """Whether PyTorch multiplies 1 x 128 by 128 x 128 blocks there."""
-    version = tuple(map(int, (torch.version.cuda or "0").split(".")[:2]))  # none on ROCm
-    return version >= (12, 9) and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _fits(module: nn.Module) -> bool:
