@@ -4,22 +4,21 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.fx.proxy import TraceError
+from torch import nn
 from torch.nn.functional import pad
 
 from polyfuse.integrations.transformers import _patch
+from polyfuse.integrations.transformers._formula import formula
 from polyfuse.integrations.transformers._plain import oddity
 from polyfuse.runtime.quantized.activation import QuantizedFormat, silu_mul_block_quantized
 from polyfuse.runtime.quantized.gemm import ALIGNED, BLOCK, block_scaled_mm, gemm_for
 
 # By class name, so that no model's code is imported that is not used.
 FP8_LINEAR = "transformers.integrations.finegrained_fp8.FP8Linear"
-SILU = ("SiLU", "SiLUActivation")
 
 
 def _formulas() -> set[str]:
-    """What an MLP's `forward` may compute, as `_formula` writes it: the factors of the product in either order."""
+    """What an MLP's `forward` may compute, as `formula` writes it: the factors of the product in either order."""
     halves = "chunk(gate_up_proj(x), 2, dim=-1)"
     two_projections = ("silu(gate_proj(x))", "up_proj(x)")
     one_for_both_halves = (f"silu(getitem({halves}, 0))", f"getitem({halves}, 1)")
@@ -75,6 +74,11 @@ def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs) if reason else _fused(module, args[0])
 
 
+def gemm(module: nn.Module) -> str:
+    """What multiplies an MLP's quantised product by its down projection on the device where it is."""
+    return gemm_for(_projections(module)[-1].weight.device, torch.bfloat16) or "none on this device"
+
+
 def why_not(module: nn.Module) -> str:
     """What of an MLP itself, as it is now, keeps it from the fused path; "" for nothing."""
     if not _patch.own_class_forward(type(module)):
@@ -128,7 +132,7 @@ def _fits(module: nn.Module) -> bool:
     """Whether a module is an MLP that `forward` can stand in for, as `fp8_mlps` says."""
     if not _projections(module) or why_not(module) or not _patch.own_forward(module, within_hooks=True):
         return False
-    return _formula(module) in FORMULAS
+    return formula(module) in FORMULAS
 
 
 def _projections(module: nn.Module) -> list[Any]:
@@ -152,37 +156,3 @@ def _is_block_fp8(linear: Any) -> bool:
         and linear.weight_scale_inv.dtype == torch.float32
         and not any(size % BLOCK for size in linear.weight.shape)
     )
-
-
-class _Tracer(fx.Tracer):
-    """Traces a module's own `forward` alone, its children as they are."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _formula(module: nn.Module) -> str | None:
-    """What a `forward(x)` computes, with SiLU as `silu` and other children by name.
-
-    None if it branches, or takes other arguments.
-    """
-    try:
-        graph = _Tracer().trace(module)
-    except (TraceError, TypeError):
-        return None
-    (output,) = graph.find_nodes(op="output")
-    return _written(output.args[0], module) if len(graph.find_nodes(op="placeholder")) == 1 else None
-
-
-def _written(node: Any, module: nn.Module) -> str:
-    """The expression that a node of a traced `forward` computes."""
-    if not isinstance(node, fx.Node):
-        return repr(node)
-    if node.op == "placeholder":
-        return "x"
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    if node.op == "call_module" and type(module.get_submodule(name)).__name__ in SILU:
-        name = "silu"
-    arguments = [_written(value, module) for value in node.args]
-    arguments += [f"{key}={_written(value, module)}" for key, value in node.kwargs.items()]
-    return f"{name}({', '.join(arguments)})"
