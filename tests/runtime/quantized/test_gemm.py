@@ -88,6 +88,11 @@ def test_scaled_mm_takes_these_layouts(rows: int, columns: int, layout: str) -> 
     weight, scale = (array.to("meta") for array in weights(256, columns))
     out = block_scaled_mm(quantized, weight, scale, torch.bfloat16)
     assert (out.shape, out.dtype) == ((rows, 256), torch.bfloat16)
+    counts = [rows - 4, 0, 4]
+    out = block_scaled_mm_by_expert(
+        quantized, torch.stack([weight] * 3), torch.stack([scale] * 3), counts, torch.bfloat16
+    )
+    assert (out.shape, out.dtype) == ((rows, 256), torch.bfloat16)
 
 
 @pytest.mark.parametrize(

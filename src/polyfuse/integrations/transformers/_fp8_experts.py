@@ -24,6 +24,7 @@ MODULE = "transformers.integrations.finegrained_fp8"
 FP8_EXPERTS = f"{MODULE}.FP8Experts"
 # Transformers' ways to compute the same: of others, such as DeepGEMM's, a user has chosen the kernel.
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm", NAME)
+BY_NUMBER = (None, "eager")  # of them, those that sum up a token's results in the order of its experts' numbers
 ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
 
 _HALVES = tuple(f"getitem(chunk(x, 2, dim=-1), {half})" for half in range(2))
@@ -64,8 +65,8 @@ def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     - A token is quantised once, however many experts take it; its rows are then gathered as bytes.
     - SiLU, product and quantisation are one kernel, over the rows that experts own, that rounds where separate ones do.
     - Both products are block-scaled GEMMs, one expert after the other: the host reads how many rows each expert has.
-    - Routing weights multiply in the model's dtype and a token's results are summed up in the order of its experts'
-      ranks, as Transformers' grouped and batched experts do.
+    - Routing weights multiply in the model's dtype, and a token's results are summed up in float32, in the order of the
+      config's implementation: by its experts' numbers as in the loop over experts, else by their ranks.
 
     In a call that records gradients, trains, is compiled, or is captured in a graph, the class's own `forward` runs, as
     it does for experts that are not as `fp8_experts` says any more.
@@ -159,6 +160,9 @@ def _route(chosen: torch.Tensor, experts: int) -> _Routing:
 
 def _fused(module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The experts' result for tokens x [T, hidden], in its dtype."""
+    if _implementation(module) in BY_NUMBER:
+        order = chosen.argsort(1)
+        chosen, weights = chosen.gather(1, order), weights.gather(1, order)
     routing = _route(chosen, module.num_experts)
     if not routing.taken:
         return torch.zeros_like(x)
