@@ -3,11 +3,14 @@
 import copy
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.utils.parametrize import register_parametrization
 
 pytest.importorskip("transformers")
 
@@ -15,7 +18,7 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS,
 
 import polyfuse
 from polyfuse.integrations.transformers import accelerate, report, restore
-from polyfuse.integrations.transformers._fp8_experts import NAME, fp8_experts, why_not
+from polyfuse.integrations.transformers._fp8_experts import NAME, _why_not, fp8_experts, why_not
 from tests.integrations.transformers.fp8_experts_models import (
     CHOSEN,
     EXPERTS,
@@ -238,11 +241,21 @@ def doubled_linear(experts: Any) -> None:
     experts.linear = lambda *args, **options: 2 * FP8Experts.linear(experts, *args, **options)
 
 
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return (weight.float() * 2).clamp(-448, 448).to(weight.dtype)
+
+
+def parametrised(experts: Any) -> None:
+    register_parametrization(experts, "down_proj", Doubled(), unsafe=True)
+
+
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "training": (lambda e: e.train(), "the module is in training mode"),
     "hooks": (hooked, "act_fn has hooks"),
     "activation": (lambda e: setattr(e, "act_fn", nn.GELU()), "their activation is GELU"),
     "limit": (lambda e: setattr(e, "limit", 0.01), "their gate has limit=0.01"),
+    "parametrised": (parametrised, "they are of another class, ParametrizedFP8Experts"),
     "gate": (doubled, "they have another gate"),
     "linear": (doubled_linear, "they have another linear"),
     "dispatch": (
@@ -296,6 +309,21 @@ def test_calls_that_take_their_own_path() -> None:
         "there are no tokens": 1,
         "it has other arguments than hidden_states, top_k_index, top_k_weights": 1,
     }
+
+
+def test_calls_on_other_devices_and_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, (_, chosen, weights) = experts_of(build()), sample(3)
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with torch.no_grad():
+        assert _why_not(experts, x, chosen, weights) == "no block-scaled GEMM for torch.float16 on cuda"
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert _why_not(experts, x, chosen, weights).startswith("it is captured in a graph, and the host has to know")
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(array) for array in sample(3)]
+        assert _why_not(experts, *fakes) == "it has tensors of other classes than torch.Tensor"
+        assert _why_not(experts, *sample(3)) == ""
+        assert _why_not(experts, sample(3)[0], chosen[0], weights[0]).startswith("it is not of tokens [T, hidden]")
 
 
 @pytest.mark.parametrize(

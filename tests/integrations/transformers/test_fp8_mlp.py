@@ -23,7 +23,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5MLP
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeMLP
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextMLP
 
-from polyfuse.integrations.transformers import restore
+from polyfuse.integrations.transformers import report, restore
 from polyfuse.integrations.transformers._fp8_mlp import fp8_mlps, is_fused
 from tests.integrations.transformers.fp8_mlp_models import (
     HIDDEN,
@@ -56,6 +56,8 @@ def test_bitwise_equal_to_the_model(cls: type[nn.Module], device: str, fp8_calls
     fp8_calls.clear()
     got = run(patched(mlp), x)
     assert torch.equal(got, want)
+    (part,) = report(mlp).parts
+    assert part.gemm == ("written-out products on the CPU" if device == "cpu" else "torch.nn.functional.scaled_mm")
     assert (got.dtype, got.shape) == (x.dtype, (3, 5, HIDDEN))
     assert fp8_calls == ([2 * INTERMEDIATE] if hasattr(mlp, "gate_up_proj") else [INTERMEDIATE, INTERMEDIATE])
 

@@ -54,7 +54,7 @@ def fuse(module: nn.Module, name: str, by_request: bool) -> str:
 
 def gemm(module: nn.Module) -> str:
     """What multiplies the experts' rows by their weights on the device where these are."""
-    found = gemm_for(module.get_parameter("down_proj").device, torch.bfloat16)
+    found = gemm_for(next(module.parameters()).device, torch.bfloat16)
     return f"{found}, expert by expert" if found else "none on this device"
 
 
@@ -93,8 +93,8 @@ def register() -> None:
 
 def why_not(module: nn.Module) -> str:
     """What of the experts themselves, as they are now, keeps them from the fused path; "" for nothing."""
-    if not _is_experts(module):
-        return "they are of another class"
+    if not _is_own_class(type(module)):
+        return f"they are of another class, {type(module).__name__}"
     if not _patch.own_class_forward(type(module)):
         return "their class has another forward"
     return odd_weights(module) or _odd_dispatch(module) or _odd_gate(module) or _odd_sizes(module)
@@ -120,6 +120,8 @@ def _why_not(module: nn.Module, x: torch.Tensor, chosen: torch.Tensor, weights: 
         return "it is captured in a graph, and the host has to know the rows of each expert"
     if not gemm_for(x.device, x.dtype):
         return f"no block-scaled GEMM for {x.dtype} on {x.device.type}"
+    if any(type(tensor) is not torch.Tensor for tensor in (x, chosen, weights)):  # fake and sharded ones, say
+        return "it has tensors of other classes than torch.Tensor"
     if x.ndim != 2 or chosen.ndim != 2 or chosen.shape != weights.shape or len(chosen) != len(x):
         return "it is not of tokens [T, hidden] with experts and weights [T, k]"
     if not chosen.numel():
@@ -195,7 +197,12 @@ class _Gate(nn.Module):
 
 
 def _is_experts(module: nn.Module) -> bool:
-    return f"{type(module).__module__}.{type(module).__qualname__}" == FP8_EXPERTS
+    """Whether a module is FP8Experts, or of a class made from it: parametrised ones, say, which are then refused."""
+    return any(map(_is_own_class, type(module).__mro__))
+
+
+def _is_own_class(cls: type) -> bool:
+    return f"{cls.__module__}.{cls.__qualname__}" == FP8_EXPERTS
 
 
 def _implementation(module: Any) -> Any:

@@ -76,7 +76,7 @@ def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 def gemm(module: nn.Module) -> str:
     """What multiplies an MLP's quantised product by its down projection on the device where it is."""
-    return gemm_for(_projections(module)[-1].weight.device, torch.bfloat16) or "none on this device"
+    return gemm_for(next(module.parameters()).device, torch.bfloat16) or "none on this device"
 
 
 def why_not(module: nn.Module) -> str:
