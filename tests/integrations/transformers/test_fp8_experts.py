@@ -313,7 +313,7 @@ def test_calls_that_take_their_own_path() -> None:
 
 def test_calls_on_other_devices_and_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     experts, (_, chosen, weights) = experts_of(build()), sample(3)
-    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    x: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with torch.no_grad():
         assert _why_not(experts, x, chosen, weights) == "no block-scaled GEMM for torch.float16 on cuda"
