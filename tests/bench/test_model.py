@@ -29,7 +29,15 @@ from polyfuse.cli import main
 from polyfuse.cli.bench.model import command
 from polyfuse.configs import model_configs
 
-OPS = "gdn_in_proj", "gdn_conv_prep", "gated_delta_rule", "gated_rms_norm", "gdn_decode", "silu_mul_block_quant"
+OPS = (
+    "gdn_in_proj",
+    "gdn_conv_prep",
+    "gated_delta_rule",
+    "gated_rms_norm",
+    "gdn_decode",
+    "block_quant",
+    "silu_mul_block_quant",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -290,6 +298,26 @@ def test_fp8_mlps(clock, calls):
     assert 0 < float((untouched - plain).norm() / plain.norm()) < 0.1
     assert list(row.parts) == [*PARTS["prefill"], "MLP", "rest"]
     assert (row.us, row.parts["MLP"], row.parts["rest"]) == (1.0 + 7.0, 7.0, 1.0 - 20.0)
+
+
+def test_fp8_experts(clock, calls):
+    subject = TextModel("qwen3_5_moe", "cpu", tiny=True, fp8=True)
+    x = subject.hidden(1, 6)
+    with torch.no_grad(), subject.fp8_linear():
+        routed = subject.routed(x)
+        assert [tuple(array.shape) for array in routed] == [(6, 128), (6, 2), (6, 2)]
+        plain = TextModel("qwen3_5_moe", "cpu", tiny=True).experts(*routed)
+        untouched = subject.experts(*routed)
+        assert calls == []
+        with subject.variant("accelerated"):
+            accelerated = subject.experts(*routed)
+        assert calls == ["block_quant", "silu_mul_block_quant"]
+        row = measure_layer(subject, "prefill", 1, 16, "accelerated")
+    assert torch.equal(untouched, accelerated)
+    assert 0 < float((untouched - plain).norm() / plain.norm()) < 0.1
+    assert list(row.parts) == [*PARTS["prefill"], "MLP", "experts", "rest"]
+    assert (row.us, row.parts["experts"]) == (1.0 + 7.0 + 8.0, 8.0)
+    assert subject.notes[-1].startswith("untouched experts run Transformers' loop")
 
 
 def test_strategies(dense, clock, calls):

@@ -1,4 +1,4 @@
-"""What makes the kernels pay in real models: parallel streams, and encoders in graphs."""
+"""What makes the kernels pay in real models: parallel streams, encoders in graphs, and quantised activations."""
 
 from polyfuse.spec import not_installed
 
@@ -15,6 +15,14 @@ from polyfuse.runtime.encoder.protocol import BufferSpec, Capacity, EncoderReque
 from polyfuse.runtime.encoder.stats import EncoderStats
 from polyfuse.runtime.encoder.watch import Watch
 from polyfuse.runtime.packing.planner import plan_packing, suggest_budgets
+from polyfuse.runtime.quantized.activation import (
+    QuantizedActivation,
+    QuantizedFormat,
+    block_quantized,
+    rms_norm_block_quantized,
+    silu_mul_block_quantized,
+)
+from polyfuse.runtime.quantized.gemm import block_scaled_mm, block_scaled_mm_by_expert
 
 __all__ = [
     "BufferSpec",
@@ -27,14 +35,21 @@ __all__ = [
     "GraphRuntime",
     "GraphableEncoder",
     "ItemSize",
+    "QuantizedActivation",
+    "QuantizedFormat",
     "Rows",
     "StreamModule",
     "Watch",
+    "block_quantized",
+    "block_scaled_mm",
+    "block_scaled_mm_by_expert",
     "choose_projection_strategy",
     "execute_in_parallel",
     "plan_packing",
     "register_graph_runtime",
     "register_stream_module",
+    "rms_norm_block_quantized",
+    "silu_mul_block_quantized",
     "stack_weights",
     "suggest_budgets",
 ]

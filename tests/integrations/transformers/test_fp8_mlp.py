@@ -23,11 +23,9 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5MLP
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeMLP
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextMLP
 
-import polyfuse
-from polyfuse.integrations.transformers import _fp8_mlp, restore
-from polyfuse.integrations.transformers._fp8_mlp import block_scaled_mm, fp8_mlps, is_fused
+from polyfuse.integrations.transformers import report, restore
+from polyfuse.integrations.transformers._fp8_mlp import fp8_mlps, is_fused
 from tests.integrations.transformers.fp8_mlp_models import (
-    FP8,
     HIDDEN,
     INTERMEDIATE,
     build,
@@ -58,6 +56,8 @@ def test_bitwise_equal_to_the_model(cls: type[nn.Module], device: str, fp8_calls
     fp8_calls.clear()
     got = run(patched(mlp), x)
     assert torch.equal(got, want)
+    (part,) = report(mlp).parts
+    assert part.gemm == ("written-out products on the CPU" if device == "cpu" else "torch.nn.functional.scaled_mm")
     assert (got.dtype, got.shape) == (x.dtype, (3, 5, HIDDEN))
     assert fp8_calls == ([2 * INTERMEDIATE] if hasattr(mlp, "gate_up_proj") else [INTERMEDIATE, INTERMEDIATE])
 
@@ -207,34 +207,3 @@ def test_ten_compiled_mlps_share_one_graph(monkeypatch: pytest.MonkeyPatch) -> N
         with torch.no_grad():
             assert torch.equal(compiled(mlp, x), type(mlp).forward(mlp, x))
     assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(4, 128), (12, 512), (8, 640)])
-def test_scaled_mm_takes_these_layouts(rows: int, columns: int) -> None:
-    """PyTorch's own checks of shapes and strides, on tensors without data."""
-    with torch.device("meta"):
-        x = torch.empty(rows, 2 * columns, dtype=torch.bfloat16)
-        weight, weight_scale = torch.empty(256, columns, dtype=FP8), torch.empty(2, columns // 128)
-    real = polyfuse.silu_mul_block_quant(torch.ones(x.shape), scale_layout="col_major", scale_min=0)
-    q, scale = (t.to("meta") for t in real)
-    assert scale.stride() == (1, rows)
-    out = block_scaled_mm(q, scale, weight, weight_scale, torch.bfloat16)
-    assert (out.shape, out.dtype) == ((rows, 256), torch.bfloat16)
-    if columns > 128:
-        with pytest.raises(RuntimeError, match="1x128 x 128x128 blockwise scaling"):
-            block_scaled_mm(q, scale.contiguous(), weight, weight_scale, torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("cuda", "capability", "expected"),
-    [("13.0", (9, 0), True), ("12.9", (9, 0), True), ("12.8", (9, 0), False), ("13.0", (10, 0), False)],
-)
-def test_only_hopper_has_these_scales(
-    cuda: str, capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    has_scaled_mm = _fp8_mlp._has_scaled_mm.__wrapped__
-    assert has_scaled_mm(torch.device("cuda")) is expected
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert not has_scaled_mm(torch.device("cuda"))

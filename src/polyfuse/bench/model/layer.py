@@ -15,13 +15,15 @@ from polyfuse.bench.timing import Clock
 
 @dataclass(frozen=True)
 class LayerRow:
-    """Device time of one Gated DeltaNet layer in a variant, and, with FP8 weights, of the MLP after it.
+    """Device time of one Gated DeltaNet layer in a variant, and, with FP8 weights, of the MLP and experts after it.
 
     `parts` are microseconds of each part timed alone, on the layer's own tensors: those that `PARTS` names, the MLP,
-    and `rest`, what is left of the whole. It can be less than nothing, as a part alone may find its operands in a
-    cache. Times are those of graph replays if `captured`, else between two events, or wall times without events: FLA
-    may read the device in a call, which no graph can hold. For decode, `host_us` is how long the host takes to queue an
-    eager call of the layer, and `launches` how many kernels, copies and fills that call gives to a CUDA device.
+    the experts, and `rest`, what is left of the whole. It can be less than nothing, as a part alone may find its
+    operands in a cache. Times are those of graph replays if `captured`, else between two events, or wall times without
+    events: FLA may read the device in a call, which no graph can hold. Nor can one hold experts whose rows the host
+    reads: their time is taken by events where that of the layer is a replay's. For decode, `host_us` is how long the
+    host takes to queue an eager call of the layer, and `launches` how many kernels, copies and fills that call gives to
+    a CUDA device.
     """
 
     phase: str
@@ -57,6 +59,10 @@ def measure_layer(subject: TextModel, phase: str, batch: int, tokens: int, varia
         if subject.fp8:
             us["MLP"] = time(partial(subject.mlp, x))
             whole += us["MLP"]
+            if subject.experts is not None:
+                call_of_experts = partial(subject.experts, *subject.routed(x))
+                us["experts"], _, _ = _timed(clock, call_of_experts, subject.captures)
+                whole += us["experts"]
     us["rest"] = whole - sum(us.values())
     rounded = {part: round(value, 3) for part, value in us.items()}
     return LayerRow(phase, batch, tokens, variant, round(whole, 3), rounded, captured, host_us, counted)

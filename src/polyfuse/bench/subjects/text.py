@@ -9,12 +9,13 @@ import transformers
 
 from polyfuse.bench.baseline import untouched
 from polyfuse.bench.subjects.base import Architecture, Subject
-from polyfuse.bench.subjects.fp8 import fp8_linear, quantise_mlps
+from polyfuse.bench.subjects.fp8 import fp8_linear, quantise
 from polyfuse.bench.subjects.gated_delta_net import LayerParts
 from polyfuse.bench.subjects.variants import ACCELERATED, UNTOUCHED, choose_variants, rules_of
 from polyfuse.dispatch import device_of
 
 VOCABULARY = 1024
+LOOP = "untouched experts run Transformers' loop over experts: its grouped kernel comes from the hub"
 CONTEXT, TINY_CONTEXT = 2048, 32  # cached tokens before a decode step
 
 _TINY = {
@@ -31,7 +32,7 @@ _TINY = {
 _TINY_EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
+    "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 128,
 }
 # The defaults of each configuration are the sizes of a released model.
@@ -46,9 +47,9 @@ class TextModel(Subject):
     """A text model without a head, and the inputs and caches of its calls.
 
     `name` is one of `MODELS`; every fourth of its `depth` layers is full attention, the others are Gated DeltaNet
-    layers. `fp8` quantises the weights of its dense MLPs and shared experts. `layer` is the first layer's Gated
-    DeltaNet, `parts` takes it apart, and `mlp` is the MLP or shared expert after it. `variants` are those that the
-    machine has, and `notes` say why it lacks others.
+    layers. `fp8` quantises the weights of its MLPs, shared experts and experts. `layer` is the first layer's Gated
+    DeltaNet, `parts` takes it apart, `mlp` is the MLP or shared expert after it, and `experts` are those beside that,
+    or None. `variants` are those that the machine has, and `notes` say why it lacks others.
     """
 
     def __init__(self, name: str, device: str, tiny: bool = False, depth: int = 4, fp8: bool = False) -> None:
@@ -57,12 +58,15 @@ class TextModel(Subject):
         self.depth, self.fp8 = depth, fp8
         self.context = TINY_CONTEXT if tiny else CONTEXT
         if fp8:
-            quantise_mlps(self.model)
+            quantise(self.model)
         self.layer: Any = self.model.layers[0].linear_attn
         self.parts = LayerParts(self.layer)
         mlp = self.model.layers[0].mlp
         self.mlp: Any = getattr(mlp, "shared_expert", mlp)
+        self.experts: Any = getattr(mlp, "experts", None)
         self.variants, self.notes = choose_variants(self.parts.names)
+        if fp8 and self.experts is not None:
+            self.notes = [*self.notes, LOOP]
 
     @contextmanager
     def variant(self, name: str) -> Iterator[None]:
@@ -79,6 +83,16 @@ class TextModel(Subject):
     def hidden(self, batch: int, tokens: int) -> torch.Tensor:
         """Hidden states [batch, tokens, hidden]."""
         return self.random(batch, tokens, self.config.hidden_size)
+
+    def routed(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the first layer calls its experts with, for hidden states x."""
+        seen: list[tuple[torch.Tensor, ...]] = []
+        hook = self.experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+        try:
+            self.model.layers[0].mlp(x)
+        finally:
+            hook.remove()
+        return seen[0]
 
     def ids(self, batch: int, tokens: int) -> torch.Tensor:
         """Token ids [batch, tokens]."""

@@ -37,7 +37,7 @@ count = click.IntRange(min=1)
     type=click.Choice(["rows", "layer", "strategies", "conv"]),
     help="rows are whole models, layer is one by its parts; repeat for several. Default: all.",
 )
-@click.option("--fp8", is_flag=True, help="Give the dense MLPs and shared experts FP8 weights.")
+@click.option("--fp8", is_flag=True, help="Give MLPs, shared experts and experts FP8 weights.")
 @click.option("--no-compile", is_flag=True, help="Leave out the comparison with a conv under torch.compile.")
 @device_option
 @tiny_option
@@ -89,7 +89,7 @@ def command(
 
 def _tables(result: "ModelBench") -> Iterator[Table]:
     """One table for each part that was measured."""
-    fp8 = ", FP8 MLPs" if result.fp8 else ""
+    fp8 = ", FP8 weights" if result.fp8 else ""
     title = f"{result.sizes}, {result.layers} layers, {result.dtype}{fp8}, on {result.device}"
     if result.rows:
         yield _whole_table(result, title)

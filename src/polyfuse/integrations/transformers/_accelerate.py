@@ -41,6 +41,8 @@ def accelerate(
       the states of the model's own cache in place, one for each packed sequence too, between which no state passes.
     - "fp8_mlp": MLPs with FP8 weights. Inference then quantises the activation in one kernel with SiLU and product, bit
       for bit as the model does.
+    - "fp8_experts": the experts of MoE layers with FP8 weights. Inference then quantises each token once, and the rest
+      as in an MLP; the products are block-scaled GEMMs, one expert after the other, and not captured in a graph.
 
     No parameter is copied or moved. A part whose first call runs as before logs a line, a warning if `parts` named it.
     Raises `SpecError` if there is nothing to patch, with what was found, or for bad settings.

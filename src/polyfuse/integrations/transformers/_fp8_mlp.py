@@ -1,26 +1,24 @@
 """The MLPs of Transformers' FP8 models on `silu_mul_block_quant` and a GEMM that takes quantised input."""
 
-from functools import cache
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.fx.proxy import TraceError
-from torch.nn.functional import ScalingType, pad, scaled_mm
+from torch import nn
+from torch.nn.functional import pad
 
-import polyfuse
 from polyfuse.integrations.transformers import _patch
+from polyfuse.integrations.transformers._formula import formula
 from polyfuse.integrations.transformers._plain import oddity
-from polyfuse.spec import FLOATS
+from polyfuse.runtime.quantized.activation import QuantizedFormat, silu_mul_block_quantized
+from polyfuse.runtime.quantized.gemm import ALIGNED, BLOCK, block_scaled_mm, gemm_for
 
 # By class name, so that no model's code is imported that is not used.
 FP8_LINEAR = "transformers.integrations.finegrained_fp8.FP8Linear"
-SILU = ("SiLU", "SiLUActivation")
 
 
 def _formulas() -> set[str]:
-    """What an MLP's `forward` may compute, as `_formula` writes it: the factors of the product in either order."""
+    """What an MLP's `forward` may compute, as `formula` writes it: the factors of the product in either order."""
     halves = "chunk(gate_up_proj(x), 2, dim=-1)"
     two_projections = ("silu(gate_proj(x))", "up_proj(x)")
     one_for_both_halves = (f"silu(getitem({halves}, 0))", f"getitem({halves}, 1)")
@@ -33,8 +31,7 @@ def _formulas() -> set[str]:
 
 FORMULAS = _formulas()
 
-BLOCK = 128  # rows and columns of a weight, and columns of an activation, that share a scale
-ALIGNED = 4  # cuBLASLt takes multiples of this many rows, and of this many blocks along K
+DOWN_FORMAT = QuantizedFormat(scale_layout="col_major")
 
 
 def fp8_mlps(model: nn.Module) -> dict[str, nn.Module]:
@@ -77,26 +74,9 @@ def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs) if reason else _fused(module, args[0])
 
 
-def block_scaled_mm(
-    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """`q` [M, K] times the transpose of `weight` [N, K], both float8_e4m3fn, as `dtype` [M, N].
-
-    `scale` [M, K / 128], column-major, and `weight_scale` [N / 128, K / 128] are float32. Each block along K is a
-    float32 sum of products, times the two scales, and the blocks are summed up in float32. On a CPU a block's sum is
-    exact before it is rounded; elsewhere it is `scaled_mm`, with M a multiple of 4.
-    """
-    if q.device.type != "cpu":
-        missing = -weight_scale.shape[1] % ALIGNED
-        blocks = (pad(weight_scale, (0, missing)) if missing else weight_scale).t()
-        recipes = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
-        return scaled_mm(q, weight.t(), scale, recipes[0], blocks, recipes[1], output_dtype=dtype)
-    columns = weight_scale.repeat_interleave(BLOCK, dim=0)  # [N, K / 128]
-    total = scale.new_zeros(len(q), len(weight))
-    for block, (part, weight_part) in enumerate(zip(q.split(BLOCK, dim=1), weight.split(BLOCK, dim=1), strict=True)):
-        products = (part.double() @ weight_part.double().t()).float()  # float64 holds any sum of 128 exactly
-        total += products * scale[:, block, None] * columns[:, block]
-    return total.to(dtype)
+def gemm(module: nn.Module) -> str:
+    """What multiplies an MLP's quantised product by its down projection on the device where it is."""
+    return gemm_for(next(module.parameters()).device, torch.bfloat16) or "none on this device"
 
 
 def why_not(module: nn.Module) -> str:
@@ -119,7 +99,7 @@ def _why_not(module: nn.Module, x: torch.Tensor) -> str:
         return found
     if not x.numel():
         return "x is empty"
-    if not _has_gemm(x.device, x.dtype):
+    if not gemm_for(x.device, x.dtype):
         return f"no block-scaled GEMM for {x.dtype} on {x.device.type}"
     return why_not(module)
 
@@ -143,32 +123,16 @@ def _fused(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         )
         for linear in first
     )
-    q, scale = polyfuse.silu_mul_block_quant(
-        gate, up=up[0] if up else None, group_size=BLOCK, scale_layout="col_major", scale_min=0.0, materialize=True
-    )
-    out = block_scaled_mm(q, scale, down.weight, down.weight_scale_inv, x.dtype)
+    product = silu_mul_block_quantized(gate, DOWN_FORMAT, up=up[0] if up else None, scale_min=0.0, materialize=True)
+    out = block_scaled_mm(product, down.weight, down.weight_scale_inv, x.dtype)
     return out[:count].view(*x.shape[:-1], -1)
-
-
-def _has_gemm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `block_scaled_mm` gives results of this dtype there."""
-    if device.type == "cpu":
-        return str(dtype).removeprefix("torch.") in FLOATS
-    return device.type == "cuda" and dtype == torch.bfloat16 and _has_scaled_mm(device)
-
-
-@cache
-def _has_scaled_mm(device: torch.device) -> bool:
-    """Whether PyTorch multiplies 1 x 128 by 128 x 128 blocks there."""
-    version = tuple(map(int, (torch.version.cuda or "0").split(".")[:2]))  # none on ROCm
-    return version >= (12, 9) and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _fits(module: nn.Module) -> bool:
     """Whether a module is an MLP that `forward` can stand in for, as `fp8_mlps` says."""
     if not _projections(module) or why_not(module) or not _patch.own_forward(module, within_hooks=True):
         return False
-    return _formula(module) in FORMULAS
+    return formula(module) in FORMULAS
 
 
 def _projections(module: nn.Module) -> list[Any]:
@@ -192,37 +156,3 @@ def _is_block_fp8(linear: Any) -> bool:
         and linear.weight_scale_inv.dtype == torch.float32
         and not any(size % BLOCK for size in linear.weight.shape)
     )
-
-
-class _Tracer(fx.Tracer):
-    """Traces a module's own `forward` alone, its children as they are."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _formula(module: nn.Module) -> str | None:
-    """What a `forward(x)` computes, with SiLU as `silu` and other children by name.
-
-    None if it branches, or takes other arguments.
-    """
-    try:
-        graph = _Tracer().trace(module)
-    except (TraceError, TypeError):
-        return None
-    (output,) = graph.find_nodes(op="output")
-    return _written(output.args[0], module) if len(graph.find_nodes(op="placeholder")) == 1 else None
-
-
-def _written(node: Any, module: nn.Module) -> str:
-    """The expression that a node of a traced `forward` computes."""
-    if not isinstance(node, fx.Node):
-        return repr(node)
-    if node.op == "placeholder":
-        return "x"
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    if node.op == "call_module" and type(module.get_submodule(name)).__name__ in SILU:
-        name = "silu"
-    arguments = [_written(value, module) for value in node.args]
-    arguments += [f"{key}={_written(value, module)}" for key, value in node.kwargs.items()]
-    return f"{name}({', '.join(arguments)})"

@@ -32,6 +32,11 @@ def oddity(module: Any, kind: type[nn.Module] | None = None) -> str:
         return "has hooks"
     if not own_forward(module):
         return "has another forward"
+    return odd_weights(module)
+
+
+def odd_weights(module: nn.Module) -> str:
+    """What makes the module's own weights more than parameters of its own that are loaded; "" for plain ones."""
     for weight in module._parameters.values():
         if weight is not None and type(weight) is not nn.Parameter:
             return f"has a weight that is a {_class_name(type(weight))}"

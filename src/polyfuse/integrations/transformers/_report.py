@@ -14,7 +14,10 @@ from polyfuse.integrations.transformers._parts import KINDS, find
 
 @dataclass(frozen=True)
 class Part:
-    """How one part of a model stands. `reason` says why a plain inference call of it would not run fused now."""
+    """How one part of a model stands. `reason` says why a plain inference call of it would not run fused now.
+
+    `gemm` says of a part with FP8 weights what multiplies them by what it quantises, on the device where they are.
+    """
 
     name: str
     kind: str
@@ -25,6 +28,7 @@ class Part:
     graphs: Mapping[int, int] = field(default_factory=dict)  # replays by budget, in tokens
     graph_bytes: int = 0  # of the pool and the static buffers
     changes: Mapping[str, int] = field(default_factory=dict)  # of the model, after which graphs were dropped
+    gemm: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,14 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("part", "kind", "fused", "why not", "fused calls", "other calls", "graphs")
+        table = Table("part", "kind", "fused", "why not", "fused calls", "other calls", "graphs", "GEMM")
         for part in self.parts:
             others = "; ".join(f"{count} x {reason}" for reason, count in part.unfused_calls.items())
             graphs = ", ".join(f"{tokens}: {count}" for tokens, count in sorted(part.graphs.items()))
             if part.graph_bytes:
                 graphs += f" ({part.graph_bytes / 2**20:.0f} MiB)"
             name, fused = part.name or "(the model)", "yes" if part.fused else "no"
-            table.add_row(name, part.kind, fused, part.reason, str(part.fused_calls), others, graphs)
+            table.add_row(name, part.kind, fused, part.reason, str(part.fused_calls), others, graphs, part.gemm)
         console = Console(file=StringIO(), width=160)
         with console.capture() as captured:
             console.print(table)
@@ -64,14 +68,15 @@ def report(model: nn.Module) -> Report:
 
 
 def _part(kind: str, name: str, module: Any) -> Part:
-    installed = _patch.is_installed(module)
+    installed = KINDS[kind].is_fused(module)
     if installed:
         reason = KINDS[kind].why_not(module)
     else:
         own = _patch.own_forward(module, within_hooks=True)
         reason = "not accelerated" if own else "has another forward"
     calls = _patch.calls(module)
-    part = Part(name, kind, installed and not reason, reason, calls.fused, dict(calls.unfused))
+    gemm = KINDS[kind].gemm(module)
+    part = Part(name, kind, installed and not reason, reason, calls.fused, dict(calls.unfused), gemm=gemm)
     manager = getattr(forward_of(module), "existing", None)
     if manager is None:
         return part

@@ -1,0 +1,109 @@
+"""Products of quantised activations: float8_e4m3fn in blocks of 1 x 128, with weights in blocks of 128 x 128."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch.nn.functional import ScalingType, pad, scaled_mm
+
+from polyfuse.runtime.quantized.activation import QuantizedActivation
+from polyfuse.spec import FLOATS, dtype_name, fail
+
+BLOCK = 128  # rows and columns of a weight, and columns of an activation, that share a scale
+ALIGNED = 4  # cuBLASLt takes multiples of this many rows, and of this many blocks along K
+
+
+def gemm_for(device: torch.device, dtype: torch.dtype) -> str:
+    """How `block_scaled_mm` computes results of a dtype on a device; "" if it cannot."""
+    if device.type == "cpu":
+        return "written-out products on the CPU" if dtype_name(dtype) in FLOATS else ""
+    if device.type == "cuda" and dtype == torch.bfloat16 and _has_scaled_mm(device):
+        return "torch.nn.functional.scaled_mm"
+    return ""
+
+
+def block_scaled_mm(
+    activation: QuantizedActivation, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """An activation [M, K] times the transpose of `weight` [N, K], as `dtype` [M, N].
+
+    Both are float8_e4m3fn, with float32 scales; `weight_scale` is [N / 128, K / 128]. Each block along K is a float32
+    sum of products, times the two scales, and the blocks are summed up in float32. On a CPU a block's sum is exact
+    before it is rounded; elsewhere it is `scaled_mm`, with M a multiple of 4, and scales that are column-major save a
+    copy. Raises `SpecError` for other formats and shapes.
+    """
+    _check(activation, weight, weight_scale)
+    return _product(activation.values, activation.scales, weight, weight_scale, dtype)
+
+
+def block_scaled_mm_by_expert(
+    activation: QuantizedActivation,
+    weights: torch.Tensor,
+    weight_scales: torch.Tensor,
+    rows: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`block_scaled_mm` of each expert's rows, which lie behind one another, with its weight of [E, N, K].
+
+    `rows` says how many each expert has; off a CPU they are multiples of 4. One product after the other: PyTorch's
+    `scaled_grouped_mm` takes scales of whole rows and those of MXFP8, MXFP4 and NVFP4, but not these blocks.
+    """
+    if len(rows) != len(weights) or sum(rows) != len(activation.values):
+        got = f"{len(rows)} numbers, {sum(rows)} in all"
+        fail("block_scaled_mm_by_expert", "rows", f"{len(weights)}, {len(activation.values)} in all", got)
+    _check(activation, weights[0], weight_scales[0])
+    parts = zip(activation.values.split(list(rows)), activation.scales.split(list(rows)), strict=True)
+    return torch.cat(
+        [
+            _product(values, scales, weights[expert], weight_scales[expert], dtype)
+            for expert, (values, scales) in enumerate(parts)
+            if len(values)
+        ]
+    )
+
+
+def _product(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    if q.device.type != "cpu":
+        missing = -weight_scale.shape[1] % ALIGNED
+        blocks = (pad(weight_scale, (0, missing)) if missing else weight_scale).t()
+        recipes = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+        columns_of_scales = scale.t().contiguous().t()
+        return scaled_mm(q, weight.t(), columns_of_scales, recipes[0], blocks, recipes[1], output_dtype=dtype)
+    columns = weight_scale.repeat_interleave(BLOCK, dim=0)  # [N, K / 128]
+    total = scale.new_zeros(len(q), len(weight))
+    for block, (part, weight_part) in enumerate(zip(q.split(BLOCK, dim=1), weight.split(BLOCK, dim=1), strict=True)):
+        products = (part.double() @ weight_part.double().t()).float()  # float64 holds any sum of 128 exactly
+        total += products * scale[:, block, None] * columns[:, block]
+    return total.to(dtype)
+
+
+def _check(activation: QuantizedActivation, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
+    given = activation.format
+    if (given.group_size, given.quant_dtype, given.scale_format) != (BLOCK, "float8_e4m3fn", "float32"):
+        expected = f"a format of group_size={BLOCK}, float8_e4m3fn and float32"
+        fail(
+            "block_scaled_mm", "activation", expected, f"{given.group_size}, {given.quant_dtype}, {given.scale_format}"
+        )
+    if given.scale_layout not in ("row_major", "col_major"):
+        fail("block_scaled_mm", "activation", "scales that are row_major or col_major", given.scale_layout)
+    if activation.values.ndim != 2:
+        fail("block_scaled_mm", "activation", "2 dimensions", activation.values.ndim)
+    width = activation.values.shape[1]
+    if weight.dtype != torch.float8_e4m3fn or weight.ndim != 2 or weight.shape[1] != width:
+        got = f"{dtype_name(weight.dtype)} {list(weight.shape)}"
+        fail("block_scaled_mm", "weight", f"float8_e4m3fn [N, {width}]", got)
+    if len(weight) % BLOCK or width % BLOCK:
+        fail("block_scaled_mm", "weight", f"multiples of {BLOCK} rows and columns", list(weight.shape))
+    blocks = [size // BLOCK for size in weight.shape]
+    if weight_scale.dtype != torch.float32 or list(weight_scale.shape) != blocks:
+        got = f"{dtype_name(weight_scale.dtype)} {list(weight_scale.shape)}"
+        fail("block_scaled_mm", "weight_scale", f"float32 {blocks}", got)
+
+
+@cache
+def _has_scaled_mm(device: torch.device) -> bool:
+    """Whether PyTorch multiplies 1 x 128 by 128 x 128 blocks there."""
+    version = tuple(map(int, (torch.version.cuda or "0").split(".")[:2]))  # none on ROCm
+    return version >= (12, 9) and torch.cuda.get_device_capability(device)[0] == 9

@@ -1,0 +1,129 @@
+"""GEMMs of quantised activations: their values, what they refuse, and where PyTorch has them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import ScalingType, scaled_grouped_mm
+
+import polyfuse
+from polyfuse.runtime import (
+    QuantizedActivation,
+    QuantizedFormat,
+    block_quantized,
+    block_scaled_mm,
+    block_scaled_mm_by_expert,
+)
+from polyfuse.runtime.quantized import gemm
+
+FP8 = torch.float8_e4m3fn
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def weights(*shape: int) -> tuple[Any, Any]:
+    """A weight [..., N, K] with the scales of its blocks."""
+    generator = torch.Generator().manual_seed(0)
+    *lead, n, k = shape
+    values = (torch.randn(shape, generator=generator) * 100).clamp(-448, 448).to(FP8)
+    return values, torch.rand(*lead, n // 128, k // 128, generator=generator) * 1e-2
+
+
+def activation(rows: int, columns: int, layout: str = "row_major") -> QuantizedActivation:
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    return block_quantized(x, QuantizedFormat(scale_layout=layout), scale_min=0.0)
+
+
+def dequantised(values: Any, scales: Any, rows: int) -> Any:
+    """Values in float64, each with the scale of its block of `rows` x 128."""
+    return values.double() * scales.double().repeat_interleave(rows, -2).repeat_interleave(128, -1)
+
+
+@pytest.mark.parametrize("layout", ["row_major", "col_major"])
+def test_the_product_is_that_of_the_dequantised(layout: str) -> None:
+    """Two blocks: each is rounded once, once more by each scale and by the sum; 2^-22 of the magnitudes is above it."""
+    quantized, (weight, scale) = activation(5, 256, layout), weights(384, 256)
+    got = block_scaled_mm(quantized, weight, scale, torch.float32).double()
+    x, w = dequantised(quantized.values, quantized.scales, 1), dequantised(weight, scale, 128)
+    assert ((got - x @ w.t()).abs() <= x.abs() @ w.abs().t() * 2.0**-22).all()
+    assert got.abs().amax() > 1
+
+
+def test_each_expert_has_its_rows() -> None:
+    quantized, (weight, scale) = activation(7, 256), weights(4, 128, 256)
+    got = block_scaled_mm_by_expert(quantized, weight, scale, [3, 0, 2, 2], torch.bfloat16)
+    for rows, expert in ((range(3), 0), (range(3, 5), 2), (range(5, 7), 3)):
+        one = quantized.take(torch.tensor(list(rows)))
+        assert torch.equal(got[list(rows)], block_scaled_mm(one, weight[expert], scale[expert], torch.bfloat16))
+    with pytest.raises(polyfuse.SpecError, match="rows: expected 4, 7 in all, got 4 numbers, 8 in all"):
+        block_scaled_mm_by_expert(quantized, weight, scale, [3, 1, 2, 2], torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("format", "weight", "scale", "message"),
+    [
+        (QuantizedFormat(group_size=64), *weights(128, 256), "activation: expected a format of group_size=128"),
+        (QuantizedFormat(quant_dtype="int8"), *weights(128, 256), "activation: expected a format of group_size=128"),
+        (
+            QuantizedFormat(scale_layout="col_major_tma"),
+            *weights(128, 256),
+            "activation: expected scales that are row_major or col_major, got col_major_tma",
+        ),
+        (QuantizedFormat(), *weights(128, 384), r"weight: expected float8_e4m3fn \[N, 256\], got float8_e4m3fn \[128"),
+        (QuantizedFormat(), weights(128, 256)[0].float(), torch.ones(1, 2), "weight: expected float8_e4m3fn"),
+        (QuantizedFormat(), weights(128, 256)[0][:64], torch.ones(1, 2), "weight: expected multiples of 128"),
+        (QuantizedFormat(), weights(128, 256)[0], torch.ones(2, 1), r"weight_scale: expected float32 \[1, 2\]"),
+    ],
+)
+def test_what_is_refused(format: QuantizedFormat, weight: Any, scale: Any, message: str) -> None:
+    with pytest.raises(polyfuse.SpecError, match=f"block_scaled_mm: {message}"):
+        block_scaled_mm(block_quantized(torch.ones(4, 256), format), weight, scale, torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", ["row_major", "col_major"])
+@pytest.mark.parametrize(("rows", "columns"), [(4, 128), (12, 512), (8, 640)])
+def test_scaled_mm_takes_these_layouts(rows: int, columns: int, layout: str) -> None:
+    """PyTorch's own checks of shapes and strides, on tensors without data."""
+    real = activation(rows, columns, layout)
+    quantized = QuantizedActivation(real.values.to("meta"), real.scales.to("meta"), real.format)
+    weight, scale = (array.to("meta") for array in weights(256, columns))
+    out = block_scaled_mm(quantized, weight, scale, torch.bfloat16)
+    assert (out.shape, out.dtype) == ((rows, 256), torch.bfloat16)
+    counts = [rows - 4, 0, 4]
+    out = block_scaled_mm_by_expert(
+        quantized, torch.stack([weight] * 3), torch.stack([scale] * 3), counts, torch.bfloat16
+    )
+    assert (out.shape, out.dtype) == ((rows, 256), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "expected"),
+    [("13.0", (9, 0), True), ("12.9", (9, 0), True), ("12.8", (9, 0), False), ("13.0", (10, 0), False)],
+)
+def test_only_hopper_has_these_scales(
+    cuda: str, capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    has_scaled_mm = gemm._has_scaled_mm.__wrapped__
+    assert has_scaled_mm(torch.device("cuda")) is expected
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not has_scaled_mm(torch.device("cuda"))
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+def test_pytorch_has_no_grouped_gemm_of_these_blocks() -> None:
+    """Once it has one, `block_scaled_mm_by_expert` is to call it: this fails then."""
+    weight, scale = (array.cuda() for array in weights(2, 256, 256))
+    quantized = activation(8, 256)
+    ends = torch.tensor([4, 8], dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match="No gemm implementation was found"):
+        scaled_grouped_mm(
+            quantized.values.cuda(),
+            weight.transpose(1, 2),
+            quantized.scales.cuda(),
+            ScalingType.BlockWise1x128,
+            scale,
+            ScalingType.BlockWise128x128,
+            offs=ends,
+            output_dtype=torch.bfloat16,
+        )
