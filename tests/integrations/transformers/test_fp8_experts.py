@@ -162,8 +162,10 @@ def test_whole_models(family: str) -> None:
     assert GEMM.split(",")[0] in " ".join(str(report(model)).split())
 
 
-def test_accelerate_takes_them_by_itself() -> None:
+def test_accelerate_takes_them_only_by_their_name() -> None:
     model = accelerate(build())
+    assert {part.kind for part in report(model).parts if part.fused} == {"gated_delta_net"}
+    accelerate(model, parts=["fp8_experts"])
     assert {part.kind for part in report(model).parts if part.fused} == {"gated_delta_net", "fp8_experts"}
 
 

@@ -31,7 +31,8 @@ class Subject:
     """A model with seeded random weights on one device, that is accelerated and restored again.
 
     `name` is that of the model's module in Transformers. `settings` are further ones of its configuration. Weights are
-    bfloat16 on an accelerator and float32 on a CPU; `captures` is whether the device has graphs.
+    bfloat16 on an accelerator and float32 on a CPU; `captures` is whether the device has graphs, and `kinds` are those
+    of the parts that are accelerated, None for those by default.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Subject:
     ) -> None:
         self.name, self.device, self.tiny = name, device, tiny
         self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.kinds: list[str] | None = None
         self.clock = Clock(device)
         self.captures = graph_runtime(torch.device(device)).captures
         self.sizes = "tiny" if tiny else architecture.sizes
@@ -58,7 +60,7 @@ class Subject:
     def variant(self, name: str) -> Iterator[None]:
         """The model `untouched` or `accelerated`, then untouched again."""
         if name == "accelerated":
-            accelerate(self.model)
+            accelerate(self.model, parts=self.kinds)
         try:
             yield
         finally:

@@ -66,6 +66,7 @@ class TextModel(Subject):
         self.experts: Any = getattr(mlp, "experts", None)
         self.variants, self.notes = choose_variants(self.parts.names)
         if fp8 and self.experts is not None:
+            self.kinds = ["gated_delta_net", "fp8_mlp", "fp8_experts"]
             self.notes = [*self.notes, LOOP]
 
     @contextmanager

@@ -24,7 +24,7 @@ def accelerate(
 
     An accelerated model computes what the model itself would with the weights, adapters, hooks, settings and calls that
     it has at that moment; what the fused code does not cover runs the model's own. `report(model)` says what runs how.
-    `parts` names the kinds to patch, of which each must be found; None patches all of these:
+    `parts` names the kinds to patch, of which each must be found; None patches all of these but "fp8_experts":
 
     - "vision": the towers of Qwen3-VL, Qwen3.5 (dense and MoE) and Qwen2.5-VL, SigLIP and CLIP. Inference then runs in
       graphs, one per token budget, that are captured at the first request. `graphs` holds settings of `EncoderConfig`;
@@ -115,7 +115,7 @@ def _forwards(model: nn.Module) -> list[AcceleratedForward]:
 def _wanted(parts: Iterable[str] | None) -> list[str]:
     """The kinds of parts that are asked for."""
     if parts is None:
-        return list(KINDS)
+        return [kind for kind in KINDS if KINDS[kind].by_default]
     if isinstance(parts, str) or not isinstance(parts, Iterable):
         fail("accelerate", "parts", f"a list of {', '.join(KINDS)}", parts)
     wanted = list(parts)
