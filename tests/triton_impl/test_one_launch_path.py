@@ -51,8 +51,9 @@ def other_ways(sources: Mapping[str, str]) -> Iterator[str]:
 def _mentions(node: ast.AST, kernels: set[str], modules: Mapping[str, set[str]]) -> Iterator[tuple[Any, str]]:
     if is_kernel(node):
         return
-    if isinstance(node, ast.FunctionDef):  # a parameter may have the name of a kernel
-        kernels = kernels - {x.arg for x in (*node.args.args, *node.args.kwonlyargs)}
+    if isinstance(node, ast.FunctionDef):  # parameters and variables may have the names of kernels
+        bound = {x.id for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+        kernels = kernels - bound - {x.arg for x in ast.walk(node) if isinstance(x, ast.arg)}
     given = node.args if isinstance(node, ast.Call) and ast.unparse(node.func) == "Launcher" else []
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Name) and child.id in kernels and child not in given:
