@@ -14,6 +14,7 @@ from polyfuse._ops import gdn_post_conv as gdn_post_conv
 from polyfuse._ops import pos_embed_interpolate as pos_embed_interpolate
 from polyfuse._ops import segment_attention as segment_attention
 from polyfuse._ops import silu_mul_block_quant as silu_mul_block_quant
+from polyfuse.bench.warmup import warmup as warmup
 from polyfuse.conformance.shadow import shadow_report as shadow_report
 from polyfuse.dispatch import call_counts as call_counts
 from polyfuse.dispatch import explain as explain
