@@ -19,16 +19,17 @@ import triton.language as tl
 from polyfuse.spec import Capability
 from polyfuse.triton_impl._common import INTERPRETED, round_to, widen
 from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._tuning import Ranges, Tiles
 
 NAME = "pos_embed_interpolate"
 
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
 
-# (up to this many rows, rows per program, most column blocks per program): small results need many programs.
-TILES: tuple[tuple[int, int, int], ...] = ((2048, 16, 1), (2**63, 32, 6))
+# Up to this many rows: rows per program, most column blocks per program. Small results need many programs.
+RANGES: Ranges = ((2048, (16, 1)), (2**63, (32, 6)))
 BLOCK_BYTES = 128  # of a table row, read at a time: one cache line, 16 bytes for each of 8 lanes
 if INTERPRETED.value:  # it pays per operation, not per element
-    TILES, BLOCK_BYTES = ((2**63, 256, 1),), 4096
+    RANGES, BLOCK_BYTES = ((2**63, (256, 1)),), 4096
 BLOCK_IMAGES = 32
 WIDE_ROWS = 2**30  # from here on row numbers are 64-bit
 ARGUMENTS = tl.constexpr(16)  # images of a host grid that one launch takes
@@ -244,6 +245,7 @@ def _kernel(
 
 
 _launch = Launcher(NAME, _kernel)
+TILES = Tiles(_launch, ("block_rows", "most_blocks"), RANGES, ((8, 16, 32, 64), (1, 2, 3, 6, 9)))
 
 
 @lru_cache(maxsize=64)
@@ -338,7 +340,7 @@ def pos_embed_interpolate(
     # Two rows of 16 taps a thread would take 200 registers.
     warps = 8 if bicubic else 4
     for first, own, height, width, used, packed in pieces:
-        block_rows, most_blocks = next(tile[1:] for tile in TILES if own <= tile[0])
+        block_rows, most_blocks = TILES.choose(own, table.device)
         block_columns, blocks = _blocks(columns, table.element_size(), most_blocks)
         programs = -(-own // block_rows) * -(-columns // (block_columns * blocks))
         part, part_base = out, base
