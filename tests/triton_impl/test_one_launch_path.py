@@ -33,9 +33,10 @@ def is_kernel(node: ast.AST) -> bool:
 def other_ways(sources: Mapping[str, str]) -> Iterator[str]:
     """Where host code of these modules mentions a kernel, but to make a `Launcher` of it: what could launch it too."""
     trees = {name: ast.parse(text) for name, text in sources.items() if name != "_launch"}
-    kernels = {name: {node.name for node in tree.body if is_kernel(node)} for name, tree in trees.items()}  # type: ignore[attr-defined]
+    kernels = {name: {node.name for node in tree.body if is_kernel(node)} for name, tree in trees.items()}
     for name, tree in trees.items():
-        known, modules = kernels[name].copy(), {}
+        known = kernels[name].copy()
+        modules: dict[str, set[str]] = {}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
                 source = (node.module or "").removeprefix(PACKAGE).removeprefix(".")

@@ -110,17 +110,22 @@ def tune(
 
 def sweep_op(op: str, tiles: Tiles, calls: Sequence[Case], device: str, measure: Measure) -> Iterator[Sweep]:
     """One sweep for each range of the op's rule; of a range in which no call lies the rule's values stay."""
-    last = tiles.ranges[-1][0]
-    for (limit, rule), least in zip(tiles.ranges, [0, *(limit for limit, _ in tiles.ranges)], strict=False):
+    least, last = 0, tiles.ranges[-1][0]
+    for limit, rule in tiles.ranges:
         trials = _Trials(op, tiles, rule, device)
         for case in calls:
-            trials.time(case, lambda size, least=least, limit=limit: least < size <= limit, measure)
+            trials.time(case, least, limit, measure)
         chosen, ratio = trials.fastest()
-        described = [dict(zip(tiles.names, values, strict=True)) for values in (rule, chosen)]
-        rejected = {str(values): reason for values, reason in trials.rejected.items()}
-        size = None if limit == last else limit
+        least = limit
         yield Sweep(
-            op, size, tuple(trials.names), *described, round(ratio, 4), len(trials.us) + len(rejected), rejected
+            op=op,
+            size=None if limit == last else limit,
+            calls=tuple(trials.names),
+            rule=dict(zip(tiles.names, rule, strict=True)),
+            chosen=dict(zip(tiles.names, chosen, strict=True)),
+            ratio=round(ratio, 4),
+            tried=len(trials.us) + len(trials.rejected),
+            rejected={str(values): reason for values, reason in trials.rejected.items()},
         )
 
 
@@ -134,19 +139,24 @@ class _Trials:
         self.us: dict[Values, list[float]] = {}
         self.rejected: dict[Values, str] = {}
 
-    def time(self, case: Case, within: Callable[[int], bool], measure: Measure) -> None:
-        """Time all values on a call, if all of its launches are `within` the range."""
+    def time(self, case: Case, least: int, limit: int, measure: Measure) -> None:
+        """Time all values on a call, if the sizes of all its launches are above `least` and up to `limit`."""
         call = partial(self.function, **place(make_inputs(OPS[self.op], case), "torch", self.device))
         sizes: list[int] = []
-        with torch.no_grad(), self.tiles.using(lambda size: (sizes.append(size), _rule(self.tiles, size))[1]):
+
+        def noted(size: int) -> Values:
+            sizes.append(size)
+            return next(values for up_to, values in self.tiles.ranges if size <= up_to)
+
+        with torch.no_grad(), self.tiles.using(noted):
             want = _outputs(call())
-        if not sizes or not all(map(within, sizes)):
+        if not sizes or min(sizes) <= least or max(sizes) > limit:
             return
         self.names.append(case.name)
         for values in dict.fromkeys((self.rule, *product(*self.tiles.choices))):
             if values in self.rejected:
                 continue
-            with torch.no_grad(), self.tiles.using(lambda size, values=values: values):
+            with torch.no_grad(), self.tiles.using(_always(values)):
                 try:
                     same = all(map(_same_bits, _outputs(call()), want))
                     us = measure(call) if same else 0.0
@@ -168,7 +178,7 @@ class _Trials:
         for values in sorted(ratios, key=ratios.__getitem__):
             if values == self.rule or ratios[values] >= GAIN:
                 break
-            with self.tiles.using(lambda size, values=values: values):  # whatever the size of a core case is
+            with self.tiles.using(_always(values)):  # whatever the size of a core case is
                 problem = _fails(self.op, self.device)
             if problem is None:
                 return values, ratios[values]
@@ -180,8 +190,8 @@ class _Trials:
         self.us.pop(values, None)
 
 
-def _rule(tiles: Tiles, size: int) -> Values:
-    return next(values for limit, values in tiles.ranges if size <= limit)
+def _always(values: Values) -> Callable[[int], Values]:
+    return lambda size: values
 
 
 def _outputs(results: Any) -> tuple[torch.Tensor, ...]:

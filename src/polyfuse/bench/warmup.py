@@ -121,9 +121,9 @@ def _noted(kernels: list[Kernel]) -> Iterator[None]:
     if find_spec("triton") is None:
         yield
         return
-    import triton
+    from triton import knobs
 
-    settings: Any = triton.knobs.compilation
+    settings: Any = knobs.compilation
     outer = settings.listener
 
     def listen(*, src: Any, times: Any, cache_hit: bool, **others: Any) -> None:
