@@ -171,7 +171,8 @@ from polyfuse.triton_impl.gated_rms_norm import TILES, _kernel, _plan
 CPU = torch.device("cpu")
 for rows, dims in ((32, 1), (8192 * 32, 1), (8192 * 32, 2), (8192 * 32, 3)):
     gate = {1: (4096, 256, 128, 1), 2: (2**13, 2**9, 128, 1), 3: (2**14, 2**9, 128, 1)}[dims]
-    _, _, fixed, warps = _plan((rows // 32, 16, 2, 128), (4096, 256, 128, 1), gate, True, *TILES.choose(rows * 128, CPU))
+    tile = TILES.choose(rows * 128, CPU)
+    _, _, fixed, warps = _plan((rows // 32, 16, 2, 128), (4096, 256, 128, 1), gate, True, *tile)
     assert fixed[6] == dims
     types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names} | {"eps": "fp32", "offset": "fp32"}
     constants = dict(zip(("DIMS", "V", "SILU", "WIDE", "ROWS"), fixed[6:]))
