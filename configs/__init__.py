@@ -3,7 +3,7 @@
 if __name__ != "polyfuse.configs":
     raise ImportError(f"import polyfuse.configs, not {__name__}")
 
-from polyfuse.configs._environment import check_variables, did_you_mean, flag, shadow
+from polyfuse.configs._environment import check_variables, did_you_mean, flag, shadow, tuning_is_frozen
 from polyfuse.configs._load import (
     EncoderConfig,
     Level,
@@ -15,6 +15,8 @@ from polyfuse.configs._load import (
     model_configs,
     platform_order,
     projection_strategies,
+    tuned_ranges,
+    tuning_file,
     user_config,
 )
 
@@ -33,5 +35,8 @@ __all__ = [
     "platform_order",
     "projection_strategies",
     "shadow",
+    "tuned_ranges",
+    "tuning_file",
+    "tuning_is_frozen",
     "user_config",
 ]

@@ -9,7 +9,7 @@ PREFIX = "POLYFUSE_"
 BACKEND = "POLYFUSE_BACKEND"
 ENCODER = "POLYFUSE_ENCODER_"
 SHADOW = ("POLYFUSE_SHADOW", "POLYFUSE_SHADOW_DUMP", "POLYFUSE_SHADOW_SEED")
-SINGLE = (BACKEND, "POLYFUSE_CONFIG", "POLYFUSE_LOG", "POLYFUSE_STREAMS", "POLYFUSE_STRICT", *SHADOW)
+SINGLE = (BACKEND, "POLYFUSE_CONFIG", "POLYFUSE_LOG", "POLYFUSE_STREAMS", "POLYFUSE_STRICT", "POLYFUSE_TUNING", *SHADOW)
 
 
 def known_variables() -> list[str]:
@@ -33,6 +33,14 @@ def flag(name: str) -> bool | None:
     if value not in ("0", "1"):
         raise SpecError(f"environment variable {name}: expected 0 or 1, got {value!r}")
     return value == "1"
+
+
+def tuning_is_frozen() -> bool:
+    """Whether kernels may run with measured launch parameters only. Raises `SpecError` for an unknown value."""
+    value = os.environ.get("POLYFUSE_TUNING")
+    if value not in (None, "", "frozen"):
+        raise SpecError(f"environment variable POLYFUSE_TUNING: expected frozen, got {value!r}")
+    return value == "frozen"
 
 
 def shadow() -> tuple[float, int]:

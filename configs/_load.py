@@ -122,12 +122,30 @@ class ProjectionEntry(_Strict):
     ranges: list[StrategyRange]
 
 
+class LaunchRange(_Strict):
+    """Launch parameters for calls of up to a size; the last range has no limit."""
+
+    size: int | None = None
+    parameters: dict[str, int]
+
+
+class LaunchEntry(_Strict):
+    """Measured launch parameters of an op's Triton kernel: of that source, Triton and architecture alone."""
+
+    op: str
+    source: str
+    triton: str
+    arch: str
+    ranges: Annotated[list[LaunchRange], Field(min_length=1)]
+
+
 class Tuning(_Strict):
-    """What was measured on one device, and with what."""
+    """What was measured on one device, and with what. `launch` is written by `polyfuse tune`."""
 
     device: str
     versions: dict[str, str]
     gdn_in_proj: list[ProjectionEntry] = []
+    launch: list[LaunchEntry] = []
 
 
 Cases = Literal["all", "sample", "core", "none"]
@@ -308,6 +326,28 @@ def projection_strategies(
         return {}
     entries = _read(ROOT / "tuning" / f"{name}.yaml", Tuning).gdn_in_proj
     return {(e.hidden, e.n1, e.n2, e.dtype): tuple((r.rows, tuple(r.ranking)) for r in e.ranges) for e in entries}
+
+
+def tuning_file(device: str, folder: Path | None = None) -> Path:
+    """The file of what was measured on a device, in a folder: by default the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (folder or cache / "polyfuse" / "tuning") / f"{device.lower().replace(' ', '_')}.yaml"
+
+
+def launch_entries(path: Path) -> list[LaunchEntry]:
+    """What a file says of launches; nothing if there is none."""
+    return _read(path, Tuning).launch if path.is_file() else []
+
+
+def tuned_ranges(
+    device: str, op: str, source: str, triton: str, arch: str
+) -> tuple[tuple[int | None, dict[str, int]], ...] | None:
+    """The measured launch parameters of a kernel by size, from the user's cache, else as they come with the package."""
+    for path in (tuning_file(device), tuning_file(device, ROOT / "tuning")):
+        for entry in launch_entries(path):
+            if (entry.op, entry.source, entry.triton, entry.arch) == (op, source, triton, arch):
+                return tuple((r.size, dict(r.parameters)) for r in entry.ranges)
+    return None
 
 
 @lru_cache(maxsize=8)

@@ -74,6 +74,7 @@ def package_stub(specs: Iterable[OpSpec], former: dict[str, str]) -> str:
     specs = list(specs)
     names = {
         "polyfuse._ops": [*(spec.name for spec in specs), *result_names(specs)],
+        "polyfuse.bench.warmup": ["warmup"],
         "polyfuse.conformance.shadow": ["shadow_report"],
         "polyfuse.dispatch": ["call_counts", "explain", "refresh", "use_backend"],
         "polyfuse.spec": ["BackendError", "SpecError", "Unsupported"],

@@ -15,14 +15,15 @@ from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._gdn import fast_sigmoid, silu, sum_of_squares
 from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._tuning import Ranges, Tiles
 
 NAME = "gated_rms_norm"
 
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), ranges={"V": (0, 2**15)}, interpreted=("cpu",))
 
-# (up to this many elements of x, elements per program, warps): few rows need many programs; of many, each program has
+# Up to this many elements of x: elements per program, warps. Few rows need many programs; of many, each program has
 # several loads in flight. A load is 16 bytes of 16-bit numbers.
-TILES = ((2**18, 512, 2), (2**63, 2048, 4))
+RANGES: Ranges = ((2**18, (512, 2)), (2**63, (2048, 4)))
 WARP_ELEMENTS = 512  # at most, in a long row
 WIDE_ROWS = 2**31  # from here on rows are numbered in 64 bits
 MOST_DIMS = 3  # that rows are numbered in
@@ -91,6 +92,7 @@ def _kernel(
 
 
 _launch = Launcher(NAME, _kernel)
+TILES = Tiles(_launch, ("elements", "warps"), RANGES, ((256, 512, 1024, 2048, 4096), (1, 2, 4, 8)))
 
 
 def _merged(shape: tuple[int, ...], x_strides: tuple[int, ...], gate_strides: tuple[int, ...]) -> Leading:
@@ -108,7 +110,12 @@ def _merged(shape: tuple[int, ...], x_strides: tuple[int, ...], gate_strides: tu
 
 @lru_cache(maxsize=1024)
 def _plan(
-    shape: tuple[int, ...], x_strides: tuple[int, ...], gate_strides: tuple[int, ...], silu: bool
+    shape: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    gate_strides: tuple[int, ...],
+    silu: bool,
+    elements: int,
+    warps: int,
 ) -> tuple[int, tuple[int, ...], tuple[int | bool, ...], int] | None:
     """The number of programs, what they take behind offset, that is numbers and fixed, and their warps.
 
@@ -119,7 +126,6 @@ def _plan(
     if len(dims) > MOST_DIMS or (width > 1 and (x_strides[-1] != 1 or gate_strides[-1] != 1)):
         return None
     rows, columns = prod(lead), triton.next_power_of_2(width)
-    elements, warps = next(tile[1:] for tile in TILES if rows * columns <= tile[0])
     tile_rows = max(1, elements // columns)
     outer, *between, inner = [(1, 0, 0)] * (2 - len(dims)) + dims
     middle = between[0] if between else (1, 0, 0)
@@ -155,10 +161,11 @@ def gated_rms_norm(
     if y.numel() == 0:
         return y
     silu = activation == "silu"
-    plan = _plan(x.shape, x.stride(), gate.stride(), silu)
+    tile = TILES.choose(y.numel(), x.device)
+    plan = _plan(x.shape, x.stride(), gate.stride(), silu, *tile)
     while plan is None:
         x, gate = _copied(x, gate)
-        plan = _plan(x.shape, x.stride(), gate.stride(), silu)
+        plan = _plan(x.shape, x.stride(), gate.stride(), silu, *tile)
     programs, numbers, fixed, warps = plan
     floats = max(eps, FP32_TINY), weight_offset  # a zero row must give zeros
     _launch((programs, 1, 1), (x, gate, weight.contiguous()), (y,), (*floats, *numbers), fixed, warps)

@@ -14,16 +14,17 @@ from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._gdn import gate_layout, gate_tile, l2_normalise, new_outputs
 from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._tuning import Ranges, Tiles
 
 NAME = "gdn_post_conv"
 
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
 
-SHORT = 256  # up to this many tokens a program takes few elements, so that there are many programs
-ELEMENTS = (1024, 4096)  # per program of a short, a long call: 128 threads load 16 bytes at a time
+# Up to this many tokens: elements per program, of which 128 threads load 16 bytes at a time, and g and beta per
+# program. Of a short call a program takes few, so that there are many programs.
+RANGES: Ranges = ((256, (1024, 128)), (2**63, (4096, 512)))
 COLUMNS = 1024  # per program: whole pages of a row
 STRIDED_ELEMENTS = 8192  # where the tokens are what is contiguous: 64 of one head of 128
-GATES = (128, 512)  # g and beta per program of a short, a long call
 
 
 @triton.jit
@@ -122,18 +123,19 @@ def _kernel(
 
 
 _launch = Launcher(NAME, _kernel)
+TILES = Tiles(_launch, ("elements", "gates"), RANGES, ((1024, 2048, 4096, 8192), (128, 256, 512)))
 
 
 @lru_cache(maxsize=256)
-def _tile(short: bool, strided: bool, H: int, K: int, HV: int, V: int) -> tuple[int, int, int, int, int]:
+def _tile(elements: int, gates: int, strided: bool, H: int, K: int, HV: int, V: int) -> tuple[int, int, int, int, int]:
     """What a program takes: tokens, heads of q and k, heads of v, tokens of gates; and its warps."""
     width, width_v = triton.next_power_of_2(K), triton.next_power_of_2(V)
-    gate_tokens = max(1, GATES[not short] // triton.next_power_of_2(HV or 1))
+    gate_tokens = max(1, gates // triton.next_power_of_2(HV or 1))
     if strided:
         return max(1, min(64, STRIDED_ELEMENTS // max(width, width_v))), 1, 1, gate_tokens, 8
     heads = gcd(H, max(1, COLUMNS // width))
     heads_v = gcd(HV, max(1, COLUMNS // width_v))
-    tokens = max(1, ELEMENTS[not short] // max(heads * width, heads_v * width_v))
+    tokens = max(1, elements // max(heads * width, heads_v * width_v))
     return tokens, heads, heads_v, gate_tokens, 4
 
 
@@ -159,7 +161,7 @@ def gdn_post_conv(
     inputs = conv_out, a, b, A_log.contiguous(), dt_bias.contiguous()
     strides = conv_out.stride()
     dims = num_k_heads, head_k_dim, value_heads, head_v_dim
-    *tile, warps = _tile(length <= SHORT, strides[1] != 1, *dims)
+    *tile, warps = _tile(*TILES.choose(length, conv_out.device), strides[1] != 1, *dims)
     tokens, heads, heads_v, gate_tokens = tile
     blocks = 2 * (num_k_heads // heads) + value_heads // heads_v
     programs = -(-length // gate_tokens) + -(-length // tokens) * blocks

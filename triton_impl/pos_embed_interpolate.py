@@ -1,32 +1,44 @@
-"""The Triton backend of `pos_embed_interpolate`: one launch for all images and options.
+"""The Triton backend of `pos_embed_interpolate`: one launch for all images of a grid on the device.
 
 A program computes a few consecutive rows, neighbours in the image, so that the table rows they share are read
 from L1. Index arithmetic is exact, by unsigned integer division, and done once per row.
+
+The images of a grid on the host are arguments of the kernel, up to 16 in a launch: nothing is copied to the device, so
+that the host never waits for it, and a captured graph holds the images itself.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
 from math import isqrt
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import Capability, Unsupported
+from polyfuse.spec import Capability
 from polyfuse.triton_impl._common import INTERPRETED, round_to, widen
 from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._tuning import Ranges, Tiles
 
 NAME = "pos_embed_interpolate"
 
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
 
-# (up to this many rows, rows per program, most column blocks per program): small results need many programs.
-TILES: tuple[tuple[int, int, int], ...] = ((2048, 16, 1), (2**63, 32, 6))
+# Up to this many rows: rows per program, most column blocks per program. Small results need many programs.
+RANGES: Ranges = ((2048, (16, 1)), (2**63, (32, 6)))
 BLOCK_BYTES = 128  # of a table row, read at a time: one cache line, 16 bytes for each of 8 lanes
 if INTERPRETED.value:  # it pays per operation, not per element
-    TILES, BLOCK_BYTES = ((2**63, 256, 1),), 4096
+    RANGES, BLOCK_BYTES = ((2**63, (256, 1)),), 4096
 BLOCK_IMAGES = 32
 WIDE_ROWS = 2**30  # from here on row numbers are 64-bit
+ARGUMENTS = tl.constexpr(16)  # images of a host grid that one launch takes
+# How an image lies in one of them: its width, its height, the row behind its last one, and a 1 that makes all 64-bit.
+HEIGHT_AT = tl.constexpr(15)
+ROW_AT = tl.constexpr(30)
+ONE_AT = tl.constexpr(62)
+SIDES = tl.constexpr(2**15)  # that a height and a width are below
+ROWS = tl.constexpr(2**32)
 
 
 @triton.jit
@@ -98,10 +110,30 @@ def _locate(
     return image, start, tl.where(broken == 0, total, rows.to(tl.int64) + 1)
 
 
-@triton.jit(do_not_specialize=["rows", "height", "width", "used", "images", "image_stride", "value_stride"])
+@triton.jit
+def _look_up(row, packed):
+    """Each row's image among those that `_pack` made: its first row, height and width."""
+    start = row * 0
+    height = start.to(tl.uint32)
+    width = start.to(tl.uint32)
+    end = start
+    for i in tl.static_range(ARGUMENTS):
+        past = row >= end  # all images before this one
+        start = tl.where(past, end, start)
+        height = tl.where(past, ((packed[i] >> HEIGHT_AT) % SIDES).to(tl.uint32), height)
+        width = tl.where(past, (packed[i] % SIDES).to(tl.uint32), width)
+        end = start * 0 + ((packed[i] >> ROW_AT) % ROWS).to(row.dtype)
+    return start, height, width
+
+
+NUMBERS = ["rows", "height", "width", "used", "images", "image_stride", "value_stride"]
+NUMBERS += [f"image_{i}" for i in range(ARGUMENTS.value)]
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def _kernel(
     table_ptr,  # [NH*N, D]
-    grid_ptr,  # [images, 3], or None for one image of height x width that fills `used` rows
+    grid_ptr,  # [images, 3], or None for images of the host that fill `used` rows
     base_ptr,  # [rows, D] or None
     out_ptr,  # [rows, D]
     rows,
@@ -111,6 +143,22 @@ def _kernel(
     images,
     image_stride,
     value_stride,
+    image_0,  # of several images of the host; None for one of height x width
+    image_1,
+    image_2,
+    image_3,
+    image_4,
+    image_5,
+    image_6,
+    image_7,
+    image_8,
+    image_9,
+    image_10,
+    image_11,
+    image_12,
+    image_13,
+    image_14,
+    image_15,
     table_stride,
     base_stride,
     D: tl.constexpr,
@@ -136,10 +184,16 @@ def _kernel(
 
     if grid_ptr is None:
         live = row < used
-        image_row = row
-        h = height.to(tl.uint32)
-        w = width.to(tl.uint32)
         fill = 0.0
+        if image_0 is None:
+            image_row = row
+            h = height.to(tl.uint32)
+            w = width.to(tl.uint32)
+        else:
+            low = (image_0, image_1, image_2, image_3, image_4, image_5, image_6, image_7)
+            high = (image_8, image_9, image_10, image_11, image_12, image_13, image_14, image_15)
+            start, h, w = _look_up(row, low + high)
+            image_row = row - start
     else:
         image, start, total = _locate(row, grid_ptr, images, image_stride, value_stride, rows, SIDE, MERGE, IMAGES)
         live = row < tl.where(total > rows, 0, total)
@@ -191,6 +245,7 @@ def _kernel(
 
 
 _launch = Launcher(NAME, _kernel)
+TILES = Tiles(_launch, ("block_rows", "most_blocks"), RANGES, ((8, 16, 32, 64), (1, 2, 3, 6, 9)))
 
 
 @lru_cache(maxsize=64)
@@ -201,20 +256,48 @@ def _blocks(width: int, itemsize: int, most: int) -> tuple[int, int]:
     return block, max(n for n in range(1, most + 1) if across % n == 0)
 
 
-@lru_cache(maxsize=64)
-def _grid_tensor(grid: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> torch.Tensor:
-    """A host grid on the device. Kept per stream: its memory is reused in that stream's order."""
-    return torch.tensor(grid, dtype=torch.int64, device=device)
+class _Piece(NamedTuple):
+    """What one launch computes: rows of the result, from the first one on, and the kernel's numbers for its images."""
+
+    first: int
+    rows: int
+    height: int = 0
+    width: int = 0
+    used: int = 0
+    packed: tuple[int | None, ...] = (None,) * ARGUMENTS.value
 
 
-def _to_device(grid: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise Unsupported(
-            f"{NAME}: grid_thw: a graph cannot capture the copy of {len(grid)} images to the device; "
-            "try a tensor on the device, with out_rows"
-        )
-    stream = 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
-    return _grid_tensor(tuple(map(tuple, grid)), device, stream)
+@lru_cache(maxsize=256)
+def _pieces(grid: tuple[tuple[int, int, int], ...], out_rows: int | None) -> tuple[_Piece, ...]:
+    """The launches for images on the host; the last one computes the rows past all images too."""
+    images = [(t * h * w, h, w) for t, h, w in grid if t]
+    pieces, first = [], 0
+    while images:
+        count = next(n for n in range(min(len(images), ARGUMENTS.value), 0, -1) if n == 1 or _packable(images[:n]))
+        taken, images = images[:count], images[count:]
+        used = sum(rows for rows, _, _ in taken)
+        one = (*taken[0][1:], used) if count == 1 else (0, 0, used, _pack(taken))
+        pieces.append(_Piece(first, used, *one))
+        first += used
+    if not pieces:
+        return (_Piece(0, out_rows or 0),)
+    if out_rows is not None:
+        pieces[-1] = pieces[-1]._replace(rows=out_rows - pieces[-1].first)
+    return tuple(pieces)
+
+
+def _packable(images: Sequence[tuple[int, int, int]]) -> bool:
+    side, rows = max(max(h, w) for _, h, w in images), sum(rows for rows, _, _ in images)
+    return side < SIDES.value and rows < ROWS.value
+
+
+def _pack(images: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
+    """The images as arguments of the kernel; those that are left over begin behind the last row."""
+    packed, end = [], 0
+    for rows, h, w in [*images, *[(0, 0, 0)] * (ARGUMENTS.value - len(images))]:
+        end += rows
+        packed.append(1 << ONE_AT.value | end << ROW_AT.value | h << HEIGHT_AT.value | w)
+    return tuple(packed)
 
 
 def pos_embed_interpolate(
@@ -230,39 +313,41 @@ def pos_embed_interpolate(
     table_height: int | None = None,
 ) -> torch.Tensor:
     """Returns [rows, D], rounded once."""
-    used = 0 if isinstance(grid_thw, torch.Tensor) else sum(t * h * w for t, h, w in grid_thw)
-    rows = used if out_rows is None else out_rows
+    grid: torch.Tensor | None = None
+    images = image_stride = value_stride = base_stride = 0
+    if isinstance(grid_thw, torch.Tensor):
+        grid = grid_thw
+        images, (image_stride, value_stride) = len(grid), grid.stride()
+        pieces: tuple[_Piece, ...] = (_Piece(0, out_rows or 0),)
+    else:
+        pieces = _pieces(tuple((t, h, w) for t, h, w in grid_thw), out_rows)
+    rows = pieces[-1].first + pieces[-1].rows
     cells, columns = table.shape
     like = table if base is None else base
     dtype = getattr(torch, out_dtype) if out_dtype else like.dtype
     out = torch.empty((rows, columns), dtype=dtype, device=table.device)
     if rows == 0 or columns == 0:
         return out
-    grid = grid_thw if isinstance(grid_thw, torch.Tensor) else None
-    height = width = images = image_stride = value_stride = base_stride = 0
-    if not isinstance(grid_thw, torch.Tensor):
-        if len(grid_thw) == 1:
-            _, height, width = grid_thw[0]
-        else:
-            grid = _to_device(grid_thw, table.device)
-    if grid is not None:
-        images, (image_stride, value_stride) = len(grid), grid.stride()
     if table.stride(1) != 1:
         table = table.contiguous()
     if base is not None:
         base = base if base.stride(1) == 1 else base.contiguous()
         base_stride = base.stride(0)
     bicubic = mode == "bicubic"
-    block_rows, most_blocks = next(tile[1:] for tile in TILES if rows <= tile[0])
-    block_columns, blocks = _blocks(columns, table.element_size(), most_blocks)
-    programs = -(-rows // block_rows) * -(-columns // (block_columns * blocks))
-    numbers = rows, height, width, used, images, image_stride, value_stride
     strides = table.stride(0), base_stride
     table_rows = isqrt(cells) if table_height is None else table_height
-    options = columns, table_rows, cells // table_rows, merge_size, bicubic, align_corners, rows >= WIDE_ROWS
-    fixed = *strides, *options, block_rows, block_columns, blocks, BLOCK_IMAGES
+    options = columns, table_rows, cells // table_rows, merge_size, bicubic, align_corners
     # Two rows of 16 taps a thread would take 200 registers.
     warps = 8 if bicubic else 4
-    # The result is looked at as the inputs are: its dtype may be any of them.
-    _launch((programs, 1, 1), (table, grid, base, out), (), numbers, fixed, warps)
+    for first, own, height, width, used, packed in pieces:
+        block_rows, most_blocks = TILES.choose(own, table.device)
+        block_columns, blocks = _blocks(columns, table.element_size(), most_blocks)
+        programs = -(-own // block_rows) * -(-columns // (block_columns * blocks))
+        part, part_base = out, base
+        if len(pieces) > 1:
+            part, part_base = out[first : first + own], base if base is None else base[first : first + own]
+        numbers = own, height, width, used, images, image_stride, value_stride, *packed
+        fixed = *strides, *options, own >= WIDE_ROWS, block_rows, block_columns, blocks, BLOCK_IMAGES
+        # The result is looked at as the inputs are: its dtype may be any of them, and a part of it begins anywhere.
+        _launch((programs, 1, 1), (table, grid, part_base, part), (), numbers, fixed, warps)
     return out

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC_OPS = (*OPS, *result_names(OPS.values()))
 _DISPATCH = ("call_counts", "explain", "refresh", "use_backend")
 
-__all__ = ["BackendError", "SpecError", "Unsupported", "shadow_report", *_DISPATCH, *_PUBLIC_OPS]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["BackendError", "SpecError", "Unsupported", "shadow_report", "warmup", *_DISPATCH, *_PUBLIC_OPS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +22,8 @@ def __getattr__(name: str) -> Any:
         from polyfuse import dispatch as source
     elif name == "shadow_report":
         from polyfuse.conformance import shadow as source
+    elif name == "warmup":
+        from polyfuse.bench import warmup as source
     else:
         raise AttributeError(f"module 'polyfuse' has no attribute {name!r}")
     value = getattr(source, name)

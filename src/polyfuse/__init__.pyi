@@ -18,6 +18,7 @@ from polyfuse._ops import pos_embed_interpolate as pos_embed_interpolate
 from polyfuse._ops import rms_norm_block_quant as rms_norm_block_quant
 from polyfuse._ops import segment_attention as segment_attention
 from polyfuse._ops import silu_mul_block_quant as silu_mul_block_quant
+from polyfuse.bench.warmup import warmup as warmup
 from polyfuse.conformance.shadow import shadow_report as shadow_report
 from polyfuse.dispatch import call_counts as call_counts
 from polyfuse.dispatch import explain as explain

@@ -41,6 +41,7 @@ def invoke(*args, env=None):
         "soak encoder",
         "demo",
         "new-backend",
+        "warmup",
     ],
 )
 def test_every_command_has_help_with_an_example(command):
@@ -92,6 +93,13 @@ def test_explain_as_json():
         (["bench", "dispatch", "--device", "nope"], "--device: expected a device of this machine"),
         (["bench", "dispatch", "--op", "nope"], f"op: expected one of {OP}"),
         (["bench", "--model", "nope"], "--model: expected one of qwen3"),
+        (["warmup", "--model", "nope"], "warmup: model: expected one of qwen3"),
+        (["warmup", "--model", "qwen3_vl_8b", "--device", "nope"], "warmup: device: expected a device of this machine"),
+        (["warmup", "--model", "qwen3_vl_8b", "--op", "nope"], f"op: expected one of {OP}"),
+        (
+            ["warmup", "--model", "qwen3_vl_8b", "--device", "cpu"],
+            "warmup: device: expected an accelerator: on a CPU nothing is compiled, and Triton kernels are interpreted",
+        ),
         (["bench", "encoder", "--model", "nope"], "'nope' is not one of 'qwen3_vl', 'qwen3_5', 'qwen2_5_vl', 'siglip'"),
         (["bench", "encoder", "--part", "nope"], "'nope' is not one of 'tower', 'trace'"),
         (["bench", "encoder", "--policy", "nope"], "'nope' is not one of 'greedy', 'optimal'"),

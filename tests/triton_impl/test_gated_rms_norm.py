@@ -63,7 +63,7 @@ def test_a_row_computed_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("width", [72, 128])
-def test_rows_do_not_depend_on_batch_layout_or_tile(width: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_batch_layout_or_tile(width: int, dtype: str) -> None:
     """Alone and together, in large and in small tiles, in every layout that the numbers may have: the same bits."""
     args = arguments(Case("rows", {"...": (6, 5, 2), "V": width}, {}, dict.fromkeys(BF16, dtype)))
     want = gated_rms_norm(**args)
@@ -82,11 +82,9 @@ def test_rows_do_not_depend_on_batch_layout_or_tile(width: int, dtype: str, monk
             same(**{name: layout.copy_(whole)})
     same(x=args["x"][2:3], gate=args["gate"][2:3])
     same(x=args["x"][2:5], gate=args["gate"][2:5])
-    for elements, warps in ((width, 1), (4096, 4), *(tile[1:] for tile in TILES)):
-        monkeypatch.setattr(module, "TILES", ((2**63, elements, warps),))
-        module._plan.cache_clear()
-        same()
-    module._plan.cache_clear()
+    for tile in ((width, 1), (4096, 4), *(values for _, values in TILES.ranges)):
+        with TILES.using(lambda elements: tile):  # noqa: B023
+            same()
 
 
 @pytest.mark.parametrize(
@@ -167,11 +165,14 @@ def test_a_row_that_no_program_can_hold_is_refused() -> None:
 COMPILE = """
 import re
 from tests.triton_impl.hopper import compile_for_hopper
-from polyfuse.triton_impl.gated_rms_norm import _kernel, _plan
+import torch
+from polyfuse.triton_impl.gated_rms_norm import TILES, _kernel, _plan
 
+CPU = torch.device("cpu")
 for rows, dims in ((32, 1), (8192 * 32, 1), (8192 * 32, 2), (8192 * 32, 3)):
     gate = {1: (4096, 256, 128, 1), 2: (2**13, 2**9, 128, 1), 3: (2**14, 2**9, 128, 1)}[dims]
-    _, _, fixed, warps = _plan((rows // 32, 16, 2, 128), (4096, 256, 128, 1), gate, True)
+    tile = TILES.choose(rows * 128, CPU)
+    _, _, fixed, warps = _plan((rows // 32, 16, 2, 128), (4096, 256, 128, 1), gate, True, *tile)
     assert fixed[6] == dims
     types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names} | {"eps": "fp32", "offset": "fp32"}
     constants = dict(zip(("DIMS", "V", "SILU", "WIDE", "ROWS"), fixed[6:]))

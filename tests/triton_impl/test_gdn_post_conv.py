@@ -141,10 +141,10 @@ def test_decay_is_accurate_where_the_exponential_underflows() -> None:
 COMPILE = """
 import re
 from tests.triton_impl.hopper import compile_for_hopper
-from polyfuse.triton_impl.gdn_post_conv import _kernel, _tile
+from polyfuse.triton_impl.gdn_post_conv import TILES, _kernel, _tile
 
 for row, column in (("i32", 1), (1, "i32")):
-    *tile, warps = _tile(False, column != 1, 16, 128, 32, 128)
+    *tile, warps = _tile(*TILES.ranges[-1][1], column != 1, 16, 128, 32, 128)
     types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names}
     types |= {"g_ptr": "*fp32", "beta_ptr": "*fp32", "eps": "fp32"}
     constants = dict(a_column=1, b_column=1, H=16, K=128, HV=32, V=128, L2NORM=True, G_EXP=False)

@@ -126,7 +126,7 @@ def test_every_op_launches_what_triton_would(run_uninterpreted: Callable[[str], 
         "gdn_decode 47 57",
         "gated_rms_norm 12 20",
         "gated_delta_rule 20 26",
-        "pos_embed_interpolate 16 24",
+        "pos_embed_interpolate 17 26",
         "in_proj 23 30",
     ]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton.language as tl
 
+import polyfuse
 from polyfuse.conformance import Case, cases
 from polyfuse.conformance.checks.values import compare
 from polyfuse.conformance.inputs import make_inputs
@@ -16,6 +17,7 @@ from polyfuse.triton_impl import _common, _launch
 from polyfuse.triton_impl import pos_embed_interpolate as module
 from polyfuse.triton_impl.pos_embed_interpolate import pos_embed_interpolate
 from tests._torch.cases import UNUSABLE_IMAGES
+from tests.triton_impl.helpers import CompilingKernel
 
 exact = oracle("pos_embed_interpolate").intervals
 
@@ -45,14 +47,17 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_the_oracle_in_one_launch(case: Case, launches: list[tuple[int, ...]], poisoned_memory: None) -> None:
+def test_equals_the_oracle_in_a_launch_for_16_images(
+    case: Case, launches: list[tuple[int, ...]], poisoned_memory: None
+) -> None:
     values = make_inputs(SPEC, case)
     args = arguments(values)
     before = {k: to_numpy(v).tobytes() for k, v in args.items() if isinstance(v, torch.Tensor)}
     got = pos_embed_interpolate(**args)
     assert compare("out", to_numpy(got), exact(**values)["out"], bind(SPEC, values).outputs[0].dtype) is None
     assert {k: to_numpy(args[k]).tobytes() for k in before} == before
-    assert len(launches) == (got.numel() > 0)
+    images = 1 if isinstance(args["grid_thw"], torch.Tensor) else sum(t > 0 for t, _, _ in args["grid_thw"])
+    assert len(launches) == (max(1, -(-images // 16)) if got.numel() else 0)
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
@@ -66,13 +71,13 @@ def test_an_images_rows_do_not_depend_on_the_batch(mode: str) -> None:
     assert torch.equal(padded, torch.nn.functional.pad(alone, (0, 0, 0, 30)))
 
 
-@pytest.fixture(params=[((2**63, 16, 1),), ((2**63, 32, 2),), ((2**63, 32, 6),)], ids=str)
+@pytest.fixture(params=[(16, 1), (32, 2), (32, 6)], ids=str)
 def other_tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The tiles of a GPU, also where the kernel is interpreted."""
-    monkeypatch.setattr(module, "TILES", request.param)
     monkeypatch.setattr(module, "BLOCK_BYTES", 128)
     module._blocks.cache_clear()
-    yield
+    with module.TILES.using(lambda rows: request.param):
+        yield
     module._blocks.cache_clear()
 
 
@@ -83,8 +88,7 @@ def test_tiles_do_not_change_bits(grid: Any, width: int, other_tile: None, poiso
     got = pos_embed_interpolate(**arguments(values))
     assert compare("out", to_numpy(got), exact(**values)["out"], "float32") is None
     module._blocks.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TILES", ((2**63, 64, 1),))
+    with pytest.MonkeyPatch.context() as patch, module.TILES.using(lambda rows: (64, 1)):
         patch.setattr(module, "BLOCK_BYTES", 1024)
         assert torch.equal(pos_embed_interpolate(**arguments(values)), got)
 
@@ -135,12 +139,59 @@ def test_an_unusable_image_poisons_the_result(image: tuple[int, int, int]) -> No
     assert pos_embed_interpolate(normal(36, 8), grid, base=normal(16, 8), out_rows=16).isnan().all()
 
 
-def test_a_repeated_host_grid_is_copied_once() -> None:
-    table = normal(36, 8)
-    module._grid_tensor.cache_clear()
-    for _ in range(3):
-        pos_embed_interpolate(table, MIXED)
-    assert module._grid_tensor.cache_info()[:2] == (2, 1)
+FRAMES = tuple((1 + i % 3, 2 + 2 * (i % 4), 2 + 2 * (i % 5)) for i in range(40))
+
+
+@pytest.mark.parametrize("count", [2, 15, 16, 17, 33, 40])
+@pytest.mark.parametrize("padding", [0, 7])
+def test_images_of_the_host_are_arguments_of_a_launch_for_each_16(
+    count: int, padding: int, launches: list[tuple[int, ...]], poisoned_memory: None
+) -> None:
+    """They give what a grid on the device gives; (0, 0, 0) is no image, and parts of the result begin anywhere."""
+    images = FRAMES[:count]
+    rows = sum(t * h * w for t, h, w in images)
+    table, base = normal(36, 5), normal(rows + padding, 5, seed=1)
+    device = torch.tensor(images, device=DEVICE)
+    want = pos_embed_interpolate(table, device, base=base, out_rows=rows + padding, align_corners=False)
+    del launches[:]
+    scattered = (images[0], (0, 0, 0), *images[1:], (0, 0, 0)) if padding else images
+    out_rows = rows + padding if padding else None
+    got = pos_embed_interpolate(table, scattered, base=base, out_rows=out_rows, align_corners=False)
+    assert torch.equal(got, want)
+    assert got[:rows].isfinite().all()
+    assert len(launches) == -(-count // 16)
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (((1, 4, 2**15), (1, 2, 2)), [(0, 2**17), (2**17, 4)]),  # too wide for an argument
+        (((1, 2, 2), (1, 2**15, 2), (1, 2, 2)), [(0, 4), (4, 2**16), (4 + 2**16, 4)]),
+        (((1, 4, 2**15 - 1), (1, 2, 2)), [(0, 2**17)]),
+        (((2**20, 64, 64), (1, 2, 2)), [(0, 2**32), (2**32, 4)]),  # too many rows
+        (((1, 2, 2), (2**20 - 1, 64, 64), (1, 32, 32)), [(0, 2**32 - 3068)]),
+    ],
+    ids=str,
+)
+def test_images_that_fit_in_no_argument_have_a_launch_of_their_own(images: Any, expected: Any) -> None:
+    assert [(piece.first, piece.rows) for piece in module._pieces(images, None)] == expected
+
+
+def test_only_padding() -> None:
+    for grid in ((), ((0, 0, 0), (0, 0, 0))):
+        assert torch.equal(pos_embed_interpolate(normal(36, 8), grid, out_rows=4).cpu(), torch.zeros(4, 8))
+
+
+def test_every_image_is_an_argument_of_one_compiled_kernel(remembers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the images are: an argument of 64 bits each, so that no batch is compiled for itself."""
+    launcher = module._launch
+    monkeypatch.setattr(module, "_launch", _launch.Launcher(launcher.op, kernel := CompilingKernel(launcher.kernel)))
+    for images in (MIXED, MIXED[:2], FRAMES[:16], ((1, 2, 2), (1, 2, 4))):
+        pos_embed_interpolate(normal(36, 8), images)
+    assert kernel.how == ["jit", "compiled", "compiled", "compiled"]
+    packed = kernel.launches[-1][2][11:27]
+    assert all(2**62 <= image < 2**63 for image in packed)
+    assert len(set(packed)) == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3.4e38, 1.00390625, 1.01171875, -0.0])
@@ -164,12 +215,46 @@ def test_a_captured_graph_follows_its_grid() -> None:
     pos_embed_interpolate(table, grid, out_rows=100)
     with torch.cuda.graph(graph):
         out = pos_embed_interpolate(table, grid, out_rows=100)
-        with pytest.raises(Unsupported, match="2 images"):
-            pos_embed_interpolate(table, ((1, 8, 6), (2, 4, 4)))
     for images in (((1, 2, 2), (0, 0, 0)), ((1, 10, 6), (4, 2, 4))):
         grid.copy_(torch.tensor(images))
         graph.replay()
         assert torch.equal(out, pos_embed_interpolate(table, images, out_rows=100))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("count", [1, 2, 16, 40])
+def test_a_captured_graph_holds_the_images_of_the_host(count: int) -> None:
+    """It is replayed after other images were computed, and after all that the capture made on the host is gone."""
+    table, images = normal(36, 24), FRAMES[:count]
+    want = pos_embed_interpolate(table, images)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = polyfuse.pos_embed_interpolate(table, [list(image) for image in images], backend="triton")
+    module._pieces.cache_clear()
+    for _ in range(2):
+        out.fill_(float("nan"))
+        pos_embed_interpolate(table, FRAMES[::-1])
+        graph.replay()
+        assert torch.equal(out, want)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the host waits for no interpreter")
+def test_the_host_waits_for_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch raises where something would synchronise, as a copy of the images would."""
+    table = normal(36, 24)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for count in (2, 3, 39):
+            pos_embed_interpolate(table, FRAMES[:count])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_under_torch_compile() -> None:
+    table = normal(36, 24)
+    compiled = torch.compile(lambda x: polyfuse.pos_embed_interpolate(x, MIXED), fullgraph=True, backend="aot_eager")
+    with polyfuse.use_backend("triton"):
+        assert torch.equal(compiled(table), pos_embed_interpolate(table, MIXED))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about a machine without a GPU")
@@ -196,6 +281,9 @@ for grid, bicubic in (("*i64", False), (None, True)):
     types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in _kernel.arg_names} | {"grid_ptr": grid}
     constants = dict(D=1152, NH=48, N=48, MERGE=2, BICUBIC=bicubic, ALIGN_CORNERS=True, WIDE=False)
     constants |= dict(BLOCK_ROWS=32, BLOCK_D=64, BLOCKS=2, IMAGES=32) | ({} if grid else {"grid_ptr": None})
+    images = [name for name in _kernel.arg_names if name.startswith("image_") and name != "image_stride"]
+    types |= dict.fromkeys(images, "i64")
+    constants |= dict.fromkeys(images) if grid else {}
     code, spilled = compile_for_hopper(_kernel, types, constants, aligned, warps=8 if bicubic else 4)
     accesses = re.findall(r"(ld|st)\\.global\\S*?\\.(v4\\.b32|b16|b32|v2\\.b32)", code)
     print(*(accesses.count((kind, "v4.b32")) for kind in ("ld", "st")), len(set(accesses)), spilled)

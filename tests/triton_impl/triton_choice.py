@@ -245,7 +245,7 @@ vary(
         "out_rows": 24,
     },
     {"table": matrix, "base": matrix, "grid_thw": (torch.Tensor.int, *layouts)},
-    grid_thw=[((1, 6, 4),), ((1, 2, 2), (1, 4, 4))],
+    grid_thw=[((1, 6, 4),), ((1, 2, 2), (1, 4, 4)), ((1, 4, 4), (1, 2, 2)), ((1, 1, 1),) * 17],
     base=[None],
     out_dtype=["float32"],
     mode=["bicubic"],

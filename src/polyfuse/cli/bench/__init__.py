@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from polyfuse.cli._device import chosen_device
@@ -36,7 +37,11 @@ def command(
     """
     if ctx.invoked_subcommand is not None:
         return
+    import torch
+
+    from polyfuse.bench.declined import declined
     from polyfuse.bench.ops import Bench, Row, run_bench
+    from polyfuse.dispatch import device_of
 
     op_names = known_ops(op_names)
     check_backends(backends)
@@ -57,5 +62,11 @@ def command(
         numbers = (f"{r.device_us:.2f}", f"{r.host_us:.1f}", f"{r.gigabytes_per_s:.0f}", f"{r.fraction:.1%}")
         table.add_row(r.op, r.model, r.case, r.backend, *numbers, *ratios)
     screen.print(table)
+    where = device_of(torch.empty(0, device=device), "torch")
+    found = [case for case in declined(where, model=model) if not op_names or case.op in op_names]
+    for case in found:
+        screen.print(f"[bold red]falls through[/] on {where.kind}: {escape(str(case))}", soft_wrap=True)
+    if not found:
+        screen.print(f"no case falls through: the first backend for {where.kind} declines none")
     if out:
         screen.print(f"written: {result.write(out)}")

@@ -1,0 +1,112 @@
+"""Compiles the kernels of all ops for a GPU that need not be there, in a process that does not interpret them.
+
+`python -m tests.triton_impl.every_arch once 100` compiles each kernel for sm_100 once, and with `models` in place of
+`once` in every form that the calls of the models need, and once if they need it in none. Prints a line for each: the
+kernel and its module, seconds, and the bytes of the binary.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import triton  # noqa: F401  before polyfuse, which chooses the interpreter where there is no GPU
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+import numpy as np  # isort: skip
+import torch  # isort: skip
+
+from polyfuse.configs import model_configs
+from polyfuse.conformance import Case
+from polyfuse.conformance.cases import cases, model_case
+from polyfuse.conformance.inputs import Described, described
+from polyfuse.dispatch import registry
+from polyfuse.spec import OPS, bind
+from polyfuse.triton_impl import _launch
+
+launched: list[tuple[_launch.Launch, tuple[Any, ...]]] = []
+
+
+def note(self: _launch.Launch, grid: tuple[int, int, int], *arguments: Any) -> None:
+    """In place of a launch."""
+    launched.append((self, arguments))
+
+
+def calls_of(op: str, arch: int) -> Iterator[tuple[Case, bool]]:
+    """What the models call, then the core cases, which reach other kernels; and whether a case is a model's."""
+    capability = registry().get("triton").load(op).capability
+    models = model_configs().items()
+    found = [(model_case(name, shape), True) for name, config in models for shape in config.bench.get(op, [])]
+    found += [(case, False) for case in cases(op) if case.name in OPS[op].core]
+    for case, is_a_models in found:
+        call = bind(OPS[op], described(OPS[op], case))
+        if capability.refusal(call, "cuda", divmod(arch, 10)) is None:
+            yield case, is_a_models
+
+
+def arguments(op: str, case: Case) -> dict[str, Any]:
+    """The arguments of a call; arrays have no values, so that large ones cost nothing."""
+    values = described(OPS[op], case)
+    for name, value in values.items():
+        if isinstance(value, Described):
+            values[name] = torch.empty(value.shape, dtype=getattr(torch, str(value.dtype)))
+        elif isinstance(value, np.ndarray):
+            values[name] = torch.from_numpy(value)
+    return values | ({"strategy": "fused"} if "strategy" in values else {})
+
+
+def launches_of(op: str, how: str, arch: int) -> Iterator[tuple[_launch.Launch, tuple[Any, ...]]]:
+    """The launches of an op's calls that are to be compiled, with their arguments."""
+    function = registry().get("triton").load(op).function
+    kernels, forms = set(), set()
+    for case, is_a_models in calls_of(op, arch):
+        launched.clear()
+        with torch.no_grad():
+            function(**arguments(op, case))
+        for launch, passed in launched:
+            if launch.kernel not in kernels or (how == "models" and is_a_models and launch not in forms):
+                kernels.add(launch.kernel)
+                forms.add(launch)
+                yield launch, passed
+
+
+def pretend(arch: int) -> None:
+    """Stand in for a GPU of this architecture on which nothing is launched."""
+    target = GPUTarget("cuda", arch, 32)
+    calls = {"get_current_target": lambda: target, "get_current_device": lambda: 0, "get_current_stream": lambda _: 0}
+    driver.set_active(SimpleNamespace(**calls))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("polyfuse.triton_impl.") and hasattr(module, "_converts"):  # as a GPU does: here is a CPU
+            vars(module)["_converts"] = lambda device, dtype: arch >= 89 and dtype != "float8_e4m3fnuz"
+    _launch._on_device = lambda op, device: nullcontext()
+    _launch.Launch.__call__ = note  # type: ignore[method-assign]
+
+
+def main(how: str, arch: int) -> None:
+    ops = [op for op in OPS if op in registry().get("triton").implements]
+    for op in ops:
+        registry().get("triton").load(op)
+    pretend(arch)
+    compiled = set()
+    for op in ops:
+        for launch, passed in launches_of(op, how, arch):
+            kernel = launch.kernel
+            compiled.add(kernel)
+            start = perf_counter()
+            made = kernel.run(*passed, grid=(1, 1, 1), warmup=True, **launch.options)
+            if f".target sm_{arch}" not in made.asm["ptx"] or not made.asm["cubin"].startswith(b"\x7fELF"):
+                raise SystemExit(f"{kernel.__module__}: {kernel.__name__}: no binary for sm_{arch}")
+            name = f"{kernel.__module__.rpartition('.')[2]} {kernel.__name__}"
+            print(name, f"{perf_counter() - start:.2f}", len(made.asm["cubin"]), flush=True)
+    modules = [module for name, module in sys.modules.items() if name.startswith("polyfuse.triton_impl.")]
+    known = [x for module in modules for x in vars(module).values() if isinstance(x, _launch.Launcher)]
+    left = {x.kernel.__name__ for x in known if x.kernel not in compiled}
+    if left:
+        raise SystemExit(f"compiled by no call: {', '.join(sorted(left))}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,41 @@
+"""Every kernel compiles for GPUs of each generation, without one, and no model needs many forms of a kernel."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+KERNELS = {
+    "pos_embed_interpolate _kernel",
+    "gdn_post_conv _kernel",
+    "gdn_conv_prep _kernel",
+    "_conv_state _update_pool",
+    "silu_mul_block_quant _kernel",
+    "gdn_in_proj _kernel",
+    "segment_attention _kernel",
+    "gated_rms_norm _kernel",
+    "gated_delta_rule _prepare",
+    "gated_delta_rule _scan",
+    "gdn_decode _kernel",
+}
+MOST_FORMS = 8  # of a kernel, in all models together
+
+
+def compiled(lines: list[str]) -> Counter[str]:
+    """How many binaries each kernel has."""
+    return Counter(line.rsplit(" ", 2)[0] for line in lines)
+
+
+def test_every_kernel_compiles_for_blackwell(run_uninterpreted: Callable[[str], list[str]]) -> None:
+    """Of these GPUs the one whose compiler is least like that of the others, and that fewest people have run."""
+    lines = run_uninterpreted("from tests.triton_impl.every_arch import main; main('once', 100)")
+    assert compiled(lines).keys() >= KERNELS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_every_form_that_models_need_compiles(arch: int, run_uninterpreted: Callable[[str], list[str]]) -> None:
+    lines = run_uninterpreted(f"from tests.triton_impl.every_arch import main; main('models', {arch})")
+    counts = compiled(lines)
+    assert counts.keys() >= KERNELS
+    assert max(counts.values()) <= MOST_FORMS
