@@ -20,6 +20,8 @@ API = {
     "Transformers models": "polyfuse.integrations.transformers",
     "Runtime": "polyfuse.runtime",
     "Fusion pass": "polyfuse.runtime.fusion",
+    "Names of vLLM": "polyfuse.compat.vllm",
+    "Names of SGLang": "polyfuse.compat.sglang",
 }
 CSS = """
 .md-typeset table:not([class]) { display: block; overflow-x: auto; }
