@@ -82,10 +82,13 @@ class Calls:
             asked = tuple(backend) if isinstance(backend, (list, tuple)) else as_names(backend)
         # Types are compared before the arguments, because True == 1 == 1.0.
         key = [asked, context(), *map(type, args), *args]
-        for index, slot in self.array_slots:
-            value = args[index]
-            if value is not None:
-                key[slot] = (describers.get(type(value)) or _describer(describers, value))(value)
+        try:
+            for index, slot in self.array_slots:
+                value = args[index]
+                if value is not None:
+                    key[slot] = (describers.get(type(value)) or _describer(describers, value))(value)
+        except RuntimeError:  # a nested tensor has no shape, and is refused
+            return self._make(args, backend)
         for index, slot in self.updated_slots:
             value = args[index]
             if value is not None and callable(getattr(value, "stride", None)):
