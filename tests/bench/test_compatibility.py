@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from polyfuse.bench.compatibility import devices, measured, parts, platforms, render, versions
 from polyfuse.integrations.transformers._parts import KINDS
@@ -13,7 +14,7 @@ RUN = {"device": "cuda:0 (Chip)", "versions": {"python": "3.12.1", "torch": "2.1
 RUN |= {"made": {"by": "x", "commit": "0123456", "date": "2026-01-02"}}
 
 
-def report(*rows: tuple[str, str, str]) -> dict:
+def report(*rows: tuple[str, str, str]) -> dict[str, Any]:
     return RUN | {"results": [{"op": op, "backend": backend, "status": status} for op, backend, status in rows]}
 
 

@@ -18,7 +18,7 @@ TABLE = torch.zeros(9, 4)
 QUANT: Given = {"input": TABLE, "group_size": 2, "quant_dtype": torch.int8}
 EMBED: Given = {"embed_weight": TABLE, "t": 1, "h": 2, "w": 2, "num_grid_per_side": 3, "m_size": 2, "dtype": F32}
 NORM: Given = {"x": torch.zeros(2, 8), "weight": torch.zeros(8), "bias": None, "z": torch.zeros(2, 8)}
-RULE: Given = dict(zip(("q", "k", "v", "g", "beta"), rule_arguments(2, 4, 1, 2, 8, 8, F32), strict=True))
+RULE: Given = rule_arguments(2, 4, 1, 2, 8, 8, F32)
 FP8 = torch.zeros(2, 3, 8).to(E4M3)
 MASKED: Given = {
     "input": torch.zeros(2, 3, 16),

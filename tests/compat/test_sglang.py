@@ -20,7 +20,7 @@ def test_masked_silu_mul_block_quant(width: int, power_of_two: bool, counts: tor
     valid = torch.arange(rows) < masked_m[:, None]
     output = torch.full((experts, rows, width // 2), 5.0).to(torch.float8_e4m3fn)
     scale = torch.full((experts, width // 2 // group, rows), 7.0).mT
-    assert sglang.silu_and_mul_masked_post_quant_fwd(x, output, scale, group, masked_m, power_of_two) is None
+    sglang.silu_and_mul_masked_post_quant_fwd(x, output, scale, group, masked_m, power_of_two)
     assert (output.float()[~valid] == 5).all()
     assert (scale[~valid] == 7).all()
 
@@ -68,9 +68,9 @@ def test_delta_rule_leaves_its_states_in_the_pool(boundaries, heads, dims, dtype
     pool = normal(sequences + 3, heads[1], value_dim, key_dim, seed=5)
     before, slots = pool.clone(), torch.tensor([*range(sequences, 0, -1)], dtype=torch.int32)
     o, final, chunks = sglang.chunk_gated_delta_rule(
-        *arrays, initial_state=pool, initial_state_indices=slots, cu_seqlens=torch.tensor(boundaries)
+        **arrays, initial_state=pool, initial_state_indices=slots, cu_seqlens=torch.tensor(boundaries)
     )
-    want, last = engines.delta_rule(*(x[0] for x in arrays), boundaries, before[slots.long()])
+    want, last = engines.delta_rule(*(x[0] for x in arrays.values()), boundaries, before[slots.long()])
     assert (final, chunks, o.dtype) == (None, None, dtype)
     assert_near(o[0], want, rtol=2.0**-8, atol=RULE[dtype])
     assert_near(pool[slots.long()], last, rtol=0, atol=RULE[dtype])
@@ -80,13 +80,13 @@ def test_delta_rule_leaves_its_states_in_the_pool(boundaries, heads, dims, dtype
 
 def test_delta_rule_without_indices_and_without_a_pool() -> None:
     arrays = rule_arguments(2, 4, 1, 2, 8, 6, torch.float32)
-    flat = [x.flatten(0, 1) for x in arrays]
+    flat = [x.flatten(0, 1) for x in arrays.values()]
     pool = normal(2, 2, 6, 8, seed=5)
     want, last = engines.delta_rule(*flat, [0, 4, 8], pool, 0.5)
-    o, _, _ = sglang.chunk_gated_delta_rule(*arrays, 0.5, pool)
+    o, _, _ = sglang.chunk_gated_delta_rule(*arrays.values(), 0.5, pool)
     assert_near(o.flatten(0, 1), want, rtol=0, atol=RULE[torch.float32])
     assert_near(pool, last, rtol=0, atol=RULE[torch.float32])
-    o, _, _ = sglang.chunk_gated_delta_rule(*arrays, 0.5)
+    o, _, _ = sglang.chunk_gated_delta_rule(**arrays, scale=0.5)
     assert_near(o.flatten(0, 1), engines.delta_rule(*flat, [0, 4, 8], 0 * pool, 0.5)[0], rtol=0, atol=2.0**-15)
 
 
@@ -94,6 +94,6 @@ def test_an_index_of_minus_one_is_no_slot() -> None:
     arrays = rule_arguments(1, 4, 1, 2, 8, 6, torch.float32)
     pool = normal(1, 2, 6, 8)
     before = pool.clone()
-    o, _, _ = sglang.chunk_gated_delta_rule(*arrays, initial_state=pool, initial_state_indices=torch.tensor([-1]))
+    o, _, _ = sglang.chunk_gated_delta_rule(**arrays, initial_state=pool, initial_state_indices=torch.tensor([-1]))
     assert torch.equal(pool, before)
-    assert_near(o[0], engines.delta_rule(*(x[0] for x in arrays), [0, 4], 0 * pool)[0], rtol=0, atol=2.0**-15)
+    assert_near(o[0], engines.delta_rule(*(x[0] for x in arrays.values()), [0, 4], 0 * pool)[0], rtol=0, atol=2.0**-15)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_post_conv_keeps_a_small_decay() -> None:
 
 
 # Sizes of vLLM's tests/kernels/core/test_fused_silu_mul_block_quant.py whose groups are whole.
-SILU_MUL = [
+SILU_MUL: list[Any] = [
     (1, 64),
     (1, 1024),
     (1, 2048),
@@ -139,12 +140,15 @@ def test_pos_embed(grid: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert_near(got, engines.pos_embed(weight, *grid, 48, 2), rtol=HALF_STEP[dtype], atol=12 * 2.0**-23)
 
 
-def rule_arguments(batch: int, rows: int, heads: int, value_heads: int, key_dim: int, value_dim: int, dtype):
+def rule_arguments(
+    batch: int, rows: int, heads: int, value_heads: int, key_dim: int, value_dim: int, dtype
+) -> dict[str, Any]:
     shape = (batch, rows, heads, key_dim)
     q, k = (engines.l2norm(normal(*shape, seed=seed)).to(dtype) for seed in (0, 1))
     v = normal(batch, rows, value_heads, value_dim, dtype=dtype, seed=2)
     g = -torch.rand(batch, rows, value_heads, generator=torch.Generator().manual_seed(3))
-    return q, k, v, g, normal(batch, rows, value_heads, seed=4).sigmoid()
+    beta = normal(batch, rows, value_heads, seed=4).sigmoid()
+    return {"q": q, "k": k, "v": v, "g": g, "beta": beta}
 
 
 # A wrong layout errs by 0.1 and more. float32 sums of 128 products of size 1 err by 2^-20, over up to 130 rows; 16-bit
@@ -160,9 +164,11 @@ def test_delta_rule_of_packed_sequences(lengths, heads, dtype) -> None:
     arrays = rule_arguments(1, boundaries[-1], *heads, 32, 16, dtype)
     states = normal(len(lengths), heads[1], 16, 32, seed=5)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    o, final = vllm.chunk_gated_delta_rule(*arrays, None, states, True, cu_seqlens, torch.zeros(3, 2), torch.zeros(2))
-    want, want_final = engines.delta_rule(*(x[0] for x in arrays), boundaries, states)
-    assert (o.shape, o.dtype) == (arrays[2].shape, dtype)
+    o, final = vllm.chunk_gated_delta_rule(
+        *arrays.values(), None, states, True, cu_seqlens, torch.zeros(3, 2), torch.zeros(2)
+    )
+    want, want_final = engines.delta_rule(*(x[0] for x in arrays.values()), boundaries, states)
+    assert (o.shape, o.dtype) == (arrays["v"].shape, dtype)
     assert (final.shape, final.dtype, final.is_contiguous()) == (states.shape, torch.float32, True)
     assert_near(o[0], want, rtol=HALF_STEP[dtype], atol=RULE[dtype])
     assert_near(final, want_final, rtol=0, atol=RULE[dtype])
@@ -172,12 +178,12 @@ def test_delta_rule_of_a_batch() -> None:
     """Each row of the batch is a sequence; the scale is the caller's; states of 16 bits are read exactly."""
     arrays = rule_arguments(3, 10, 2, 4, 8, 6, torch.float32)
     states = normal(3, 4, 6, 8, dtype=torch.bfloat16, seed=5)
-    o, final = vllm.chunk_gated_delta_rule(*arrays, scale=0.5, initial_state=states, output_final_state=True)
-    flat = [x.flatten(0, 1) for x in arrays]
+    o, final = vllm.chunk_gated_delta_rule(**arrays, scale=0.5, initial_state=states, output_final_state=True)
+    flat = [x.flatten(0, 1) for x in arrays.values()]
     want, want_final = engines.delta_rule(*flat, [0, 10, 20, 30], states, 0.5)
     assert_near(o.flatten(0, 1), want, rtol=0, atol=RULE[torch.float32])
     assert_near(final, want_final, rtol=0, atol=RULE[torch.float32])
-    without, none = vllm.chunk_gated_delta_rule(*arrays, scale=0.5)
+    without, none = vllm.chunk_gated_delta_rule(**arrays, scale=0.5)
     assert none is None
     assert_near(
         without.flatten(0, 1), engines.delta_rule(*flat, [0, 10, 20, 30], 0 * states, 0.5)[0], rtol=0, atol=2e-5
@@ -187,9 +193,9 @@ def test_delta_rule_of_a_batch() -> None:
 def test_delta_rule_into_a_buffer() -> None:
     arrays = rule_arguments(1, 10, 2, 4, 8, 6, torch.bfloat16)
     buffer = torch.full((12, 4, 6), 7.0, dtype=torch.bfloat16)
-    o, _ = vllm.chunk_gated_delta_rule(*arrays, core_attn_out=buffer)
+    o, _ = vllm.chunk_gated_delta_rule(**arrays, core_attn_out=buffer)
     assert o.data_ptr() == buffer.data_ptr()
-    assert torch.equal(o, vllm.chunk_gated_delta_rule(*arrays)[0])
+    assert torch.equal(o, vllm.chunk_gated_delta_rule(**arrays)[0])
     assert torch.equal(buffer[:10], o[0])
     assert (buffer[10:] == 7).all()
 
@@ -205,9 +211,14 @@ def test_rms_norm(dtype: torch.dtype, activation: str) -> None:
 
 
 def test_functions_run_in_order_without_a_stream() -> None:
-    log: list[int] = []
-    ran = vllm.maybe_execute_in_parallel(lambda: log.append(0) or "a", lambda: log.append(1) or "b", None, None)
-    assert (ran, log) == (("a", "b"), [0, 1])
+    log: list[str] = []
+
+    def called(name: str) -> str:
+        log.append(name)
+        return name
+
+    assert vllm.maybe_execute_in_parallel(lambda: called("a"), lambda: called("b"), None, None) == ("a", "b")
+    assert log == ["a", "b"]
 
 
 def test_functions_run_side_by_side_with_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:

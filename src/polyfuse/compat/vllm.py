@@ -1,7 +1,7 @@
 """Functions of vLLM, each one op of polyfuse: `from polyfuse.compat.vllm import fused_post_conv_prep`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from polyfuse.spec import fail, not_installed
 
@@ -23,7 +23,7 @@ __all__ = [
     "triton_pos_embed_interpolate",
 ]
 
-ACTIVATIONS = {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid"}
+ACTIVATIONS: dict[str, Literal["silu", "sigmoid"]] = {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid"}
 
 
 def fused_post_conv_prep(
@@ -206,8 +206,7 @@ def rmsnorm_fn(
     gate = gated_norm_arguments("rmsnorm_fn", x, bias, z, group_size, norm_before_gate)
     if activation not in ACTIVATIONS:
         fail("rmsnorm_fn", "activation", " or ".join(ACTIVATIONS), activation)
-    act = "sigmoid" if ACTIVATIONS[activation] == "sigmoid" else "silu"
-    return polyfuse.gated_rms_norm(x, gate, weight, eps=eps, activation=act)
+    return polyfuse.gated_rms_norm(x, gate, weight, eps=eps, activation=ACTIVATIONS[activation])
 
 
 def maybe_execute_in_parallel(
