@@ -40,7 +40,8 @@ def render(root: Path) -> str:
 def versions(root: Path, results: Sequence[Result]) -> str:
     """Of Python and each framework: what pyproject.toml allows, what CI tests, and what results were made with."""
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (root / "constraints.txt").read_text(), flags=re.MULTILINE))
+    constraints = (root / "constraints.txt").read_text()
+    pinned = dict(re.findall(r"^([\w-]+)(?:==)?([\d.<>=,]\S*)$", constraints, flags=re.MULTILINE))
     jobs = yaml.safe_load((root / ".github/workflows/ci.yml").read_text())["jobs"]
     pythons = jobs["versions"]["strategy"]["matrix"]["python"]
     other = re.findall(r"make test-transformers VERSION=(\S+)", (root / ".ci/run").read_text())
