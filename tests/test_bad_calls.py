@@ -189,3 +189,10 @@ def test_every_array_is_refused_where_it_is_no_dense_tensor(op: str) -> None:
         for junk in (nested(), quantised(), torch.ones(4, 4).to_sparse()):
             with pytest.raises(SpecError, match=f"^{op}: .*dense tensor"):
                 getattr(polyfuse, op)(**arguments | {name: junk})
+
+
+def test_a_sparse_tensor_is_refused_after_a_dense_one_of_its_shape() -> None:
+    x = torch.ones(4, 8)
+    polyfuse.gated_rms_norm(x, x, x[0])
+    with pytest.raises(SpecError, match=r"gate: expected a dense tensor, got a tensor that is torch\.sparse_coo"):
+        polyfuse.gated_rms_norm(x, x.to_sparse(), x[0])

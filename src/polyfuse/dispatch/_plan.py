@@ -179,9 +179,9 @@ _WITHOUT_GRADIENTS: Describers = {}
 
 def _describer(describers: Describers, value: Any) -> Callable[[Any], Any]:
     """The function that says what of an array of this type decides a plan; remembered in `describers`."""
-    of_torch = ("shape", "dtype", "device", "requires_grad")
+    of_torch = ("shape", "dtype", "layout", "device", "requires_grad")
     by_family: dict[str, Callable[[Any], Any]] = {
-        "torch": attrgetter(*(of_torch if describers is _WITH_GRADIENTS else of_torch[:3])),
+        "torch": attrgetter(*(of_torch if describers is _WITH_GRADIENTS else of_torch[:4])),
         "numpy": attrgetter("shape", "dtype"),
         "jax": _describe_jax,
     }
