@@ -20,6 +20,8 @@ API = {
     "Transformers models": "polyfuse.integrations.transformers",
     "Runtime": "polyfuse.runtime",
     "Fusion pass": "polyfuse.runtime.fusion",
+    "Names of vLLM": "polyfuse.compat.vllm",
+    "Names of SGLang": "polyfuse.compat.sglang",
 }
 CSS = """
 .md-typeset table:not([class]) { display: block; overflow-x: auto; }
@@ -35,7 +37,8 @@ def lay_out() -> None:
     pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
     pages += [*ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/README.md")]
     pictures = [*ROOT.glob("benchmarks/plots/*.svg")]
-    kept = {path.resolve() for path in (*pages, *pictures)}
+    notebooks = [*ROOT.glob("examples/*.ipynb")]
+    kept = {path.resolve() for path in (*pages, *pictures, *notebooks)}
     for page in pages:
         target = PAGES / page.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +47,10 @@ def lay_out() -> None:
         target = PAGES / picture.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
+    for notebook in notebooks:
+        # MkDocs does not see the links in a notebook: they lead from the page's own folder to that of another page.
+        text = re.sub(r"\]\((\.\./[\w/]+)\.md\)", r"](../\1/)", notebook.read_text(encoding="utf-8"))
+        (PAGES / notebook.relative_to(ROOT)).write_text(text, encoding="utf-8")
     for name, spec in OPS.items():
         page = PAGES / f"docs/ops/{name}.md"
         page.with_suffix(".svg").write_text(picture_of(spec), encoding="utf-8")

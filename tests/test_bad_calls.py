@@ -33,6 +33,12 @@ def quantised() -> torch.Tensor:
         return torch.quantize_per_tensor(torch.ones(4, 8), 0.1, 0, torch.quint8)
 
 
+def nested() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        return torch.nested.nested_tensor([torch.ones(4, 8)])
+
+
 SCALARS = [None, 3, 2.5, True, -1, 0, 3 + 1j, float("nan"), float("inf"), np.float32(1), np.int64(2), np.bool_(True)]
 TEXTS = ["x", "", b"x", "auto", "float32", torch.float32, np.float32, np.dtype("int8")]
 CONTAINERS = [
@@ -60,6 +66,7 @@ TENSORS = [
     torch.ones(4, 8, device="meta"),
     torch.ones(1, 8).expand(4, 8),
     quantised(),
+    nested(),
     torch.ones(4, 8, dtype=torch.complex64),
     torch.ones(4, 8, dtype=torch.bool),
     torch.ones((2, 3), dtype=torch.int64),
@@ -130,7 +137,9 @@ def calls(draw: Any) -> tuple[str, dict[str, Any], Any]:
 
 
 def is_readable(value: Any) -> bool:
-    return not (isinstance(value, torch.Tensor) and (value.device.type == "meta" or value.layout is not torch.strided))
+    if not isinstance(value, torch.Tensor):
+        return True
+    return value.device.type != "meta" and value.layout is torch.strided and not value.is_nested
 
 
 def bits(arguments: dict[str, Any]) -> dict[str, bytes]:
@@ -169,3 +178,21 @@ def test_a_call_is_right_or_raises_one_line(call: tuple[str, dict[str, Any], Any
         before |= bits({name: arguments[name] for name in written})
     assert "\n" not in message
     assert bits(arguments) == before
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_array_is_refused_where_it_is_no_dense_tensor(op: str) -> None:
+    case = small_cases(op)[0]
+    arguments = place(make_inputs(OPS[op], case), "torch", "cpu")
+    arrays = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    for name in arrays:
+        for junk in (nested(), quantised(), torch.ones(4, 4).to_sparse()):
+            with pytest.raises(SpecError, match=f"^{op}: .*dense tensor"):
+                getattr(polyfuse, op)(**arguments | {name: junk})
+
+
+def test_a_sparse_tensor_is_refused_after_a_dense_one_of_its_shape() -> None:
+    x = torch.ones(4, 8)
+    polyfuse.gated_rms_norm(x, x, x[0])
+    with pytest.raises(SpecError, match=r"gate: expected a dense tensor, got a tensor that is torch\.sparse_coo"):
+        polyfuse.gated_rms_norm(x, x.to_sparse(), x[0])

@@ -18,7 +18,7 @@ import pytest
 from polyfuse.spec import OPS
 
 ROOT = Path(__file__).parents[2]
-NEEDED = ("mkdocs", "mkdocstrings", "playwright")
+NEEDED = ("mkdocs", "mkdocs_jupyter", "mkdocstrings", "playwright")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 pytestmark = [

@@ -82,10 +82,13 @@ class Calls:
             asked = tuple(backend) if isinstance(backend, (list, tuple)) else as_names(backend)
         # Types are compared before the arguments, because True == 1 == 1.0.
         key = [asked, context(), *map(type, args), *args]
-        for index, slot in self.array_slots:
-            value = args[index]
-            if value is not None:
-                key[slot] = (describers.get(type(value)) or _describer(describers, value))(value)
+        try:
+            for index, slot in self.array_slots:
+                value = args[index]
+                if value is not None:
+                    key[slot] = (describers.get(type(value)) or _describer(describers, value))(value)
+        except RuntimeError:  # a nested tensor has no shape, and is refused
+            return self._make(args, backend)
         for index, slot in self.updated_slots:
             value = args[index]
             if value is not None and callable(getattr(value, "stride", None)):
@@ -176,9 +179,9 @@ _WITHOUT_GRADIENTS: Describers = {}
 
 def _describer(describers: Describers, value: Any) -> Callable[[Any], Any]:
     """The function that says what of an array of this type decides a plan; remembered in `describers`."""
-    of_torch = ("shape", "dtype", "device", "requires_grad")
+    of_torch = ("shape", "dtype", "layout", "device", "requires_grad")
     by_family: dict[str, Callable[[Any], Any]] = {
-        "torch": attrgetter(*(of_torch if describers is _WITH_GRADIENTS else of_torch[:3])),
+        "torch": attrgetter(*(of_torch if describers is _WITH_GRADIENTS else of_torch[:4])),
         "numpy": attrgetter("shape", "dtype"),
         "jax": _describe_jax,
     }

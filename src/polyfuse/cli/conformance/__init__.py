@@ -45,7 +45,7 @@ def command(
     self_test: bool,
     report: Path | None,
 ) -> None:
-    """Prove backends against the oracle.
+    """Compare backends with the oracle.
 
     Exit status 0 if something ran and nothing failed; 1 if not; 130 if Ctrl-C or SIGTERM has ended it; 2 for a wrong
     option.
