@@ -85,7 +85,8 @@ def _captured(torch: Any, attempt: Attempt) -> Iterator[str]:
         return
     for name, x in others.items():
         if isinstance(other.made[name], np.ndarray):
-            own = tuple(slice(0, 1) if step == 0 else slice(None) for step in x.stride())
+            # Elements that share memory are alike in the new values too, which may each have memory of their own.
+            own = tuple(slice(0, 1) if step == 0 else slice(None) for step in arrays[name].stride())
             arrays[name][own].copy_(x[own])
     graph.replay()
     torch.cuda.synchronize()

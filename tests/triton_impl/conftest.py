@@ -12,7 +12,7 @@ import torch
 
 from polyfuse.triton_impl import _launch
 from polyfuse.triton_impl._common import INTERPRETED
-from tests.triton_impl.helpers import POISON, RecordingKernel
+from tests.triton_impl.helpers import POISON
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,19 +20,22 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The launch grids of the op's kernel, as they happen."""
-    module = request.module.module
-    launcher = module._launch
-    kernel = RecordingKernel(launcher.kernel)
-    monkeypatch.setattr(module, "_launch", _launch.Launcher(launcher.op, kernel, **launcher.options))
-    if hasattr(module, "_plans"):  # which know the launches of the other launcher
-        monkeypatch.setattr(module, "_plans", _launch.Plans(module._plan))
-    return kernel.grids
+    kernel, grids, call = request.module.module._launch.kernel, [], _launch.Launch.__call__
+
+    def recording(launch: _launch.Launch, grid: tuple[int, int, int], *arguments: Any) -> None:
+        if launch.kernel is kernel:
+            grids.append(grid)
+        call(launch, grid, *arguments)
+
+    monkeypatch.setattr(_launch.Launch, "__call__", recording)
+    return grids
 
 
 @pytest.fixture
 def remembers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launchers remember what was compiled, as on CUDA, also where the kernel is interpreted."""
+    """Launchers remember what was compiled, as on CUDA, also where the kernel is interpreted, and start that alone."""
     monkeypatch.setattr(_launch, "ONLY_DTYPE_AND_ALIGNMENT", True)
+    monkeypatch.setattr(_launch, "STARTED_DIRECTLY", False)
     if INTERPRETED:
         monkeypatch.setattr(_launch, "current_device_index", lambda: None)
 

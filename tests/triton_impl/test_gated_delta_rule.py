@@ -132,10 +132,10 @@ def test_offsets_past_2_31(apart: int, tmp_path: Path) -> None:
     """Rows of q, k and v 2**31 and more elements from the first one, in a sparse file."""
     args = of_sequence(arguments(), 0, slice(3)) | {"initial_state": None}
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * apart + 128, dtype=torch.bfloat16)
-    far: dict[str, Any] = {}
+    memory, far = memory.to(DEVICE), dict[str, Any]()
     for name, start in (("q", 0), ("k", 24), ("v", 48)):
         view = memory[start:].as_strided(args[name].shape, (apart, args[name].shape[2], 1))
-        far[name] = view.copy_(args[name]).to(DEVICE)
+        far[name] = view.copy_(args[name])
     assert far["v"].stride(0) == apart
     assert same(gated_delta_rule(**args | far), gated_delta_rule(**args))
 
