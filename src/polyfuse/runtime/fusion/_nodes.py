@@ -10,6 +10,8 @@ from torch.fx import Node
 
 from polyfuse.runtime.fusion._labels import Label
 
+aten, prims = torch.ops.aten, torch.ops.prims
+
 Labels: TypeAlias = dict[Node, Label]
 Args: TypeAlias = tuple[Any, ...]
 Reader: TypeAlias = Callable[[Node, Args, Labels], Label | None]
@@ -24,21 +26,42 @@ def sizes(node: Node) -> Sizes:
     return tuple(node.meta["val"].shape)
 
 
-def width_of(x: Node) -> int:
-    """D, half of the last dimension of a node with value x [..., 2*D]."""
-    return x.meta["val"].shape[-1] // 2
-
-
 def dtype_of(node: Node) -> torch.dtype:
     """The dtype of a node's value."""
     return node.meta["val"].dtype
 
 
+def is_float(node: Node) -> bool:
+    """Whether a node's value is a tensor of a dtype that the ops take."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and (value.dtype is torch.float32 or value.dtype in NARROW)
+
+
+def last_size(node: Node) -> int | None:
+    """The last dimension of a value, also where its fake value has a symbol for a number that a view is given."""
+    while isinstance(node, Node) and sizes(node):
+        size = sizes(node)[-1]
+        if isinstance(size, int):
+            return size
+        if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+            wanted = node.args[1][-1]  # type: ignore[index, union-attr]
+            return wanted if isinstance(wanted, int) and wanted > 0 else None
+        if node.target not in (aten.abs.default, prims.convert_element_type.default):
+            return None
+        node = node.args[0]  # type: ignore[assignment]
+    return None
+
+
 def same(first: Sizes, second: Sizes) -> bool:
     """Whether two shapes, or strides, are equal for every size that the graph is compiled for."""
+    return len(first) == len(second) and all(known(a == b) for a, b in zip(first, second, strict=True))
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition holds for every size that the graph is compiled for."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return len(first) == len(second) and all(statically_known_true(a == b) for a, b in zip(first, second, strict=True))
+    return statically_known_true(condition)
 
 
 def with_defaults(args: Args, *defaults: Any) -> Args:

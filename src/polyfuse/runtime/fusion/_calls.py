@@ -1,0 +1,188 @@
+"""Which op computes a y and quantises it, from which tensors and with which attributes of its own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from polyfuse.runtime.fusion._labels import Label
+from polyfuse.runtime.fusion._nodes import NARROW, dtype_of, is_float, rounded, same, sizes
+from polyfuse.runtime.fusion._values import (
+    Clamped,
+    Half,
+    Normed,
+    Part,
+    Product,
+    Shifted,
+    Silu,
+    Source,
+    Value,
+    Weighted,
+    near_of,
+)
+
+aten = torch.ops.aten
+
+# An alpha that leaves every 16-bit gate as it is: with it, and not with 1, the op rounds the sigmoid as well.
+ROUNDED_SIGMOID = float(np.nextafter(np.float32(1), np.float32(2)))
+
+_NORM_ROUNDINGS = (
+    "rms_norm_block_quant: the squares of a row are added in the op's own order, and nothing is rounded before q; "
+    "materialize=False takes it"
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an op: its tensors by argument, its attributes, and the node that its third result replaces."""
+
+    op: str
+    tensors: dict[str, Node]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    sum: Node | None = None
+
+
+Nodes = Mapping[Label, list[Node]]
+
+
+def call_for(y: Value, at: Node, nodes: Nodes, materialize: bool) -> tuple[Call, str]:
+    """The op that computes y, or else takes it as rows `at`, and why it is not one that computes more of it."""
+    found: Call | str = ""
+    match y:
+        case Product() | Weighted():
+            found = _silu_mul(y, at, nodes, materialize)
+        case Silu():
+            found = "silu_mul_block_quant: silu(gate) is not multiplied by an up"
+        case Normed():
+            found = _NORM_ROUNDINGS if materialize else _rms_norm(y, at, nodes)
+        case _ if near := near_of(y):
+            found = "" if near.scaled else f"silu_mul_block_quant: {near.reason}"
+    return (found, "") if isinstance(found, Call) else (Call("block_quant", {"x": at}), found)
+
+
+def _silu_mul(y: Product | Weighted, at: Node, nodes: Nodes, materialize: bool) -> Call | str:
+    product = y.product if isinstance(y, Weighted) else y
+    silu, up = product.silu, product.up
+    gate, gate_high = (silu.gate.of, silu.gate.high) if isinstance(silu.gate, Clamped) else (silu.gate, None)
+    shift = up if isinstance(up, Shifted) else None
+    up = shift.of if shift else up
+    up, bounds = (up.of, (up.low, up.high)) if isinstance(up, Clamped) else (up, (None, None))
+    limit = silu.high if gate_high is None else gate_high
+    tensors = _gate_and_up(gate, up, at, nodes)
+    if isinstance(tensors, str):
+        return tensors
+    dtype = dtype_of(tensors["x"])
+    if isinstance(silu.gate, Clamped) and silu.gate.low is not None:
+        reason = "the gate is clamped from below"
+    elif gate_high is not None and silu.high is not None:
+        reason = "both the gate and silu(gate) are clamped"
+    elif bounds != (None if limit is None else -limit, limit):
+        reason = f"up is clamped to {bounds}, and the gate to at most {limit}"
+    elif limit is not None and limit <= 0:
+        reason = "the limit is not > 0"
+    else:
+        reason = _roundings(y, product, shift, dtype, materialize)
+    if reason:
+        return f"silu_mul_block_quant: {reason}"
+    attrs: dict[str, Any] = {"materialize": materialize, "limit": limit}
+    if silu.high is not None:
+        attrs["limit_on"] = "silu"
+    if silu.alpha is not None:
+        attrs["alpha"] = silu.alpha
+    elif silu.steps and materialize:
+        attrs["alpha"] = ROUNDED_SIGMOID
+    if attrs.get("alpha", 1.0) != 1 and silu.high is not None:
+        return "silu_mul_block_quant: silu is clamped, and its sigmoid is rounded or has an alpha"
+    if shift:
+        attrs["up_offset"] = shift.offset
+    if isinstance(y, Weighted):
+        weight = _row_weight(y.weight, sizes(tensors["x"])[:-1], nodes)
+        if weight is None:
+            return "silu_mul_block_quant: the weights are not one for each row, in a dtype of the op"
+        tensors["row_weight"] = weight
+    if tensors.pop("interleaved", None):
+        attrs["interleaved"] = True
+    return Call("silu_mul_block_quant", tensors, attrs)
+
+
+def _roundings(
+    y: Product | Weighted, product: Product, shift: Shifted | None, dtype: torch.dtype, materialize: bool
+) -> str:
+    """Why the op's last bits may differ, or without `materialize` more than those; empty if they do not."""
+    silu = product.silu
+    roundings = {
+        "silu(gate)": silu.rounded,
+        "the product": product.rounded,
+        **dict(zip(("sigmoid(gate)",) if len(silu.steps) == 1 else ("alpha * gate", "its sigmoid"), silu.steps)),
+        **({"up + offset": shift.rounded} if shift else {}),
+        **({"the product with the row's weight": y.rounded} if isinstance(y, Weighted) else {}),
+    }
+    allowed = (dtype,) if materialize else (dtype, torch.float32)
+    for name, other in roundings.items():
+        if other not in allowed:
+            return f"{name} is rounded to {other}, and not to {dtype}"
+    if not materialize:
+        return ""
+    if shift and rounded(shift.offset, dtype) != shift.offset:
+        return f"the number added to up is not one of {dtype}, to which PyTorch rounds it on some devices"
+    if silu.steps and silu.alpha is None and dtype not in NARROW:
+        return "silu is written out, not torch's own"
+    return silu.inexact
+
+
+def _gate_and_up(gate: Value, up: Value, at: Node, nodes: Nodes) -> dict[str, Any] | str:
+    """The tensors that have gate and up."""
+    if isinstance(gate, Half) and up == Half(gate.x, Part.UP, gate.interleaved) and gate.part is Part.GATE:
+        if same(sizes(gate.x)[-1:], (2 * sizes(at)[-1],)):
+            return {"x": gate.x, **({"interleaved": True} if gate.interleaved else {})}
+    gates, ups = _with_rows(gate, at, nodes), _with_rows(up, at, nodes)
+    for x in gates:
+        for other in ups:
+            if same(sizes(x), sizes(other)) and dtype_of(x) is dtype_of(other):
+                return {"x": x, "up": other}
+    return "silu_mul_block_quant: gate and up have not the dtype and the rows of one another, or of y"
+
+
+def _with_rows(value: Value, at: Node, nodes: Nodes) -> list[Node]:
+    """The nodes with a value in its own dtype and rows of y's width, those in y's shape first."""
+    own = [node for node in nodes.get(value, []) if is_float(node)]
+    found = [node for node in own if dtype_of(node) is dtype_of(own[0]) and same(sizes(node)[-1:], sizes(at)[-1:])]
+    return sorted((node for node in found if len(sizes(node)) > 1), key=lambda node: not same(sizes(node), sizes(at)))
+
+
+def _row_weight(weight: Value, lead: tuple[Any, ...], nodes: Nodes) -> Node | None:
+    """The node that has a weight for each row, as [*lead] or [*lead, 1]."""
+    for node in nodes.get(weight, []):
+        if is_float(node) and (same(sizes(node), lead) or same(sizes(node), (*lead, 1))):
+            return node
+    return None
+
+
+def _rms_norm(y: Normed, at: Node, nodes: Nodes) -> Call | str:
+    normalised, weight, offset = y.normalised, y.weight, 0.0
+    if isinstance(weight, Shifted):
+        weight, offset = weight.of, weight.offset
+    rows = _with_rows(normalised.of, at, nodes)
+    weights = [node for node in nodes.get(weight, []) if is_float(node) and same(sizes(node), sizes(at)[-1:])]
+    if not rows:
+        return "rms_norm_block_quant: the rows that are normalised are not those of y"
+    if not weights:
+        return "rms_norm_block_quant: the weights are not one for each column"
+    x, dtype = rows[0], dtype_of(rows[0])
+    if not {normalised.rounded, y.rounded} <= {dtype, torch.float32}:
+        return f"rms_norm_block_quant: y is rounded to another dtype than {dtype}"
+    if not normalised.eps > 0:
+        return "rms_norm_block_quant: eps is not > 0"
+    attrs = {"eps": normalised.eps, "weight_offset": offset}
+    terms = x.args[:2]
+    if x.target is aten.add.Tensor and not x.kwargs and all(_is_term(term, x) for term in terms):
+        tensors = {"x": terms[0], "weight": weights[0], "residual": terms[1]}
+        return Call("rms_norm_block_quant", tensors, attrs, sum=x)  # type: ignore[arg-type]
+    return Call("rms_norm_block_quant", {"x": x, "weight": weights[0]}, attrs)
+
+
+def _is_term(term: Any, total: Node) -> bool:
+    return isinstance(term, Node) and same(sizes(term), sizes(total)) and dtype_of(term) is dtype_of(total)
