@@ -1,17 +1,15 @@
 """Reads y = silu(gate) * up, and its product with the weights of rows."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Node
 
 from polyfuse.runtime.fusion._labels import Label
 from polyfuse.runtime.fusion._nodes import Args, Labels, Reader, dtype_of, is_call, is_float, same, sizes
-from polyfuse.runtime.fusion._values import Product, Scaled, Sigmoid, Silu, Value, Weighted
+from polyfuse.runtime.fusion._values import Product, Scaled, Sigmoid, Silu, Statistic, Value, Weighted
 
 aten = torch.ops.aten
-
-
 
 
 def _sigmoid(node: Node, args: Args, labels: Labels) -> Label | None:
@@ -59,9 +57,14 @@ def _mul(node: Node, args: Args, labels: Labels) -> Label | None:
                 return Silu(of, dtype_of(node), alpha, (inner, step))
             case Silu() as silu, up if isinstance(up, Value) and same(sizes(a), sizes(b)):
                 return Product(silu, up, dtype_of(node))
-            case Product() as y, weight if isinstance(weight, Value) and same(sizes(b), (*sizes(a)[:-1], 1)):
+            case Product() as y, weight if _is_of_rows(weight, b, a):
                 return Weighted(y, weight, dtype_of(node))
     return None
+
+
+def _is_of_rows(label: Label | None, weight: Node, y: Node) -> TypeGuard[Value]:
+    """Whether a value is a weight for each row of y, and no root of a norm."""
+    return isinstance(label, Value) and not isinstance(label, Statistic) and same(sizes(weight), (*sizes(y)[:-1], 1))
 
 
 READERS: dict[Any, Reader] = {

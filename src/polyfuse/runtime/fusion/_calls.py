@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from polyfuse.runtime.fusion._values import (
     Product,
     Shifted,
     Silu,
-    Source,
     Value,
     Weighted,
     near_of,
@@ -65,61 +64,67 @@ def call_for(y: Value, at: Node, nodes: Nodes, materialize: bool) -> tuple[Call,
 
 def _silu_mul(y: Product | Weighted, at: Node, nodes: Nodes, materialize: bool) -> Call | str:
     product = y.product if isinstance(y, Weighted) else y
-    silu, up = product.silu, product.up
-    gate, gate_high = (silu.gate.of, silu.gate.high) if isinstance(silu.gate, Clamped) else (silu.gate, None)
-    shift = up if isinstance(up, Shifted) else None
-    up = shift.of if shift else up
-    up, bounds = (up.of, (up.low, up.high)) if isinstance(up, Clamped) else (up, (None, None))
-    limit = silu.high if gate_high is None else gate_high
-    tensors = _gate_and_up(gate, up, at, nodes)
-    if isinstance(tensors, str):
-        return tensors
-    dtype = dtype_of(tensors["x"])
-    if isinstance(silu.gate, Clamped) and silu.gate.low is not None:
-        reason = "the gate is clamped from below"
-    elif gate_high is not None and silu.high is not None:
-        reason = "both the gate and silu(gate) are clamped"
-    elif bounds != (None if limit is None else -limit, limit):
-        reason = f"up is clamped to {bounds}, and the gate to at most {limit}"
-    elif limit is not None and limit <= 0:
-        reason = "the limit is not > 0"
-    else:
-        reason = _roundings(y, product, shift, dtype, materialize)
+    silu, shift = product.silu, product.up if isinstance(product.up, Shifted) else None
+    gate, up = _clamp_of(silu.gate), _clamp_of(shift.of if shift else product.up)
+    tensors = _gate_and_up(gate.of, up.of, at, nodes)
+    if tensors is None:
+        return "silu_mul_block_quant: gate and up have not the dtype and the rows of one another, or of y"
+    reason = _other_limits(gate, silu, up) or _other_roundings(y, shift, dtype_of(tensors["x"]), materialize)
     if reason:
         return f"silu_mul_block_quant: {reason}"
-    attrs: dict[str, Any] = {"materialize": materialize, "limit": limit}
-    if silu.high is not None:
-        attrs["limit_on"] = "silu"
-    if silu.alpha is not None:
-        attrs["alpha"] = silu.alpha
-    elif silu.steps and materialize:
-        attrs["alpha"] = ROUNDED_SIGMOID
-    if attrs.get("alpha", 1.0) != 1 and silu.high is not None:
-        return "silu_mul_block_quant: silu is clamped, and its sigmoid is rounded or has an alpha"
-    if shift:
-        attrs["up_offset"] = shift.offset
     if isinstance(y, Weighted):
         weight = _row_weight(y.weight, sizes(tensors["x"])[:-1], nodes)
         if weight is None:
             return "silu_mul_block_quant: the weights are not one for each row, in a dtype of the op"
         tensors["row_weight"] = weight
-    if tensors.pop("interleaved", None):
-        attrs["interleaved"] = True
+    alpha = ROUNDED_SIGMOID if silu.alpha is None and silu.steps and materialize else silu.alpha
+    attrs = {
+        "interleaved": "up" not in tensors and isinstance(gate.of, Half) and gate.of.interleaved,
+        "alpha": 1.0 if alpha is None else alpha,
+        "up_offset": shift.offset if shift else 0.0,
+        "limit": silu.high if gate.high is None else gate.high,
+        "limit_on": "input" if silu.high is None else "silu",
+        "materialize": materialize,
+    }
+    if attrs["limit_on"] == "silu" and attrs["alpha"] != 1:
+        return "silu_mul_block_quant: silu is clamped, and its sigmoid is rounded or has an alpha"
     return Call("silu_mul_block_quant", tensors, attrs)
 
 
-def _roundings(
-    y: Product | Weighted, product: Product, shift: Shifted | None, dtype: torch.dtype, materialize: bool
-) -> str:
+class _Clamp(NamedTuple):
+    """A value before it was clamped, and its bounds; None is no bound."""
+
+    of: Value
+    low: float | None
+    high: float | None
+
+
+def _clamp_of(value: Value) -> _Clamp:
+    if isinstance(value, Clamped):
+        return _Clamp(value.of, value.low, value.high)
+    return _Clamp(value, None, None)
+
+
+def _other_limits(gate: _Clamp, silu: Silu, up: _Clamp) -> str:
+    """Why the clamps are not those of one limit: gate or silu above, up on both sides; empty if they are."""
+    limit = silu.high if gate.high is None else gate.high
+    if gate.low is not None:
+        return "the gate is clamped from below"
+    if gate.high is not None and silu.high is not None:
+        return "both the gate and silu(gate) are clamped"
+    if (up.low, up.high) != (None if limit is None else -limit, limit):
+        return f"up is clamped to {(up.low, up.high)}, and the gate to at most {limit}"
+    return "the limit is not > 0" if limit is not None and limit <= 0 else ""
+
+
+def _other_roundings(y: Product | Weighted, shift: Shifted | None, dtype: torch.dtype, materialize: bool) -> str:
     """Why the op's last bits may differ, or without `materialize` more than those; empty if they do not."""
+    product = y.product if isinstance(y, Weighted) else y
     silu = product.silu
-    roundings = {
-        "silu(gate)": silu.rounded,
-        "the product": product.rounded,
-        **dict(zip(("sigmoid(gate)",) if len(silu.steps) == 1 else ("alpha * gate", "its sigmoid"), silu.steps)),
-        **({"up + offset": shift.rounded} if shift else {}),
-        **({"the product with the row's weight": y.rounded} if isinstance(y, Weighted) else {}),
-    }
+    roundings = {"silu(gate)": silu.rounded, "the product": product.rounded}
+    roundings |= zip(("sigmoid(alpha * gate)", "alpha * gate"), silu.steps[::-1], strict=False)
+    roundings |= {"up plus a number": shift.rounded} if shift else {}
+    roundings |= {"the product with the row's weight": y.rounded} if isinstance(y, Weighted) else {}
     allowed = (dtype,) if materialize else (dtype, torch.float32)
     for name, other in roundings.items():
         if other not in allowed:
@@ -133,17 +138,16 @@ def _roundings(
     return silu.inexact
 
 
-def _gate_and_up(gate: Value, up: Value, at: Node, nodes: Nodes) -> dict[str, Any] | str:
-    """The tensors that have gate and up."""
-    if isinstance(gate, Half) and up == Half(gate.x, Part.UP, gate.interleaved) and gate.part is Part.GATE:
-        if same(sizes(gate.x)[-1:], (2 * sizes(at)[-1],)):
-            return {"x": gate.x, **({"interleaved": True} if gate.interleaved else {})}
-    gates, ups = _with_rows(gate, at, nodes), _with_rows(up, at, nodes)
-    for x in gates:
-        for other in ups:
+def _gate_and_up(gate: Value, up: Value, at: Node, nodes: Nodes) -> dict[str, Node] | None:
+    """The tensors that have gate and up, in rows of y's width and one dtype: one if they are the halves of one."""
+    if isinstance(gate, Half) and gate.part is Part.GATE and up == Half(gate.x, Part.UP, gate.interleaved):
+        width = sizes(gate.x)[-1]
+        return {"x": gate.x} if same((width,), (2 * sizes(at)[-1],)) else None
+    for x in _with_rows(gate, at, nodes):
+        for other in _with_rows(up, at, nodes):
             if same(sizes(x), sizes(other)) and dtype_of(x) is dtype_of(other):
                 return {"x": x, "up": other}
-    return "silu_mul_block_quant: gate and up have not the dtype and the rows of one another, or of y"
+    return None
 
 
 def _with_rows(value: Value, at: Node, nodes: Nodes) -> list[Node]:
@@ -162,9 +166,8 @@ def _row_weight(weight: Value, lead: tuple[Any, ...], nodes: Nodes) -> Node | No
 
 
 def _rms_norm(y: Normed, at: Node, nodes: Nodes) -> Call | str:
-    normalised, weight, offset = y.normalised, y.weight, 0.0
-    if isinstance(weight, Shifted):
-        weight, offset = weight.of, weight.offset
+    normalised = y.normalised
+    weight, offset = (y.weight.of, y.weight.offset) if isinstance(y.weight, Shifted) else (y.weight, 0.0)
     rows = _with_rows(normalised.of, at, nodes)
     weights = [node for node in nodes.get(weight, []) if is_float(node) and same(sizes(node), sizes(at)[-1:])]
     if not rows:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch.fx import Node
 
-from polyfuse.runtime.fusion._values import Halves, Statistic, Value
+from polyfuse.runtime.fusion._values import Halves, Value
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,6 @@ Label: TypeAlias = (
     Const
     | Halves
     | Value
-    | Statistic
     | Magnitude
     | Scale
     | Step

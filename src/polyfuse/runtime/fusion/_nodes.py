@@ -44,11 +44,11 @@ def last_size(node: Node) -> int | None:
         if isinstance(size, int):
             return size
         if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
-            wanted = node.args[1][-1]  # type: ignore[index, union-attr]
+            wanted = node.args[1][-1]  # type: ignore[index]
             return wanted if isinstance(wanted, int) and wanted > 0 else None
         if node.target not in (aten.abs.default, prims.convert_element_type.default):
             return None
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return None
 
 

@@ -15,10 +15,10 @@ from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
+from polyfuse import spec
 from polyfuse.dispatch import _torch_library
 from polyfuse.dispatch._plan import CALLS
 from polyfuse.runtime.fusion._replace import NAMES, PLACED, fuse, is_inference
-from polyfuse import spec
 from polyfuse.spec import SpecError
 
 COUNTER = "polyfuse.fusion "  # the start of the names under which Inductor's counters hold a graph's report

@@ -45,16 +45,17 @@ def _near(node: Node, labels: Labels) -> Near | None:
     nears: list[Near] = []
     for argument in node.all_input_nodes:
         label = labels.get(argument)
+        step = f"is rounded to {dtype_of(node)}" if target is _CONVERT else f"goes through {target.overloadpacket}"
         match label:
             case Capped():
                 nears.append(Near(_scale.ALSO_INFINITE, True))
             case Magnitude() | Scale() | Step() | IsNaN():
-                nears.append(Near(f"the scale, or what it is made from, goes through {target.overloadpacket}", True))
+                nears.append(Near(f"the scale, or what it is made from, {step}", True))
             case Ratio():
-                nears.append(Near(f"y / scale goes through {target.overloadpacket}", True))
+                nears.append(Near(f"y / scale {step}", True))
             case Silu() | Product() | Weighted():
                 name = "silu(gate)" if isinstance(label, Silu) else "silu(gate) * up"
-                nears.append(Near(f"{name} goes through {target.overloadpacket}", False))
+                nears.append(Near(f"{name} {step}", False))
             case _ if isinstance(label, Value) and (near := near_of(label)):
                 nears.append(near)
     return max(nears, key=lambda near: near.scaled, default=None)
@@ -107,13 +108,14 @@ _ANY_LABEL: dict[Any, Reader] = {
     aten.clone.default: _clone,
     aten.copy.default: _copy,
 }
+_CONVERT = torch.ops.prims.convert_element_type.default
 _CARRYING = (
     *_ANY_LABEL,
     aten.expand.default,
     aten.permute.default,
     aten.slice.Tensor,
     aten.constant_pad_nd.default,
-    torch.ops.prims.convert_element_type.default,
+    _CONVERT,
 )
 _WITH_KEYWORDS = (aten.full.default, aten.full_like.default, aten.scalar_tensor.default, aten.clone.default)
 

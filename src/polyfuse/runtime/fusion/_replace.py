@@ -1,7 +1,7 @@
 """Puts calls of the quantising ops into a graph."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.fx import Graph, Node, map_arg
 from polyfuse.dispatch import _torch_library
 from polyfuse.dispatch._plan import CALLS
 from polyfuse.runtime.fusion._match import Match, NearMiss, find
-from polyfuse.runtime.fusion._nodes import dtype_of, same, sizes
+from polyfuse.runtime.fusion._nodes import dtype_of, rounded, same, sizes
 from polyfuse.runtime.fusion._reader import read
 
 NAMES = ("silu_mul_block_quant", "rms_norm_block_quant", "block_quant")
@@ -30,9 +30,11 @@ def fuse(graph: Graph, materialize: bool) -> tuple[list[Match], list[NearMiss]]:
     matches, near_misses = find(read(graph), materialize)
     if matches:
         order = {node: i for i, node in enumerate(graph.nodes)}
+        now: dict[Node, Node] = {}  # what an earlier match has put in the place of a node
         for match in matches:
             results = _available(match, order)
-            _replace(graph, match, results, min((node for places in results for node in places), key=order.__getitem__))
+            first = min((node for places in results for node in places), key=order.__getitem__)
+            now |= _replace(graph, match, results, first, now)
         for match in matches:
             _erase_unused(graph, [node for places in match.results for node in places])
     return matches, near_misses
@@ -44,12 +46,14 @@ def _available(match: Match, order: dict[Node, int]) -> tuple[Sequence[Node], ..
     return tuple([node for node in places if order[node] > needed] for places in match.results)
 
 
-def _replace(graph: Graph, match: Match, results: tuple[Sequence[Node], ...], first: Node) -> None:
+def _replace(
+    graph: Graph, match: Match, results: tuple[Sequence[Node], ...], first: Node, now: Mapping[Node, Node]
+) -> dict[Node, Node]:
     """Put the op's call before `first`, the first node that it replaces, and its results in their places."""
-    op = CALLS[match.op]
+    op, replaced = CALLS[match.op], {}
     x = match.tensors["x"]
     with graph.inserting_before(first), x.meta["val"].fake_mode:
-        tensors = {name: _fitting(graph, name, node, x) for name, node in match.tensors.items()}
+        tensors = {name: _fitting(graph, name, now.get(node, node), x) for name, node in match.tensors.items()}
         values = {**op.spec.parameters, **match.attrs, **tensors}
         target = getattr(torch.ops.polyfuse, match.op).default
         call = _call(graph, target, *_torch_library.flatten(op, tuple(values[name] for name in op.names)))
@@ -57,7 +61,9 @@ def _replace(graph: Graph, match: Match, results: tuple[Sequence[Node], ...], fi
         for index, places in enumerate(results):
             result = _call(graph, operator.getitem, call, index)
             for place in places:
-                place.replace_all_uses_with(_shaped(graph, result, place, x))
+                replaced[place] = _shaped(graph, result, place, x)
+                place.replace_all_uses_with(replaced[place])
+    return replaced
 
 
 def _fitting(graph: Graph, name: str, node: Node, x: Node) -> Node:
@@ -102,6 +108,11 @@ def _shaped(graph: Graph, result: Node, place: Node, x: Node) -> Node:
 def _description(match: Match) -> dict[str, Any]:
     """What a call computes: op, shape and dtype of x, other tensors, and attributes that are not the op's defaults."""
     defaults, x = CALLS[match.op].spec.parameters, match.tensors["x"]
-    attrs = {name: value for name, value in match.attrs.items() if value != defaults[name]}
+    attrs = {name: value for name, value in match.attrs.items() if not _is_default(value, defaults[name])}
     others = {"tensors": [name for name in match.tensors if name != "x"]} if len(match.tensors) > 1 else {}
     return {"op": match.op, "shape": [str(size) for size in sizes(x)], "dtype": str(dtype_of(x)), **others, **attrs}
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether an attribute is the op's default, which a number also is as the float32 nearest to it."""
+    return bool(value == default or (isinstance(default, float) and value == rounded(default, torch.float32)))

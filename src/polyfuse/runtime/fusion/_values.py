@@ -81,7 +81,7 @@ class Scaled:
 class Sigmoid:
     """sigmoid(of), rounded to the dtype `rounded`."""
 
-    of: "Source | Half | Clamped | Scaled"
+    of: "Value"
     rounded: torch.dtype
 
 
@@ -157,7 +157,7 @@ class Normed:
 
 
 Rounded: TypeAlias = Shifted | Scaled | Sigmoid | Silu | Product | Weighted | Normalised | Normed
-Value: TypeAlias = Source | Half | Clamped | Rounded  # what can be y
+Value: TypeAlias = Source | Half | Clamped | Statistic | Rounded  # what can be y
 
 
 def near_of(value: Value) -> Near | None:
