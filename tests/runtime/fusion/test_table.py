@@ -193,7 +193,7 @@ def check_gated(source: str, option: str, dtype: torch.dtype, heads: list[tuple[
 
 @pytest.mark.parametrize(
     ("source", "option", "dtype", "layout", "form"),
-    table(source=SOURCES, option=OPTIONS, dtype=DTYPES, layout=SCALE_LAYOUTS[:3], form=FORMATS[::5]),
+    table(source=SOURCES, option=OPTIONS, dtype=DTYPES, layout=SCALE_LAYOUTS[:3], form=FORMATS[::7]),
     ids=label,
 )
 def test_a_gated_activation(source: str, option: str, dtype: torch.dtype, layout: str, form: tuple[Any, ...]) -> None:
@@ -212,7 +212,7 @@ def test_a_gated_activation_in_every_format(source: str, option: str, dtype: tor
 
 @pytest.mark.parametrize(
     ("name", "dtype", "layout", "form"),
-    table(name=ACTIVATIONS, dtype=DTYPES, layout=SCALE_LAYOUTS[:3], form=FORMATS[::5]),
+    table(name=ACTIVATIONS, dtype=DTYPES, layout=SCALE_LAYOUTS[:3], form=FORMATS[::7]),
     ids=label,
 )
 def test_any_other_activation(name: str, dtype: torch.dtype, layout: str, form: tuple[Any, ...]) -> None:
@@ -237,7 +237,7 @@ ROUNDED_ELSEWHERE = (
 
 @pytest.mark.parametrize(
     ("name", "residual", "dtype", "layout", "form"),
-    table(name=NORMS, residual=(False, True), dtype=DTYPES, layout=SCALE_LAYOUTS[:3], form=FORMATS[::5]),
+    table(name=NORMS, residual=(False, True), dtype=DTYPES, layout=SCALE_LAYOUTS[:3], form=FORMATS[::7]),
     ids=label,
 )
 def test_a_normalisation(name: str, residual: bool, dtype: torch.dtype, layout: str, form: tuple[Any, ...]) -> None:

@@ -113,6 +113,7 @@ _CARRYING = (
     *_ANY_LABEL,
     aten.expand.default,
     aten.permute.default,
+    aten.select.int,
     aten.slice.Tensor,
     aten.constant_pad_nd.default,
     _CONVERT,

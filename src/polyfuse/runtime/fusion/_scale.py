@@ -56,7 +56,7 @@ def _largest(node: Node, source: Node, dims: Sequence[int], labels: Labels) -> S
     if not group:
         return Source(node, Near("the size of the groups is not a number when the graph is compiled", True))
     at = _rows_of_groups(label.y, source, group, labels)
-    return Scale(label.y, at, group) if at else Source(node, Near("a group goes over the end of a row of y", True))
+    return Scale(label.y, at, group) if at else Source(node, Near("y is not known to be rows of whole groups", True))
 
 
 def _rows_of_groups(y: Value, groups: Node, group: int, labels: Labels) -> Node | None:
