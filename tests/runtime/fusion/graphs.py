@@ -29,8 +29,8 @@ class Rewritten(NamedTuple):
     reasons: list[str]
 
 
-def run_changed(function: Callable[..., Any], inputs: Any, change: Callable[[Graph], None], dynamic: bool) -> Any:
-    """What a function gives when its graph, as Inductor sees it first, is changed and then run node by node."""
+def changed(function: Callable[..., Any], change: Callable[[Graph], None], dynamic: bool) -> Callable[..., Any]:
+    """A function whose graph, as Inductor sees it first, is changed and then run node by node."""
 
     def compiler(module: GraphModule, _: Any) -> Any:
         change(module.graph)
@@ -39,7 +39,12 @@ def run_changed(function: Callable[..., Any], inputs: Any, change: Callable[[Gra
         return make_boxed_func(module.forward)
 
     backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=select_decomp_table())
-    return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+
+
+def run_changed(function: Callable[..., Any], inputs: Any, change: Callable[[Graph], None], dynamic: bool) -> Any:
+    """What such a function gives."""
+    return changed(function, change, dynamic)(*inputs)
 
 
 def placed_calls(graph: Graph) -> list[dict[str, Any]]:

@@ -43,6 +43,7 @@ def test_a_compiled_module_follows_its_batch_and_changes_no_bit() -> None:
     (graph,) = fusion.report()[before:]
     (match,) = graph.matches
     assert match == {
+        "op": "silu_mul_block_quant",
         "shape": [match["shape"][0], "512"],
         "dtype": "torch.bfloat16",
         "scale_min": float(torch.tensor(1e-10)),

@@ -168,7 +168,7 @@ def _row_weight(weight: Value, lead: tuple[Any, ...], nodes: Nodes) -> Node | No
 def _rms_norm(y: Normed, at: Node, nodes: Nodes) -> Call | str:
     normalised = y.normalised
     weight, offset = (y.weight.of, y.weight.offset) if isinstance(y.weight, Shifted) else (y.weight, 0.0)
-    rows = _with_rows(normalised.of, at, nodes)
+    rows = _with_rows(normalised.of, at, nodes) if same(sizes(normalised.rows)[-1:], sizes(at)[-1:]) else []
     weights = [node for node in nodes.get(weight, []) if is_float(node) and same(sizes(node), sizes(at)[-1:])]
     if not rows:
         return "rms_norm_block_quant: the rows that are normalised are not those of y"

@@ -22,13 +22,6 @@ class Const:
 
 
 @dataclass(frozen=True)
-class Magnitude:
-    """The absolute values of y."""
-
-    y: Value
-
-
-@dataclass(frozen=True)
 class Scale:
     """The largest |y| of each group, then divided by `divisor`, at most `high`, at least `low`, a power of two.
 
@@ -135,19 +128,7 @@ class Quantised:
 
 
 Label: TypeAlias = (
-    Const
-    | Halves
-    | Value
-    | Magnitude
-    | Scale
-    | Step
-    | Capped
-    | ExponentBytes
-    | Packed
-    | Moved
-    | Ratio
-    | IsNaN
-    | Quantised
+    Const | Halves | Value | Scale | Step | Capped | ExponentBytes | Packed | Moved | Ratio | IsNaN | Quantised
 )
 
 

@@ -27,7 +27,7 @@ def _square(node: Node, args: Args, labels: Labels) -> Label | None:
     """h * h in float32, as a power."""
     label = labels.get(args[0])
     is_square = args[1] == 2 and dtype_of(node) is torch.float32
-    return Statistic(Moment.SQUARES, label) if is_square and isinstance(label, Value) else None
+    return Statistic(Moment.SQUARES, label, node) if is_square and isinstance(label, Value) else None
 
 
 def _mean(node: Node, args: Args, labels: Labels) -> Label | None:
@@ -35,7 +35,7 @@ def _mean(node: Node, args: Args, labels: Labels) -> Label | None:
     source, dims, keep = with_defaults(args, None, [], False)
     match labels.get(source):
         case Statistic(Moment.SQUARES, h) if keep and dims in ([-1], [len(sizes(source)) - 1]):
-            return Statistic(Moment.MEAN, h)
+            return Statistic(Moment.MEAN, h, source)
     return None
 
 
@@ -43,16 +43,16 @@ def _add(node: Node, args: Args, labels: Labels) -> Label | None:
     """The mean plus eps; the terms in either order."""
     for term, number in (args[:2], args[1::-1]):
         match labels.get(term):
-            case Statistic(Moment.MEAN, h) if is_number(number):
-                return Statistic(Moment.WITH_EPS, h, rounded(number, torch.float32))
+            case Statistic(Moment.MEAN, h, rows) if is_number(number):
+                return Statistic(Moment.WITH_EPS, h, rows, rounded(number, torch.float32))
     return None
 
 
 def _root(node: Node, args: Args, labels: Labels) -> Label | None:
     """The root, or one over it."""
     match labels.get(args[0]):
-        case Statistic(Moment.WITH_EPS, h, eps):
-            return Statistic(Moment.ROOT if node.target is aten.sqrt.default else Moment.INVERSE, h, eps)
+        case Statistic(Moment.WITH_EPS, h, rows, eps):
+            return Statistic(Moment.ROOT if node.target is aten.sqrt.default else Moment.INVERSE, h, rows, eps)
     return None
 
 
@@ -60,8 +60,8 @@ def _div(node: Node, args: Args, labels: Labels) -> Label | None:
     """h over its root."""
     above, below = args
     match labels.get(above), labels.get(below):
-        case h, Statistic(Moment.ROOT, of, eps) if h == of and _is_of_rows(below, above):
-            return Normalised(of, eps, dtype_of(node))
+        case h, Statistic(Moment.ROOT, of, rows, eps) if h == of and _is_of_rows(below, above):
+            return Normalised(of, rows, eps, dtype_of(node))
     return None
 
 
@@ -72,11 +72,11 @@ def _mul(node: Node, args: Args, labels: Labels) -> Label | None:
             continue
         match labels.get(a), labels.get(b):
             case h, other if a is b and h == other and isinstance(h, Value) and dtype_of(node) is torch.float32:
-                return Statistic(Moment.SQUARES, h)
-            case h, Statistic(Moment.INVERSE, of, eps) if h == of and _is_of_rows(b, a):
-                return Normalised(of, eps, dtype_of(node))
-            case Normalised() as rows, weight if isinstance(weight, Value) and _is_of_columns(b, a):
-                return Normed(rows, weight, dtype_of(node))
+                return Statistic(Moment.SQUARES, h, node)
+            case h, Statistic(Moment.INVERSE, of, rows, eps) if h == of and _is_of_rows(b, a):
+                return Normalised(of, rows, eps, dtype_of(node))
+            case Normalised() as normalised, weight if isinstance(weight, Value) and _is_of_columns(b, a):
+                return Normed(normalised, weight, dtype_of(node))
     return None
 
 

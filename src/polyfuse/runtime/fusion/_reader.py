@@ -10,9 +10,20 @@ import torch
 from torch.fx import Graph, Node
 
 from polyfuse.runtime.fusion import _activation, _layout, _norm, _operands, _power_of_two, _ratio, _scale
-from polyfuse.runtime.fusion._labels import Capped, Const, IsNaN, Label, Magnitude, Moved, Ratio, Scale, Step
+from polyfuse.runtime.fusion._labels import Capped, Const, IsNaN, Label, Moved, Ratio, Scale, Step
 from polyfuse.runtime.fusion._nodes import Args, Labels, Reader, dtype_of, is_number, rounded, same, sizes
-from polyfuse.runtime.fusion._values import Clamped, Half, Near, Product, Silu, Source, Value, Weighted, near_of
+from polyfuse.runtime.fusion._values import (
+    Clamped,
+    Half,
+    Magnitude,
+    Near,
+    Product,
+    Silu,
+    Source,
+    Value,
+    Weighted,
+    near_of,
+)
 
 aten = torch.ops.aten
 

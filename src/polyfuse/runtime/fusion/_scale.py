@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from polyfuse.runtime.fusion._labels import Capped, Const, Label, Magnitude, Scale, Stage, Step
+from polyfuse.runtime.fusion._labels import Capped, Const, Label, Scale, Stage, Step
 from polyfuse.runtime.fusion._nodes import (
     Args,
     Labels,
@@ -26,7 +26,7 @@ from polyfuse.runtime.fusion._nodes import (
     with_defaults,
 )
 from polyfuse.runtime.fusion._operands import read_clamp
-from polyfuse.runtime.fusion._values import Near, Source, Value
+from polyfuse.runtime.fusion._values import Magnitude, Near, Source, Value
 from polyfuse.spec.block_quant import QMAX
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -38,18 +38,18 @@ MULTIPLYING = ("cuda", "xpu")  # devices on which PyTorch divides by a number as
 def _abs(node: Node, args: Args, labels: Labels) -> Label | None:
     """The absolute values of y, or of what is not negative already."""
     label = labels.get(args[0])
-    if isinstance(label, Value) and is_float(node):
-        return Magnitude(label)
-    return label if isinstance(label, Magnitude | Scale) else None
+    if isinstance(label, Magnitude | Scale):
+        return label
+    return Magnitude(label) if isinstance(label, Value) and is_float(node) else None
 
 
 def _largest(node: Node, source: Node, dims: Sequence[int], labels: Labels) -> Scale | Source | None:
     """The maximum over the last dimension of |y|, if that dimension is a group of columns of y."""
     label, shape = labels.get(source), sizes(source)
-    if isinstance(label, Value):
-        return Source(node, Near("the scale is made from the largest y, and not from the largest |y|", True))
-    if not isinstance(label, Magnitude):
+    if not isinstance(label, Value):
         return None
+    if not isinstance(label, Magnitude):
+        return Source(node, Near("the scale is made from the largest y, and not from the largest |y|", True))
     if [dim % len(shape) for dim in dims] != [len(shape) - 1]:
         return Source(node, Near("amax is not that of groups of columns, the last dimension of a view of y", True))
     group = last_size(source)

@@ -131,18 +131,20 @@ class Moment(Enum):
 
 @dataclass(frozen=True)
 class Statistic:
-    """A float32 value on the way from h to its normalisation."""
+    """A float32 value on the way from h to its normalisation; `rows` is the node over whose last dimension it goes."""
 
     moment: Moment
     of: "Value"
+    rows: Node
     eps: float = 0.0
 
 
 @dataclass(frozen=True)
 class Normalised:
-    """h / sqrt(mean(h * h) + eps), rounded to the dtype `rounded`."""
+    """h / sqrt(mean(h * h) + eps), rounded to the dtype `rounded`; the mean is over the last dimension of `rows`."""
 
     of: "Value"
+    rows: Node
     eps: float
     rounded: torch.dtype
 
@@ -156,8 +158,15 @@ class Normed:
     rounded: torch.dtype
 
 
+@dataclass(frozen=True)
+class Magnitude:
+    """The absolute values of a tensor."""
+
+    y: "Value"
+
+
 Rounded: TypeAlias = Shifted | Scaled | Sigmoid | Silu | Product | Weighted | Normalised | Normed
-Value: TypeAlias = Source | Half | Clamped | Statistic | Rounded  # what can be y
+Value: TypeAlias = Source | Half | Clamped | Magnitude | Statistic | Rounded  # what can be y
 
 
 def near_of(value: Value) -> Near | None:
