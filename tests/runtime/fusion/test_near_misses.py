@@ -118,6 +118,14 @@ ANOTHER_ACTIVATION: dict[str, Case] = {  # of which only the quantisation is rep
     "rows_in_another_order": (lambda x: quantise(activated(x).flip(0)), ""),  # no element-wise operation
     "weights_of_columns": (lambda x: quantise(activated(x) * x[0, :D]), "silu(gate) * up goes through aten.mul"),
     "up_for_all_rows": (lambda x: quantise(silu(x[..., :D]) * x[:1, D:]), "silu(gate) goes through aten.mul"),
+    "gate_and_sigmoid_of_all_pairs_of_rows": (
+        lambda x: quantise((x[:, None, :D] * torch.sigmoid(x[:, :D])).flatten(0, 1)),
+        "",
+    ),
+    "infinite_numbers": (
+        halves_to(lambda g, up: (g * torch.sigmoid(torch.inf * g)).clamp(-1, 1) * (up + torch.inf).clamp(-1, 1)),
+        "",
+    ),
     "other_dtypes": (
         lambda x: quantise((silu(x[..., :D]) * x[..., D:].to(torch.float16)).to(x.dtype)),
         "gate and up have not the dtype and the rows of one another, or of y",
@@ -167,6 +175,10 @@ ANOTHER_QUANTISATION: dict[str, Case] = {  # of which nothing is replaced
     "ceiling_only": (
         with_scale(lambda amax, scale: (amax / by(amax, 448.0)).clamp(max=0.01)),
         "the upper bound of the scale also bounds an infinite one, which scale_ub does not",
+    ),
+    "ceiling_below_zero": (
+        with_scale(lambda amax, scale: torch.where(scale == torch.inf, scale, scale.clamp(max=-1.0))),
+        "the scale, or what it is made from, goes through aten.where",
     ),
     "floor_after_power": (
         with_scale(lambda amax, scale: torch.exp2(scale.log2().ceil()).clamp(min=1e-5)),

@@ -185,7 +185,7 @@ OTHER_NORMS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     ),
     "eps_of_zero": (
         lambda x: quantise(x[0] * (x.float() * torch.rsqrt(x.float().square().mean(-1, True) + 0.0)).to(x.dtype)),
-        NORM + "eps is not > 0",
+        NORM + "eps is not a float32 > 0",
     ),
     "rounded_to_float16": (
         lambda x: quantise(norm(x, x[0]).float().to(torch.float16)),

@@ -51,9 +51,9 @@ def _mul(node: Node, args: Args, labels: Labels) -> Label | None:
         if not (isinstance(a, Node) and isinstance(b, Node)) or not is_float(node):
             continue
         match labels.get(a), labels.get(b):
-            case gate, Sigmoid(of, step) if gate == of:
+            case gate, Sigmoid(of, step) if gate == of and same(sizes(a), sizes(b)):
                 return Silu(of, dtype_of(node)) if _in_silu(node) else Silu(of, dtype_of(node), steps=(step,))
-            case gate, Sigmoid(Scaled(of, alpha, inner), step) if gate == of:
+            case gate, Sigmoid(Scaled(of, alpha, inner), step) if gate == of and same(sizes(a), sizes(b)):
                 return Silu(of, dtype_of(node), alpha, (inner, step))
             case Silu() as silu, up if isinstance(up, Value) and same(sizes(a), sizes(b)):
                 return Product(silu, up, dtype_of(node))

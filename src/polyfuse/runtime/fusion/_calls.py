@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,7 +115,7 @@ def _other_limits(gate: _Clamp, silu: Silu, up: _Clamp) -> str:
         return "both the gate and silu(gate) are clamped"
     if (up.low, up.high) != (None if limit is None else -limit, limit):
         return f"up is clamped to {(up.low, up.high)}, and the gate to at most {limit}"
-    return "the limit is not > 0" if limit is not None and limit <= 0 else ""
+    return "the limit is not > 0" if limit is not None and not limit > 0 else ""
 
 
 def _other_roundings(y: Product | Weighted, shift: Shifted | None, dtype: torch.dtype, materialize: bool) -> str:
@@ -177,8 +178,8 @@ def _rms_norm(y: Normed, at: Node, nodes: Nodes) -> Call | str:
     x, dtype = rows[0], dtype_of(rows[0])
     if not {normalised.rounded, y.rounded} <= {dtype, torch.float32}:
         return f"rms_norm_block_quant: y is rounded to another dtype than {dtype}"
-    if not normalised.eps > 0:
-        return "rms_norm_block_quant: eps is not > 0"
+    if not 0 < normalised.eps < inf:
+        return "rms_norm_block_quant: eps is not a float32 > 0"
     attrs = {"eps": normalised.eps, "weight_offset": offset}
     terms = x.args[:2]
     if x.target is aten.add.Tensor and not x.kwargs and all(_is_term(term, x) for term in terms):

@@ -1,6 +1,7 @@
 """What the readers of a graph share: looking at nodes, their shapes and strides, and numbers."""
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -86,8 +87,8 @@ def is_contiguous(node: Node) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a node's argument is a Python number."""
-    return isinstance(value, int | float)
+    """Whether a node's argument is a finite Python number."""
+    return isinstance(value, int | float) and isfinite(value)
 
 
 def is_call(value: Any, target: Any, *args: Any) -> bool:
