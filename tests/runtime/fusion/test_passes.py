@@ -155,7 +155,7 @@ def test_settings_are_booleans(argument: str) -> None:
 
 def test_the_documents_example_is_matched() -> None:
     text = (Path(__file__).parents[3] / "docs/fusion.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     names: dict[str, Any] = {}
     before = len(fusion.report())
     exec(code, names)

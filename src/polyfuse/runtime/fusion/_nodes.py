@@ -1,7 +1,6 @@
 """What the readers of a graph share: looking at nodes, their shapes and strides, and numbers."""
 
 from collections.abc import Callable
-from math import isfinite
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -10,6 +9,8 @@ import torch
 from torch.fx import Node
 
 from polyfuse.runtime.fusion._labels import Label
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -87,8 +88,8 @@ def is_contiguous(node: Node) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a node's argument is a finite Python number."""
-    return isinstance(value, int | float) and isfinite(value)
+    """Whether a node's argument is a Python number that is finite in float32."""
+    return isinstance(value, int | float) and abs(value) <= _LARGEST
 
 
 def is_call(value: Any, target: Any, *args: Any) -> bool:

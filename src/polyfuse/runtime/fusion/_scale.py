@@ -146,8 +146,8 @@ def _clamp(node: Node, args: Args, labels: Labels) -> Label | None:
         case Scale(power_of_two=False) as scale if high is None and low is not None and low > 0:
             return replace(scale, low=max(low, scale.low or 0.0))
         case Scale(power_of_two=False, low=None, high=None, divisor=float()) as scale if (
-            low is None and high and high > 0
-        ):
+            high or 0
+        ) > 0 and low is None:
             return Capped(scale, high)
         case Scale(power_of_two=True):
             return Source(node, Near("the scale is bounded after it was rounded to a power of two", True))
