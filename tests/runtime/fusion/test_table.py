@@ -167,14 +167,14 @@ LEADS = ((5,), (2, 3))
 
 
 def check_gated(source: str, option: str, dtype: torch.dtype, heads: list[tuple[Any, str]]) -> None:
-    """In one graph: an activation in several formats and layouts."""
-    x = rows(*LEADS[len(option) % 2], dtype=dtype)
-    activation = gated(source, option)
+    """In one graph: an activation in several formats and layouts, each of a tensor of its own."""
+    activation, x = gated(source, option), rows(*LEADS[len(option) % 2], dtype=dtype)
+    inputs = [x.clone() for _ in heads]
 
-    def graph(x: torch.Tensor) -> Outputs:
-        return [in_format(activation(x), *form, layout) for form, layout in heads]
+    def graph(*inputs: torch.Tensor) -> Outputs:
+        return [in_format(activation(x), *form, layout) for x, (form, layout) in zip(inputs, heads, strict=True)]
 
-    want, got = graph(x), rewrite(graph, x)
+    want, got = graph(*inputs), rewrite(graph, *inputs)
     written_out = option == "written_out" and dtype is torch.float32
     assert got.reasons == ["silu_mul_block_quant: silu is written out, not torch's own"] * len(heads) * written_out
     for (form, layout), found, one, other in zip(heads, got.placed, got.outputs, want, strict=True):
