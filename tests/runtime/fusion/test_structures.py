@@ -156,9 +156,9 @@ def test_a_chain_of_norms_hands_on_its_sums() -> None:
 
     got = run_changed(function, (x, weight), change, dynamic=False)
     one, other = x.flip(0), x.flip(-1)
-    attrs = {"scale_min": float(torch.tensor(1e-10))}
-    first = polyfuse.rms_norm_block_quant(x, weight, residual=one, **attrs)
-    second = polyfuse.rms_norm_block_quant(first[2], weight, residual=other, **attrs)
+    floor = float(torch.tensor(1e-10))
+    first = polyfuse.rms_norm_block_quant(x, weight, residual=one, scale_min=floor)
+    second = polyfuse.rms_norm_block_quant(first[2], weight, residual=other, scale_min=floor)
     assert_same_bits(got, [*first[:2], *second[:2], first[2], second[2], norm(second[2], weight)])
     assert adds == [1]  # of eps to the mean, in the norm that is used beside its quantisation
 

@@ -41,17 +41,15 @@ def is_float(node: Node) -> bool:
 
 def last_size(node: Node) -> int | None:
     """The last dimension of a value, also where its fake value has a symbol for a number that a view is given."""
-    while isinstance(node, Node) and sizes(node):
-        size = sizes(node)[-1]
-        if isinstance(size, int):
-            return size
-        if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
-            wanted = node.args[1][-1]  # type: ignore[index]
-            return wanted if isinstance(wanted, int) and wanted > 0 else None
-        if node.target not in (aten.abs.default, prims.convert_element_type.default):
-            return None
-        node = node.args[0]
-    return None
+    size: Any = sizes(node)[-1] if sizes(node) else 0
+    if isinstance(size, int):
+        return size or None
+    args: Args = node.args
+    if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        wanted = args[1][-1]
+        return wanted if isinstance(wanted, int) and wanted > 0 else None
+    same_shape = node.target in (aten.abs.default, prims.convert_element_type.default)
+    return last_size(args[0]) if same_shape else None
 
 
 def same(first: Sizes, second: Sizes) -> bool:

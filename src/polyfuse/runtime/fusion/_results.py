@@ -1,7 +1,7 @@
 """Which scales of a graph are the op's result, in which form it gives them, and which nodes they replace."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -98,7 +98,7 @@ def _form(node: Node, label: Label, kept: Scale) -> ScaleForm | None:
         return None
     packed = isinstance(label, Packed)
     *lead, width = sizes(kept.at)
-    groups = width // kept.group_size
+    groups: Any = width // kept.group_size
     columns = -(-groups // 4) if packed else groups
     if same(sizes(node), (*lead, columns)):
         strides = tuple(node.meta["val"].stride())

@@ -139,21 +139,17 @@ def _mul(node: Node, args: Args, labels: Labels) -> Label | None:
 def _clamp(node: Node, args: Args, labels: Labels) -> Label | None:
     """A scale with a lower bound, or with an upper one that `_where` may take back for an infinite scale."""
     clamp = read_clamp(node, args)
-    if clamp is None:
+    scale = labels.get(clamp.source) if clamp else None
+    if not clamp or not isinstance(scale, Scale):
         return None
     low, high = clamp.low, clamp.high
-    match labels.get(clamp.source):
-        case Scale(power_of_two=False) as scale if high is None and low is not None and low > 0:
-            return replace(scale, low=max(low, scale.low or 0.0))
-        case Scale(power_of_two=False, low=None, high=None, divisor=float()) as scale if (
-            high or 0
-        ) > 0 and low is None:
-            return Capped(scale, high)
-        case Scale(power_of_two=True):
-            return Source(node, Near("the scale is bounded after it was rounded to a power of two", True))
-        case Scale() if high is not None:
-            return Source(node, Near(ALSO_INFINITE, True))
-    return None
+    if scale.power_of_two:
+        return Source(node, Near("the scale is bounded after it was rounded to a power of two", True))
+    if high is None:
+        return replace(scale, low=max(low, scale.low or 0.0)) if low is not None and low > 0 else None
+    if low is None and high > 0 and scale.low is None and scale.high is None and scale.divisor:
+        return Capped(scale, high)
+    return Source(node, Near(ALSO_INFINITE, True))
 
 
 def _eq(node: Node, args: Args, labels: Labels) -> Label | None:
