@@ -135,6 +135,20 @@ def test_one_graph_for_several_widths(name: str) -> None:
     assert near_misses == []
 
 
+def test_reading_a_long_chain_of_products_takes_no_time() -> None:
+    """Each of them has the one before it twice."""
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for _ in range(30):
+            x = silu(x) * x
+        return quantise(x)
+
+    x = rows(2)
+    got = rewrite(function, x)
+    assert [found["op"] for found in got.placed] == ["silu_mul_block_quant"]
+    assert_same_bits(got.outputs, function(x))
+
+
 def norm(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     wide = h.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(h.dtype)

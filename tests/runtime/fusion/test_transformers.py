@@ -36,7 +36,7 @@ def test_the_mlp_of_qwen3() -> None:
     from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
     from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-    mlp = Qwen3MLP(Qwen3Config(hidden_size=WIDTH, intermediate_size=HIDDEN)).to(DEVICE, torch.bfloat16)
+    mlp: Any = Qwen3MLP(Qwen3Config(hidden_size=WIDTH, intermediate_size=HIDDEN)).to(DEVICE, torch.bfloat16)
     mlp.down_proj = Quantising()
     found = placed(mlp, rows(2, 3)[..., :WIDTH])
     assert (found["op"], found["tensors"]) == ("silu_mul_block_quant", ["up"])
@@ -63,12 +63,11 @@ def test_the_activation_of_gpt_oss() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_next"])
 def test_the_norms_of_qwen3_and_qwen3_next(family: str) -> None:
-    if family == "qwen3":
-        from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm as Norm
-    else:
-        from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm as Norm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
-    norm = Norm(512, eps=1e-6).to(DEVICE, torch.bfloat16)
+    kinds: dict[str, Any] = {"qwen3": Qwen3RMSNorm, "qwen3_next": Qwen3NextRMSNorm}
+    norm = kinds[family](512, eps=1e-6).to(DEVICE, torch.bfloat16)
     torch.nn.init.uniform_(norm.weight)
 
     def function(x: torch.Tensor) -> list[torch.Tensor]:

@@ -1,6 +1,5 @@
 """Which op computes a y and quantises it, from which tensors and with which attributes of its own."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, NamedTuple
@@ -9,12 +8,12 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from polyfuse.runtime.fusion._labels import Label
-from polyfuse.runtime.fusion._nodes import NARROW, dtype_of, is_float, rounded, same, sizes
+from polyfuse.runtime.fusion._nodes import NARROW, Labels, dtype_of, is_float, rounded, same, sizes
 from polyfuse.runtime.fusion._values import (
     Clamped,
     Half,
     Normed,
+    Operand,
     Part,
     Product,
     Shifted,
@@ -45,36 +44,33 @@ class Call:
     sum: Node | None = None
 
 
-Nodes = Mapping[Label, list[Node]]
-
-
-def call_for(y: Value, at: Node, nodes: Nodes, materialize: bool) -> tuple[Call, str]:
+def call_for(y: Value, at: Node, labels: Labels, materialize: bool) -> tuple[Call, str]:
     """The op that computes y, or else takes it as rows `at`, and why it is not one that computes more of it."""
     found: Call | str = ""
     match y:
         case Product() | Weighted():
-            found = _silu_mul(y, at, nodes, materialize)
+            found = _silu_mul(y, at, labels, materialize)
         case Silu():
             found = "silu_mul_block_quant: silu(gate) is not multiplied by an up"
         case Normed():
-            found = _NORM_ROUNDINGS if materialize else _rms_norm(y, at, nodes)
+            found = _NORM_ROUNDINGS if materialize else _rms_norm(y, at, labels)
         case _ if near := near_of(y):
             found = "" if near.scaled else f"silu_mul_block_quant: {near.reason}"
     return (found, "") if isinstance(found, Call) else (Call("block_quant", {"x": at}), found)
 
 
-def _silu_mul(y: Product | Weighted, at: Node, nodes: Nodes, materialize: bool) -> Call | str:
+def _silu_mul(y: Product | Weighted, at: Node, labels: Labels, materialize: bool) -> Call | str:
     product = y.product if isinstance(y, Weighted) else y
     silu, shift = product.silu, product.up if isinstance(product.up, Shifted) else None
     gate, up = _clamp_of(silu.gate), _clamp_of(shift.of if shift else product.up)
-    tensors = _gate_and_up(gate.of, up.of, at, nodes)
+    tensors = _gate_and_up(gate.of, up.of, at, labels)
     if tensors is None:
         return "silu_mul_block_quant: gate and up have not the dtype and the rows of one another, or of y"
     reason = _other_limits(gate, silu, up) or _other_roundings(y, shift, dtype_of(tensors["x"]), materialize)
     if reason:
         return f"silu_mul_block_quant: {reason}"
     if isinstance(y, Weighted):
-        weight = _row_weight(y.weight, sizes(tensors["x"])[:-1], nodes)
+        weight = _row_weight(y.weight, sizes(tensors["x"])[:-1], labels)
         if weight is None:
             return "silu_mul_block_quant: the weights are not one for each row, in a dtype of the op"
         tensors["row_weight"] = weight
@@ -95,12 +91,12 @@ def _silu_mul(y: Product | Weighted, at: Node, nodes: Nodes, materialize: bool) 
 class _Clamp(NamedTuple):
     """A value before it was clamped, and its bounds; None is no bound."""
 
-    of: Value
+    of: Operand
     low: float | None
     high: float | None
 
 
-def _clamp_of(value: Value) -> _Clamp:
+def _clamp_of(value: Operand) -> _Clamp:
     if isinstance(value, Clamped):
         return _Clamp(value.of, value.low, value.high)
     return _Clamp(value, None, None)
@@ -139,38 +135,38 @@ def _other_roundings(y: Product | Weighted, shift: Shifted | None, dtype: torch.
     return silu.inexact
 
 
-def _gate_and_up(gate: Value, up: Value, at: Node, nodes: Nodes) -> dict[str, Node] | None:
+def _gate_and_up(gate: Operand, up: Operand, at: Node, labels: Labels) -> dict[str, Node] | None:
     """The tensors that have gate and up, in rows of y's width and one dtype: one if they are the halves of one."""
     if isinstance(gate, Half) and gate.part is Part.GATE and up == Half(gate.x, Part.UP, gate.interleaved):
         width = sizes(gate.x)[-1]
         return {"x": gate.x} if same((width,), (2 * sizes(at)[-1],)) else None
-    for x in _with_rows(gate, at, nodes):
-        for other in _with_rows(up, at, nodes):
+    for x in _with_rows(gate, at, labels):
+        for other in _with_rows(up, at, labels):
             if same(sizes(x), sizes(other)) and dtype_of(x) is dtype_of(other):
                 return {"x": x, "up": other}
     return None
 
 
-def _with_rows(value: Value, at: Node, nodes: Nodes) -> list[Node]:
+def _with_rows(value: Operand, at: Node, labels: Labels) -> list[Node]:
     """The nodes with a value in its own dtype and rows of y's width, those in y's shape first."""
-    own = [node for node in nodes.get(value, []) if is_float(node)]
+    own = [node for node in labels.having(value) if is_float(node)]
     found = [node for node in own if dtype_of(node) is dtype_of(own[0]) and same(sizes(node)[-1:], sizes(at)[-1:])]
     return sorted((node for node in found if len(sizes(node)) > 1), key=lambda node: not same(sizes(node), sizes(at)))
 
 
-def _row_weight(weight: Value, lead: tuple[Any, ...], nodes: Nodes) -> Node | None:
+def _row_weight(weight: Operand, lead: tuple[Any, ...], labels: Labels) -> Node | None:
     """The node that has a weight for each row, as [*lead] or [*lead, 1]."""
-    for node in nodes.get(weight, []):
+    for node in labels.having(weight):
         if is_float(node) and (same(sizes(node), lead) or same(sizes(node), (*lead, 1))):
             return node
     return None
 
 
-def _rms_norm(y: Normed, at: Node, nodes: Nodes) -> Call | str:
+def _rms_norm(y: Normed, at: Node, labels: Labels) -> Call | str:
     normalised = y.normalised
     weight, offset = (y.weight.of, y.weight.offset) if isinstance(y.weight, Shifted) else (y.weight, 0.0)
-    rows = _with_rows(normalised.of, at, nodes) if same(sizes(normalised.rows)[-1:], sizes(at)[-1:]) else []
-    weights = [node for node in nodes.get(weight, []) if is_float(node) and same(sizes(node), sizes(at)[-1:])]
+    rows = _with_rows(normalised.of, at, labels) if same(sizes(normalised.rows)[-1:], sizes(at)[-1:]) else []
+    weights = [node for node in labels.having(weight) if is_float(node) and same(sizes(node), sizes(at)[-1:])]
     if not rows:
         return "rms_norm_block_quant: the rows that are normalised are not those of y"
     if not weights:

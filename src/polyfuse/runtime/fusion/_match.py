@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from polyfuse.runtime.fusion._calls import Nodes, call_for
+from polyfuse.runtime.fusion._calls import call_for
 from polyfuse.runtime.fusion._labels import Quantised
 from polyfuse.runtime.fusion._nodes import Labels, is_contiguous, rounded, same, sizes
 from polyfuse.runtime.fusion._ratio import DTYPES
@@ -37,17 +37,13 @@ class NearMiss:
 
 def find(labels: Labels, materialize: bool) -> tuple[list[Match], list[NearMiss]]:
     """The calls that a graph can be rewritten with, and the near misses."""
-    nodes: dict[Any, list[Node]] = {}
-    near_misses: list[NearMiss] = []
-    for node, label in labels.items():
-        nodes.setdefault(label, []).append(node)
-        if isinstance(label, Value) and (reason := _unread(node, label)):
-            near_misses.append(NearMiss(reason))
+    reasons = [_unread(node, label) for node, label in labels.items() if isinstance(label, Value)]
+    near_misses = [NearMiss(reason) for reason in reasons if reason]
     matches: list[Match] = []
     uses = ScaleUses(labels)
-    for label, same_q in nodes.items():
+    for label, same_q in labels.nodes.items():
         if isinstance(label, Quantised):
-            match, reason = _match(label, same_q, uses, nodes, materialize)
+            match, reason = _match(label, same_q, uses, materialize)
             matches += [match] if match else []
             near_misses += [NearMiss(reason)] if reason else []
     return matches, near_misses
@@ -64,9 +60,7 @@ def _unread(node: Node, label: Value) -> str:
     return "" if dtype == "int8" else f"what becomes {dtype} is not divided by a scale of groups of its columns"
 
 
-def _match(
-    label: Quantised, same_q: list[Node], uses: ScaleUses, nodes: Nodes, materialize: bool
-) -> tuple[Match | None, str]:
+def _match(label: Quantised, same_q: list[Node], uses: ScaleUses, materialize: bool) -> tuple[Match | None, str]:
     """The call for a q, and why it is none, or none of an op that computes more."""
     ratio, scale = label.ratio, label.ratio.scale
     dtype = str(label.dtype).removeprefix("torch.")
@@ -83,7 +77,7 @@ def _match(
     scale_format = "ue8m0_packed" if packed else "ue8m0" if kept.power_of_two else "float32"
     if scale_min == rounded(scale_floor(dtype, None, scale_format), torch.float32):
         scale_min = None
-    call, reason = call_for(scale.y, scale.at, nodes, materialize)
+    call, reason = call_for(scale.y, scale.at, uses.labels, materialize)
     x = call.tensors["x"]
     if not all(_has_known_shape(node, x) for node in (*q, *places)):
         return None, "q or the scale is used in a shape with two sizes that are not those of x"

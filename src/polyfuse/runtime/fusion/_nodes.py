@@ -9,18 +9,46 @@ import torch
 from torch.fx import Node
 
 from polyfuse.runtime.fusion._labels import Label
+from polyfuse.runtime.fusion._values import Operand, Source, Value
 
 _LARGEST = float(np.finfo(np.float32).max)
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-Labels: TypeAlias = dict[Node, Label]
 Args: TypeAlias = tuple[Any, ...]
-Reader: TypeAlias = Callable[[Node, Args, Labels], Label | None]
 Sizes: TypeAlias = tuple[int | torch.SymInt, ...]
 
 # The 16-bit dtypes of activations, with NumPy's of the same format.
 NARROW: dict[torch.dtype, Any] = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16}
+
+
+class Labels(dict[Node, Label]):
+    """The label of each node, and in `nodes` the nodes of each label in the order of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: dict[Label, list[Node]] = {}
+
+    def __setitem__(self, node: Node, label: Label) -> None:
+        super().__setitem__(node, label)
+        self.nodes.setdefault(label, []).append(node)
+
+    def operand(self, node: Any) -> Operand | None:
+        """A tensor that something is computed from: one that is itself computed counts as the first node with it.
+
+        Labels would otherwise grow with the graph, and those with two operands like a tree.
+        """
+        label = self.get(node)
+        if label is None or isinstance(label, Operand):
+            return label
+        return Source(self.nodes[label][0]) if isinstance(label, Value) else None
+
+    def having(self, operand: Operand) -> list[Node]:
+        """The nodes with the value of an operand."""
+        return self.nodes.get(self[operand.node] if isinstance(operand, Source) else operand, [])
+
+
+Reader: TypeAlias = Callable[[Node, Args, Labels], Label | None]
 
 
 def sizes(node: Node) -> Sizes:

@@ -18,16 +18,15 @@ from polyfuse.runtime.fusion._nodes import (
     sizes,
     with_defaults,
 )
-from polyfuse.runtime.fusion._values import Moment, Normalised, Normed, Statistic, Value
+from polyfuse.runtime.fusion._values import Moment, Normalised, Normed, Statistic
 
 aten = torch.ops.aten
 
 
 def _square(node: Node, args: Args, labels: Labels) -> Label | None:
     """h * h in float32, as a power."""
-    label = labels.get(args[0])
-    is_square = args[1] == 2 and dtype_of(node) is torch.float32
-    return Statistic(Moment.SQUARES, label, node) if is_square and isinstance(label, Value) else None
+    h = labels.operand(args[0])
+    return Statistic(Moment.SQUARES, h, node) if h and args[1] == 2 and dtype_of(node) is torch.float32 else None
 
 
 def _mean(node: Node, args: Args, labels: Labels) -> Label | None:
@@ -59,7 +58,7 @@ def _root(node: Node, args: Args, labels: Labels) -> Label | None:
 def _div(node: Node, args: Args, labels: Labels) -> Label | None:
     """h over its root."""
     above, below = args
-    match labels.get(above), labels.get(below):
+    match labels.operand(above), labels.get(below):
         case h, Statistic(Moment.ROOT, of, rows, eps) if h == of and _is_of_rows(below, above):
             return Normalised(of, rows, eps, dtype_of(node))
     return None
@@ -70,12 +69,12 @@ def _mul(node: Node, args: Args, labels: Labels) -> Label | None:
     for a, b in (args, args[::-1]):
         if not (isinstance(a, Node) and isinstance(b, Node)) or not is_float(node):
             continue
-        match labels.get(a), labels.get(b):
-            case h, other if a is b and h == other and isinstance(h, Value) and dtype_of(node) is torch.float32:
+        match labels.operand(a), labels.get(b):
+            case h, _ if h and a is b and dtype_of(node) is torch.float32:
                 return Statistic(Moment.SQUARES, h, node)
             case h, Statistic(Moment.INVERSE, of, rows, eps) if h == of and _is_of_rows(b, a):
                 return Normalised(of, rows, eps, dtype_of(node))
-            case Normalised() as normalised, weight if isinstance(weight, Value) and _is_of_columns(b, a):
+            case weight, Normalised() as normalised if weight and _is_of_columns(a, b):
                 return Normed(normalised, weight, dtype_of(node))
     return None
 

@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 def read(graph: Graph) -> Labels:
     """The label of every node that has one: a tensor of which no reader knows more is a `Source`."""
-    labels: Labels = {}
+    labels = Labels()
     for node in graph.nodes:
         label = _read(node, labels)
         if label is None and isinstance(node.meta.get("val"), torch.Tensor):

@@ -62,8 +62,8 @@ def _largest(node: Node, source: Node, dims: Sequence[int], labels: Labels) -> S
 def _rows_of_groups(y: Value, groups: Node, group: int, labels: Labels) -> Node | None:
     """A node with y as rows [..., D] of whole groups, best those rows that `groups` [..., D / group, group] divides."""
     found = None
-    for node, label in labels.items():
-        if label != y or not is_float(node) or len(sizes(node)) < 2:
+    for node in labels.nodes[y]:
+        if not is_float(node) or len(sizes(node)) < 2:
             continue
         *lead, width = sizes(node)
         divides = same(tuple(lead), sizes(groups)[:-2])

@@ -63,7 +63,7 @@ class Clamped:
 class Shifted:
     """A tensor plus a number, rounded to the dtype `rounded`."""
 
-    of: "Source | Half | Clamped"
+    of: "Unrounded"
     offset: float
     rounded: torch.dtype
 
@@ -72,7 +72,7 @@ class Shifted:
 class Scaled:
     """A tensor times a number, rounded to the dtype `rounded`."""
 
-    of: "Source | Half | Clamped"
+    of: "Unrounded"
     factor: float
     rounded: torch.dtype
 
@@ -81,7 +81,7 @@ class Scaled:
 class Sigmoid:
     """sigmoid(of), rounded to the dtype `rounded`."""
 
-    of: "Value"
+    of: "Operand"
     rounded: torch.dtype
 
 
@@ -93,7 +93,7 @@ class Silu:
     has no such steps.
     """
 
-    gate: "Value"
+    gate: "Operand"
     rounded: torch.dtype
     alpha: float | None = None
     steps: tuple[torch.dtype, ...] = ()
@@ -106,7 +106,7 @@ class Product:
     """silu * up, rounded to the dtype `rounded`."""
 
     silu: Silu
-    up: "Value"
+    up: "Operand"
     rounded: torch.dtype
 
 
@@ -115,7 +115,7 @@ class Weighted:
     """A product times the weight of its row, rounded to the dtype `rounded`."""
 
     product: Product
-    weight: "Value"
+    weight: "Operand"
     rounded: torch.dtype
 
 
@@ -134,7 +134,7 @@ class Statistic:
     """A float32 value on the way from h to its normalisation; `rows` is the node over whose last dimension it goes."""
 
     moment: Moment
-    of: "Value"
+    of: "Operand"
     rows: Node
     eps: float = 0.0
 
@@ -143,7 +143,7 @@ class Statistic:
 class Normalised:
     """h / sqrt(mean(h * h) + eps), rounded to the dtype `rounded`; the mean is over the last dimension of `rows`."""
 
-    of: "Value"
+    of: "Operand"
     rows: Node
     eps: float
     rounded: torch.dtype
@@ -154,7 +154,7 @@ class Normed:
     """Normalised rows times a weight for each column, rounded to the dtype `rounded`."""
 
     normalised: Normalised
-    weight: "Value"
+    weight: "Operand"
     rounded: torch.dtype
 
 
@@ -165,8 +165,10 @@ class Magnitude:
     y: "Value"
 
 
+Unrounded: TypeAlias = Source | Half | Clamped
+Operand: TypeAlias = Unrounded | Shifted | Scaled  # what can be gate, up, h or weights
 Rounded: TypeAlias = Shifted | Scaled | Sigmoid | Silu | Product | Weighted | Normalised | Normed
-Value: TypeAlias = Source | Half | Clamped | Magnitude | Statistic | Rounded  # what can be y
+Value: TypeAlias = Unrounded | Magnitude | Statistic | Rounded  # what can be y
 
 
 def near_of(value: Value) -> Near | None:
