@@ -82,6 +82,29 @@ def test_what_the_pass_relies_on_holds_for_every_16_bit_number(dtype: torch.dtyp
     torch.testing.assert_close((gate.float() * 1.702).to(dtype), gate * 1.702, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_alpha_of_one_is_none(dtype: torch.dtype) -> None:
+    function = halves_to(lambda gate, up: gate * torch.sigmoid(1.0 * gate) * up)
+    x = rows(64, dtype=dtype)
+    got = rewrite(function, x)
+    (found,) = got.placed
+    wide = dtype is torch.float32
+    assert (found["op"], found.get("alpha")) == (
+        ("block_quant", None) if wide else ("silu_mul_block_quant", ROUNDED_SIGMOID)
+    )
+    assert got.reasons == ["silu_mul_block_quant: silu is written out, not torch's own"] * wide
+    assert_same_bits(got.outputs, function(x))
+
+
+def test_zero_added_to_a_negative_zero_is_kept() -> None:
+    function = halves_to(lambda gate, up: silu(gate) * (up + 0.0))
+    x = rows(6)
+    x[:, D : D + 9] = -0.0
+    got = rewrite(function, x)
+    assert [(found["op"], found.get("tensors")) for found in got.placed] == [("silu_mul_block_quant", ["up"])]
+    assert_same_bits(got.outputs, function(x))
+
+
 SPECIAL: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "silu": lambda gate, up: silu(gate) * up,
     "written_out": lambda gate, up: gate * torch.sigmoid(gate) * up,
@@ -191,7 +214,7 @@ def test_a_sum_that_is_there_before_the_weight_is_left_in_its_place() -> None:
 
 NORM = "rms_norm_block_quant: "
 OTHER_NORMS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
-    "weights_for_each_element": (lambda x: quantise(norm(x, x)), ""),
+    "weights_for_each_element": (lambda x: quantise(norm(x, x)), NORM + "a normalised row goes through aten.mul"),
     "weights_of_two_dimensions": (lambda x: quantise(norm(x, x[:1])), NORM + "the weights are not one for each column"),
     "of_other_rows": (
         lambda x: quantise(norm(x.view(-1, 64), x[0, :64]).view(6, -1)),
@@ -203,7 +226,12 @@ OTHER_NORMS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     ),
     "rounded_to_float16": (
         lambda x: quantise(norm(x, x[0]).float().to(torch.float16)),
-        "",
+        NORM + "a normalised row is rounded to torch.float16",
+    ),
+    "with_a_bias": (lambda x: quantise(norm(x, x[0]) + x[1]), NORM + "a normalised row goes through aten.add"),
+    "without_weights": (
+        lambda x: quantise((x.float() * torch.rsqrt(x.float().square().mean(-1, True) + 1e-6)).to(x.dtype)),
+        NORM + "the normalised rows have no weight",
     ),
 }
 
@@ -214,7 +242,7 @@ def test_of_another_norm_only_the_quantisation_is_replaced(name: str) -> None:
     x = rows(6)
     got = rewrite(function, x, materialize=False)
     assert [found["op"] for found in got.placed] == ["block_quant"]
-    assert got.reasons == ([reason] if reason else [])
+    assert got.reasons == [reason]
     assert_same_bits(got.outputs, function(x))
 
 

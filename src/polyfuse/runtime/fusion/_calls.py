@@ -12,6 +12,7 @@ from polyfuse.runtime.fusion._nodes import NARROW, Labels, dtype_of, is_float, r
 from polyfuse.runtime.fusion._values import (
     Clamped,
     Half,
+    Normalised,
     Normed,
     Operand,
     Part,
@@ -52,10 +53,12 @@ def call_for(y: Value, at: Node, labels: Labels, materialize: bool) -> tuple[Cal
             found = _silu_mul(y, at, labels, materialize)
         case Silu():
             found = "silu_mul_block_quant: silu(gate) is not multiplied by an up"
+        case Normalised():
+            found = "rms_norm_block_quant: the normalised rows have no weight"
         case Normed():
             found = _NORM_ROUNDINGS if materialize else _rms_norm(y, at, labels)
         case _ if near := near_of(y):
-            found = "" if near.scaled else f"silu_mul_block_quant: {near.reason}"
+            found = "" if near.scaled else near.reason
     return (found, "") if isinstance(found, Call) else (Call("block_quant", {"x": at}), found)
 
 
@@ -74,7 +77,7 @@ def _silu_mul(y: Product | Weighted, at: Node, labels: Labels, materialize: bool
         if weight is None:
             return "silu_mul_block_quant: the weights are not one for each row, in a dtype of the op"
         tensors["row_weight"] = weight
-    alpha = ROUNDED_SIGMOID if silu.alpha is None and silu.steps and materialize else silu.alpha
+    alpha = ROUNDED_SIGMOID if _rounds_sigmoid(silu) and materialize else silu.alpha
     attrs = {
         "interleaved": "up" not in tensors and isinstance(gate.of, Half) and gate.of.interleaved,
         "alpha": 1.0 if alpha is None else alpha,
@@ -86,6 +89,11 @@ def _silu_mul(y: Product | Weighted, at: Node, labels: Labels, materialize: bool
     if attrs["limit_on"] == "silu" and attrs["alpha"] != 1:
         return "silu_mul_block_quant: silu is clamped, and its sigmoid is rounded or has an alpha"
     return Call("silu_mul_block_quant", tensors, attrs)
+
+
+def _rounds_sigmoid(silu: Silu) -> bool:
+    """Whether silu has no alpha, or 1, and yet is written out as a product with a sigmoid."""
+    return bool(silu.steps) and silu.alpha in (None, 1.0)
 
 
 class _Clamp(NamedTuple):
@@ -130,7 +138,7 @@ def _other_roundings(y: Product | Weighted, shift: Shifted | None, dtype: torch.
         return ""
     if shift and rounded(shift.offset, dtype) != shift.offset:
         return f"the number added to up is not one of {dtype}, to which PyTorch rounds it on some devices"
-    if silu.steps and silu.alpha is None and dtype not in NARROW:
+    if _rounds_sigmoid(silu) and dtype not in NARROW:
         return "silu is written out, not torch's own"
     return silu.inexact
 

@@ -34,6 +34,7 @@ from polyfuse.runtime.fusion._values import (
     Sigmoid,
     Silu,
     Source,
+    Unrounded,
     Weighted,
 )
 
@@ -122,10 +123,10 @@ def _clamp(node: Node, args: Args, labels: Labels) -> Label | None:
 
 
 def _add(node: Node, args: Args, labels: Labels) -> Label | None:
-    """A tensor plus a number; the terms in either order."""
+    """A tensor plus a number that is not 0, which the op would not add to a -0; the terms in either order."""
     for term, number in (args[:2], args[1::-1]):
         label = labels.get(term)
-        if isinstance(label, Source | Half | Clamped) and is_number(number) and is_float(node):
+        if isinstance(label, Unrounded) and is_number(number) and number != 0 and is_float(node):
             return Shifted(label, rounded(number, torch.float32), dtype_of(node))
     return None
 
@@ -134,12 +135,12 @@ def _mul(node: Node, args: Args, labels: Labels) -> Label | None:
     """A tensor times a number; the factors in either order."""
     for factor, number in (args[:2], args[1::-1]):
         label = labels.get(factor)
-        if isinstance(label, Source | Half | Clamped) and is_number(number) and is_float(node):
+        if isinstance(label, Unrounded) and is_number(number) and is_float(node):
             return Scaled(label, rounded(number, torch.float32), dtype_of(node))
     return None
 
 
-def _own_dtype(label: Source | Half | Clamped) -> torch.dtype:
+def _own_dtype(label: Unrounded) -> torch.dtype:
     """The dtype of the tensor that a value was made from."""
     if isinstance(label, Clamped):
         label = label.of

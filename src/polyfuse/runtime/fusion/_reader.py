@@ -17,6 +17,8 @@ from polyfuse.runtime.fusion._values import (
     Half,
     Magnitude,
     Near,
+    Normalised,
+    Normed,
     Product,
     Silu,
     Source,
@@ -66,7 +68,9 @@ def _near(node: Node, labels: Labels) -> Near | None:
                 nears.append(Near(f"y / scale {step}", True))
             case Silu() | Product() | Weighted():
                 name = "silu(gate)" if isinstance(label, Silu) else "silu(gate) * up"
-                nears.append(Near(f"{name} {step}", False))
+                nears.append(Near(f"silu_mul_block_quant: {name} {step}", False))
+            case Normalised() | Normed():
+                nears.append(Near(f"rms_norm_block_quant: a normalised row {step}", False))
             case _ if isinstance(label, Value) and (near := near_of(label)):
                 nears.append(near)
     return max(nears, key=lambda near: near.scaled, default=None)
