@@ -8,10 +8,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 from polyfuse.runtime.fusion._replace import PLACED, fuse
 from polyfuse.spec import FLOATS
+from polyfuse.spec.block_quant import QMAX
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 D = 256
@@ -28,8 +29,8 @@ class Rewritten(NamedTuple):
     reasons: list[str]
 
 
-def run_changed(function: Callable[..., Any], inputs: Any, change: Callable[[Graph], None], dynamic: bool) -> Any:
-    """What a function gives when its graph, as Inductor sees it first, is changed and then run node by node."""
+def changed(function: Callable[..., Any], change: Callable[[Graph], None], dynamic: bool) -> Callable[..., Any]:
+    """A function whose graph, as Inductor sees it first, is changed and then run node by node."""
 
     def compiler(module: GraphModule, _: Any) -> Any:
         change(module.graph)
@@ -38,7 +39,12 @@ def run_changed(function: Callable[..., Any], inputs: Any, change: Callable[[Gra
         return make_boxed_func(module.forward)
 
     backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=select_decomp_table())
-    return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+
+
+def run_changed(function: Callable[..., Any], inputs: Any, change: Callable[[Graph], None], dynamic: bool) -> Any:
+    """What such a function gives."""
+    return changed(function, change, dynamic)(*inputs)
 
 
 def placed_calls(graph: Graph) -> list[dict[str, Any]]:
@@ -123,3 +129,37 @@ def with_ratio(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], num
 def halves_to(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], Any]:
     """`quantise` of another y, made from gate and up."""
     return lambda x: quantise(change(*x.chunk(2, -1)))
+
+
+def in_layout(scale: torch.Tensor, layout: str) -> torch.Tensor:
+    """The scales in a layout, as one writes it."""
+    if layout == "row_major":
+        return scale
+    flat = scale.flatten(0, -2)
+    padding = -len(flat) % 4 if layout == "col_major_tma" else 0
+    return pad(flat, (0, 0, 0, padding)).t().contiguous().t()[: len(flat)].unflatten(0, scale.shape[:-1])
+
+
+def power_of_two_above(scale: torch.Tensor, exact: bool) -> torch.Tensor:
+    """The least power of two that is at least a scale, by its bits or, in 16-bit activations, by its logarithm."""
+    if not exact:
+        return torch.pow(2.0, torch.ceil(torch.log2(scale.abs())))
+    bits = (scale.view(torch.int32) + 0x7FFFFF) & -0x800000
+    return torch.where(scale.isnan(), scale, bits.view(torch.float32))
+
+
+def in_format(y: torch.Tensor, group: int, quant_dtype: str, form: str, layout: str) -> tuple[torch.Tensor, ...]:
+    """q and the scales of y in any of the formats, as one writes it."""
+    qmax = QMAX[quant_dtype]
+    groups = y.unflatten(-1, (-1, group))
+    amax = groups.abs().amax(dim=-1, keepdim=True).float()
+    scale = (amax / by(amax, qmax)).clamp(min=1e-10)
+    if form != "float32":
+        scale = power_of_two_above(scale, exact=y.dtype == torch.float32)
+    q = groups.float() / scale
+    q = q.round().clamp(-128, 127) if quant_dtype == "int8" else q.clamp(-qmax, qmax)
+    scale = scale.squeeze(-1)
+    if form == "ue8m0_packed":
+        exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
+        scale = pad(exponents, (0, -exponents.shape[-1] % 4)).view(torch.int32)
+    return q.to(getattr(torch, quant_dtype)).view(y.shape), in_layout(scale, layout)

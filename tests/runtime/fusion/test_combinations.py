@@ -6,11 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import pad, silu
+from torch.nn.functional import silu
 
 from polyfuse.spec.block_quant import QMAX, SCALE_FORMATS, SCALE_LAYOUTS
 from polyfuse.unfused import block_quant, silu_mul
-from tests.runtime.fusion.graphs import DEVICE, DTYPES, D, Outputs, assert_same_bits, by, rewrite, rows
+from tests.runtime.fusion.graphs import (
+    DEVICE,
+    DTYPES,
+    D,
+    Outputs,
+    assert_same_bits,
+    by,
+    in_format,
+    in_layout,
+    power_of_two_above,
+    rewrite,
+    rows,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # Inductor's own
 
@@ -22,39 +34,11 @@ HALVES: list[Callable[[torch.Tensor], Any]] = [
 ]
 
 
-def in_layout(scale: torch.Tensor, layout: str) -> torch.Tensor:
-    """The scales in a layout, as one writes it."""
-    if layout == "row_major":
-        return scale
-    flat = scale.flatten(0, -2)
-    padding = -len(flat) % 4 if layout == "col_major_tma" else 0
-    return pad(flat, (0, 0, 0, padding)).t().contiguous().t()[: len(flat)].unflatten(0, scale.shape[:-1])
-
-
-def power_of_two_above(scale: torch.Tensor, exact: bool) -> torch.Tensor:
-    if not exact:
-        return torch.pow(2.0, torch.ceil(torch.log2(scale.abs())))
-    bits = (scale.view(torch.int32) + 0x7FFFFF) & -0x800000
-    return torch.where(scale.isnan(), scale, bits.view(torch.float32))
-
-
 def plain(
     x: torch.Tensor, halve: Any, group: int, quant_dtype: str, form: str, layout: str
 ) -> tuple[torch.Tensor, ...]:
     gate, up = halve(x)
-    y = (silu(gate) * up).unflatten(-1, (-1, group))
-    qmax = QMAX[quant_dtype]
-    amax = y.abs().amax(dim=-1, keepdim=True).float()
-    scale = (amax / by(amax, qmax)).clamp(min=1e-10)
-    if form != "float32":
-        scale = power_of_two_above(scale, exact=x.dtype == torch.float32)
-    q = y.float() / scale
-    q = q.round().clamp(-128, 127) if quant_dtype == "int8" else q.clamp(-qmax, qmax)
-    scale = scale.squeeze(-1)
-    if form == "ue8m0_packed":
-        exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
-        scale = pad(exponents, (0, -exponents.shape[-1] % 4)).view(torch.int32)
-    return q.to(getattr(torch, quant_dtype)).view(*x.shape[:-1], D), in_layout(scale, layout)
+    return in_format(silu(gate) * up, group, quant_dtype, form, layout)
 
 
 def library(

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.nn.functional import silu
 
 from polyfuse.runtime import fusion
 from polyfuse.spec import SpecError
 from polyfuse.unfused import block_quant, silu_mul
-from tests.runtime.fusion.graphs import E4M3, activated, quantise, rows, with_ratio
+from tests.runtime.fusion.graphs import E4M3, activated, quantise, rows, with_ratio, with_scale
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # Inductor's own
 
@@ -47,6 +48,15 @@ def test_the_report_survives_the_compile_cache(tmp_path: Path, monkeypatch: pyte
     assert warm[1:] == [fusion.GraphReport(matches=(), left=())]
 
 
+def test_a_match_of_less_says_what_kept_it_from_more() -> None:
+    before = len(fusion.report())
+    with fusion.enable(strict=True):
+        torch.compile(lambda x: quantise(silu(x.chunk(2, -1)[0].clamp(max=7.0)) * x.chunk(2, -1)[1]))(rows(4))
+    (graph,) = fusion.report()[before:]
+    assert [match["op"] for match in graph.matches] == ["block_quant"]
+    assert graph.left == ("silu_mul_block_quant: up is clamped to (None, None), and the gate to at most 7.0",)
+
+
 def test_strict_raises_for_each_graph_with_no_match_and_says_what_was_left() -> None:
     x = rows(4)
     text = r"^fusion\.enable: strict: expected something to fuse in each graph, got none"
@@ -55,6 +65,8 @@ def test_strict_raises_for_each_graph_with_no_match_and_says_what_was_left() -> 
             torch.compile(lambda x: x + 1)(x)
         with pytest.raises(SpecError, match=text + r" \(y \* \(1 / scale\) is not y / scale\)"):
             torch.compile(with_ratio(lambda y, scale: (y * (1.0 / scale)).to(E4M3)))(x)
+        with pytest.raises(SpecError, match=text + r" \(the scale is rounded to .*; what becomes float8_e4m3fn"):
+            torch.compile(lambda x: (with_scale(lambda _, scale: scale.bfloat16().float())(x), x.to(E4M3)))(x)
         with torch.enable_grad(), pytest.raises(SpecError, match=text + r" \(the graph computes gradients"):
             torch.compile(lambda x: x * 2)(x.float().requires_grad_())
     assert torch.equal(torch.compile(lambda x: x + 1)(x), x + 1)

@@ -1,4 +1,4 @@
-"""What the values of a graph can mean to the fusion of `silu_mul_block_quant`.
+"""What the values of a graph can mean to the fusion of the quantising ops.
 
 Nodes with equal labels have equal values, bit for bit, in row-major order of their elements: a view has the label of
 what it views. `inexact` says why a value may differ in its last bits from what the op computes in its place.
@@ -11,6 +11,8 @@ from typing import TypeAlias
 import torch
 from torch.fx import Node
 
+from polyfuse.runtime.fusion._values import Halves, Value
+
 
 @dataclass(frozen=True)
 class Const:
@@ -20,68 +22,15 @@ class Const:
 
 
 @dataclass(frozen=True)
-class Halves:
-    """The two halves of x [..., 2*D] along its last dimension, as a tuple of tensors."""
-
-    x: Node
-
-
-class Part(Enum):
-    """Which half of x [..., 2*D] a value is; the number is its index among the two."""
-
-    GATE = 0
-    UP = 1
-
-
-@dataclass(frozen=True)
-class Half:
-    """Gate or up of x, clamped to [low, high]; None is no bound."""
-
-    x: Node
-    part: Part
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class Silu:
-    """silu(gate); `computed` is the dtype of silu's argument, and `rounded` the dtype that its value was rounded to."""
-
-    gate: Half
-    computed: torch.dtype
-    rounded: torch.dtype
-    inexact: str = ""
-
-
-@dataclass(frozen=True)
-class Product:
-    """y = silu(gate) * up, rounded to the dtype `rounded`."""
-
-    silu: Silu
-    rounded: torch.dtype
-
-    @property
-    def x(self) -> Node:
-        """The tensor whose halves are gate and up."""
-        return self.silu.gate.x
-
-
-@dataclass(frozen=True)
-class Magnitude:
-    """The absolute values of y."""
-
-    y: Product
-
-
-@dataclass(frozen=True)
 class Scale:
     """The largest |y| of each group, then divided by `divisor`, at most `high`, at least `low`, a power of two.
 
     None is a step that was not taken. With `reciprocal` it is no division, but a multiplication by the float32 nearest
-    to 1 / divisor.
+    to 1 / divisor. `at` is a node that has y as rows [..., D] of whole groups.
     """
 
-    y: Product
+    y: Value
+    at: Node
     group_size: int
     divisor: float | None = None
     reciprocal: bool = False
@@ -179,21 +128,7 @@ class Quantised:
 
 
 Label: TypeAlias = (
-    Const
-    | Halves
-    | Half
-    | Silu
-    | Product
-    | Magnitude
-    | Scale
-    | Step
-    | Capped
-    | ExponentBytes
-    | Packed
-    | Moved
-    | Ratio
-    | IsNaN
-    | Quantised
+    Const | Halves | Value | Scale | Step | Capped | ExponentBytes | Packed | Moved | Ratio | IsNaN | Quantised
 )
 
 

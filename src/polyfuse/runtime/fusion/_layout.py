@@ -8,15 +8,15 @@ import torch
 from torch.fx import Node
 
 from polyfuse.runtime.fusion._labels import ExponentBytes, Label, Moved, Packed, Scale, Stage, Step
-from polyfuse.runtime.fusion._nodes import Args, Labels, Reader, same, sizes, width_of, with_defaults
+from polyfuse.runtime.fusion._nodes import Args, Labels, Reader, known, same, sizes, with_defaults
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 _MANTISSA_WIDTH = 23
 
 
-def _groups(scale: Scale) -> int:
-    return width_of(scale.y.x) // scale.group_size
+def _groups(scale: Scale) -> Any:
+    return sizes(scale.at)[-1] // scale.group_size
 
 
 def _shift(node: Node, args: Args, labels: Labels) -> Label | None:
@@ -38,7 +38,7 @@ def _convert(node: Node, args: Args, labels: Labels) -> Label | None:
 def _view_as(node: Node, args: Args, labels: Labels) -> Label | None:
     """The exponent bytes as whole int32 words."""
     match labels.get(args[0]):
-        case ExponentBytes(scale, padded) if args[1] is torch.int32 and (padded or _groups(scale) % 4 == 0):
+        case ExponentBytes(scale, padded) if args[1] is torch.int32 and (padded or known(_groups(scale) % 4 == 0)):
             return Packed(scale)
     return None
 
@@ -47,8 +47,8 @@ def _pad(node: Node, args: Args, labels: Labels) -> Label | None:
     """The exponent bytes with columns of zeros up to a whole word, or scales `[rows, columns]` with more rows."""
     source, amounts, value = with_defaults(args, None, None, 0.0)
     match labels.get(source), amounts:
-        case ExponentBytes(scale, padded=False), [0, columns] if value == 0 and columns == -_groups(scale) % 4:
-            return ExponentBytes(scale, padded=True) if sizes(source)[-1] == _groups(scale) else None
+        case ExponentBytes(scale, padded=False), [0, columns] if value == 0 and known(columns == -_groups(scale) % 4):
+            return ExponentBytes(scale, padded=True) if same(sizes(source)[-1:], (_groups(scale),)) else None
         case (Scale() | Packed()) as label, [0, 0, 0, _] if len(sizes(source)) == 2:
             return Moved(label, (0, 1), padded=True)
     return None
@@ -60,7 +60,7 @@ def _slice(node: Node, args: Args, labels: Labels) -> Label | None:
     moved = labels.get(source)
     if not isinstance(moved, Moved) or moved.order[dim] != 0 or start not in (None, 0) or step != 1:
         return None
-    rows = prod(sizes(moved.scale.y.x)[:-1])
+    rows = prod(sizes(moved.scale.at)[:-1])
     return _settled(replace(moved, padded=False)) if same((sizes(node)[dim],), (rows,)) else None
 
 

@@ -1,14 +1,18 @@
-"""From labels to calls of `silu_mul_block_quant`: which values the op would compute, and with which attributes."""
+"""From labels to calls of the quantising ops: which values an op would compute, and with which attributes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from polyfuse.runtime.fusion._labels import Quantised, Ratio
-from polyfuse.runtime.fusion._nodes import NARROW, Labels, dtype_of, is_contiguous, rounded, same, sizes
+from polyfuse.runtime.fusion._calls import call_for
+from polyfuse.runtime.fusion._labels import Quantised
+from polyfuse.runtime.fusion._nodes import Labels, is_contiguous, rounded, same, sizes
+from polyfuse.runtime.fusion._ratio import DTYPES
 from polyfuse.runtime.fusion._results import ScaleUses
+from polyfuse.runtime.fusion._values import Value, near_of
 from polyfuse.spec.block_quant import LARGEST_SCALE_MIN, LEAST_SCALE_MIN, QMAX, scale_floor
 
 prims = torch.ops.prims
@@ -16,64 +20,67 @@ prims = torch.ops.prims
 
 @dataclass(frozen=True)
 class Match:
-    """A call that computes the values of some nodes: `q` and `scale` are the nodes that it replaces."""
+    """A call that computes the values of some nodes: `results` has for each result the nodes that it replaces."""
 
-    x: Node
+    op: str
+    tensors: dict[str, Node]
     attrs: dict[str, Any]
-    q: list[Node]
-    scale: list[Node]
+    results: tuple[Sequence[Node], ...]
 
 
 @dataclass(frozen=True)
 class NearMiss:
-    """Something that is quantised like the op's q, and why the op is not put in its place."""
+    """Something that is quantised almost like the op's q, or made like its y, and why the op is not in its place."""
 
     reason: str
 
 
 def find(labels: Labels, materialize: bool) -> tuple[list[Match], list[NearMiss]]:
     """The calls that a graph can be rewritten with, and the near misses."""
-    nodes_of: dict[Quantised, list[Node]] = {}
-    for node, label in labels.items():
-        if isinstance(label, Quantised):
-            nodes_of.setdefault(label, []).append(node)
-    if not nodes_of:
-        return [], []
-    uses = ScaleUses(labels)
+    reasons = [_unread(node, label) for node, label in labels.items() if isinstance(label, Value)]
+    near_misses = [NearMiss(reason) for reason in reasons if reason]
     matches: list[Match] = []
-    near_misses: list[NearMiss] = []
-    for label, nodes in nodes_of.items():
-        result = _match(label, nodes, uses, materialize)
-        if isinstance(result, Match):
-            matches.append(result)
-        else:
-            near_misses.append(result)
+    uses = ScaleUses(labels)
+    for label, same_q in labels.nodes.items():
+        if isinstance(label, Quantised):
+            match, reason = _match(label, same_q, uses, materialize)
+            matches += [match] if match else []
+            near_misses += [NearMiss(reason)] if reason else []
     return matches, near_misses
 
 
-def _match(label: Quantised, nodes: list[Node], uses: ScaleUses, materialize: bool) -> Match | NearMiss:
+def _unread(node: Node, label: Value) -> str:
+    """Why a value in a quantised dtype is no q that the pass knows; empty if it is not what one quantises to."""
+    if node.target is not prims.convert_element_type.default or node.args[1] not in DTYPES:
+        return ""
+    near = near_of(label)
+    if near and near.scaled:
+        return near.reason
+    dtype = str(node.args[1]).removeprefix("torch.")
+    return "" if dtype == "int8" else f"what becomes {dtype} is not divided by a scale of groups of its columns"
+
+
+def _match(label: Quantised, same_q: list[Node], uses: ScaleUses, materialize: bool) -> tuple[Match | None, str]:
+    """The call for a q, and why it is none, or none of an op that computes more."""
     ratio, scale = label.ratio, label.ratio.scale
-    x, dtype = scale.y.x, str(label.dtype).removeprefix("torch.")
-    reason = _other_function(label, dtype) or _other_roundings(ratio, materialize)
+    dtype = str(label.dtype).removeprefix("torch.")
+    reason = _other_function(label, dtype) or (ratio.inexact if materialize else "")
     if reason:
-        return NearMiss(reason)
-    source: Any = x.args[0] if x.target is prims.convert_element_type.default else x
-    if dtype_of(source) in NARROW and dtype_of(x) is torch.float32:
-        if materialize:
-            return NearMiss(f"x is a {dtype_of(source)} tensor widened to float32, which the op would have to read")
-        x = source
-    q = [node for node in nodes if any(uses.labels.get(user) != label for user in node.users)]
+        return None, reason
+    q = [node for node in same_q if any(uses.labels.get(user) != label for user in node.users)]
     if not q:
-        return NearMiss("q is not used")
+        return None, "q is not used"
     if not all(map(is_contiguous, q)):
-        return NearMiss("q is not contiguous")
+        return None, "q is not contiguous"
     kept, scale_min = uses.kept(scale)
     (packed, layout), places = uses.placement(kept, scale)
     scale_format = "ue8m0_packed" if packed else "ue8m0" if kept.power_of_two else "float32"
     if scale_min == rounded(scale_floor(dtype, None, scale_format), torch.float32):
         scale_min = None
+    call, reason = call_for(scale.y, scale.at, uses.labels, materialize)
+    x = call.tensors["x"]
     if not all(_has_known_shape(node, x) for node in (*q, *places)):
-        return NearMiss("q or the scale is used in a shape with two sizes that are not those of x")
+        return None, "q or the scale is used in a shape with two sizes that are not those of x"
     attrs = {
         "group_size": scale.group_size,
         "quant_dtype": dtype,
@@ -81,11 +88,10 @@ def _match(label: Quantised, nodes: list[Node], uses: ScaleUses, materialize: bo
         "scale_layout": layout,
         "scale_ub": scale.high,
         "scale_min": scale_min,
-        "limit": scale.y.silu.gate.high,
-        "materialize": materialize,
         "reciprocal": scale.reciprocal,
     }
-    return Match(x, attrs, q, places)
+    results = (q, places) if call.sum is None else (q, places, [call.sum])
+    return Match(call.op, call.tensors, call.attrs | attrs, results), reason
 
 
 def _other_function(label: Quantised, dtype: str) -> str:
@@ -103,20 +109,6 @@ def _other_function(label: Quantised, dtype: str) -> str:
     else:
         inside = (ratio.low, ratio.high) == bounds
     return "" if inside else f"y / scale is not clamped to {bounds}"
-
-
-def _other_roundings(ratio: Ratio, materialize: bool) -> str:
-    """Why the op's last bits may differ, or without `materialize` more than those; empty if they do not."""
-    y, x_dtype = ratio.scale.y, dtype_of(ratio.scale.y.x)
-    if not materialize:
-        known = {y.silu.rounded, y.rounded} <= {x_dtype, torch.float32}
-        return "" if known else "y is rounded to another dtype than x's"
-    if (y.silu.rounded, y.rounded) != (x_dtype, x_dtype):
-        return f"silu(gate) and the product are not rounded to {x_dtype}"
-    computed = x_dtype if y.silu.gate.high is None else torch.float32
-    if y.silu.computed is not computed:
-        return f"silu is computed from {y.silu.computed}, by the op from {computed}"
-    return y.silu.inexact or ratio.inexact
 
 
 def _has_known_shape(node: Node, x: Node) -> bool:

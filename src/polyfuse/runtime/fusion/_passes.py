@@ -15,12 +15,11 @@ from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-import polyfuse.spec.silu_mul_block_quant as op
+from polyfuse import spec
 from polyfuse.dispatch import _torch_library
 from polyfuse.dispatch._plan import CALLS
-from polyfuse.runtime.fusion._replace import NAME, PLACED, fuse, is_inference
+from polyfuse.runtime.fusion._replace import NAMES, PLACED, fuse, is_inference
 from polyfuse.spec import SpecError
-from polyfuse.spec import block_quant as quantiser
 
 COUNTER = "polyfuse.fusion "  # the start of the names under which Inductor's counters hold a graph's report
 
@@ -115,7 +114,8 @@ def _as_tuple(passes: Any) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=1)
 def _source() -> str:
-    """A hash of all that decides what the passes do: this package, the op's spec and its schema."""
-    specs = [Path(op.__file__), Path(quantiser.__file__)]
+    """A hash of all that decides what the passes do: this package, the ops' specs and their schemas."""
+    specs = [Path(spec.__file__).parent / f"{name}.py" for name in NAMES]
     files = [*sorted(Path(__file__).parent.glob("*.py")), *specs]
-    return sha256(b"".join(f.read_bytes() for f in files) + _torch_library.schema(CALLS[NAME]).encode()).hexdigest()
+    schemas = "".join(_torch_library.schema(CALLS[name]) for name in NAMES)
+    return sha256(b"".join(f.read_bytes() for f in files) + schemas.encode()).hexdigest()

@@ -48,7 +48,7 @@ def _has_sure_logarithm(scale: Scale) -> bool:
     and amax * (1 / divisor) is that power or nearly as far above it.
     """
     bounds = [frexp(bound)[0] for bound in (scale.low, scale.high) if bound is not None]
-    return scale.y.rounded in NARROW and not any(0.5 < mantissa < 0.5 + 2**-12 for mantissa in bounds)
+    return dtype_of(scale.at) in NARROW and not any(0.5 < mantissa < 0.5 + 2**-12 for mantissa in bounds)
 
 
 def _view_as(node: Node, args: Args, labels: Labels) -> Label | None:

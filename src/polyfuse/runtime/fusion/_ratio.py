@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from polyfuse.runtime.fusion._labels import Const, IsNaN, Label, Product, Quantised, Ratio, Scale, Stage, Step
-from polyfuse.runtime.fusion._nodes import Args, Labels, Reader, dtype_of, is_number, same, sizes
-from polyfuse.runtime.fusion._product import read_clamp
+from polyfuse.runtime.fusion._labels import Const, IsNaN, Label, Quantised, Ratio, Scale, Stage, Step
+from polyfuse.runtime.fusion._nodes import Args, Labels, Reader, dtype_of, is_number, last_size, same, sizes
+from polyfuse.runtime.fusion._operands import read_clamp
+from polyfuse.runtime.fusion._values import Near, Source, Value
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -19,16 +20,23 @@ def _div(node: Node, args: Args, labels: Labels) -> Label | None:
     """y / scale."""
     above, below = args
     match labels.get(above), labels.get(below):
-        case Product() as y, Scale() as scale:
+        case y, Scale() as scale if isinstance(y, Value):
             return _ratio(node, above, below, y, scale)
     return None
 
 
-def _ratio(node: Node, above: Node, below: Node, y: Product, scale: Scale) -> Ratio | None:
+def _ratio(node: Node, above: Node, below: Node, y: Value, scale: Scale) -> Ratio | Source:
     """y / scale, if each scale meets the elements of its own group."""
-    shape = sizes(above)
-    fits = scale.y == y and shape[-1] == scale.group_size and same(sizes(below), (*shape[:-1], 1))
-    return Ratio(scale, inexact=scale.inexact) if fits and scale.divisor and dtype_of(node) is torch.float32 else None
+    shape, reason = sizes(above), ""
+    if scale.y != y:
+        reason = "a tensor is divided by the scale of another one, or of itself in another rounding"
+    elif last_size(above) != scale.group_size or not same(sizes(below), (*shape[:-1], 1)):
+        reason = "the scale of a group does not divide just that group"
+    elif dtype_of(node) is not torch.float32:
+        reason = f"y / scale is computed in {dtype_of(node)}"
+    elif not scale.divisor:
+        reason = "y is divided by amax itself"
+    return Source(node, Near(reason, True)) if reason else Ratio(scale, inexact=scale.inexact)
 
 
 def _reciprocal(node: Node, args: Args, labels: Labels) -> Label | None:
@@ -44,10 +52,10 @@ def _mul(node: Node, args: Args, labels: Labels) -> Label | None:
         match labels.get(a), labels.get(b):
             case Step(Stage.RECIPROCAL) as label, None if is_number(b) and b == 1:
                 return label
-            case Product() as y, Step(Stage.RECIPROCAL, scale):
+            case y, Step(Stage.RECIPROCAL, scale) if isinstance(y, Value):
                 ratio = _ratio(node, a, b, y, scale)
                 inexact = "" if scale.power_of_two else "y * (1 / scale) is not y / scale"
-                return ratio and replace(ratio, inexact=ratio.inexact or inexact)
+                return replace(ratio, inexact=ratio.inexact or inexact) if isinstance(ratio, Ratio) else ratio
     return None
 
 

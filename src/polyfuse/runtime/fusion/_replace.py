@@ -1,6 +1,7 @@
-"""Puts calls of `torch.ops.polyfuse.silu_mul_block_quant` into a graph."""
+"""Puts calls of the quantising ops into a graph."""
 
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from torch.fx import Graph, Node, map_arg
 from polyfuse.dispatch import _torch_library
 from polyfuse.dispatch._plan import CALLS
 from polyfuse.runtime.fusion._match import Match, NearMiss, find
-from polyfuse.runtime.fusion._nodes import dtype_of, same, sizes
+from polyfuse.runtime.fusion._nodes import dtype_of, rounded, same, sizes
 from polyfuse.runtime.fusion._reader import read
 
-NAME = "silu_mul_block_quant"
+NAMES = ("silu_mul_block_quant", "rms_norm_block_quant", "block_quant")
 PLACED = "polyfuse_fusion"  # in the meta of a node that the pass put there: what it computes
 
 aten = torch.ops.aten
@@ -29,25 +30,47 @@ def fuse(graph: Graph, materialize: bool) -> tuple[list[Match], list[NearMiss]]:
     matches, near_misses = find(read(graph), materialize)
     if matches:
         order = {node: i for i, node in enumerate(graph.nodes)}
+        now: dict[Node, Node] = {}  # what an earlier match has put in the place of a node
         for match in matches:
-            _replace(graph, match, min((*match.q, *match.scale), key=order.__getitem__))
+            results = _available(match, order)
+            first = min((node for places in results for node in places), key=order.__getitem__)
+            now |= _replace(graph, match, results, first, now)
         for match in matches:
-            _erase_unused(graph, [*match.q, *match.scale])
+            _erase_unused(graph, [node for places in match.results for node in places])
     return matches, near_misses
 
 
-def _replace(graph: Graph, match: Match, first: Node) -> None:
+def _available(match: Match, order: dict[Node, int]) -> tuple[Sequence[Node], ...]:
+    """What a call's results replace: not a sum that is there before all that the op needs."""
+    needed = max(order.get(node, -1) for node in match.tensors.values())
+    return tuple([node for node in places if order[node] > needed] for places in match.results)
+
+
+def _replace(
+    graph: Graph, match: Match, results: tuple[Sequence[Node], ...], first: Node, now: Mapping[Node, Node]
+) -> dict[Node, Node]:
     """Put the op's call before `first`, the first node that it replaces, and its results in their places."""
-    op = CALLS[NAME]
-    values = {**op.spec.parameters, **match.attrs, "x": match.x}
-    with graph.inserting_before(first), match.x.meta["val"].fake_mode:
-        target = getattr(torch.ops.polyfuse, NAME).default
+    op, replaced = CALLS[match.op], {}
+    x = match.tensors["x"]
+    with graph.inserting_before(first), x.meta["val"].fake_mode:
+        tensors = {name: _fitting(graph, name, now.get(node, node), x) for name, node in match.tensors.items()}
+        values = {**op.spec.parameters, **match.attrs, **tensors}
+        target = getattr(torch.ops.polyfuse, match.op).default
         call = _call(graph, target, *_torch_library.flatten(op, tuple(values[name] for name in op.names)))
         call.meta[PLACED] = _description(match)
-        for index, places in enumerate((match.q, match.scale)):
+        for index, places in enumerate(results):
             result = _call(graph, operator.getitem, call, index)
             for place in places:
-                place.replace_all_uses_with(_shaped(graph, result, place, match.x))
+                replaced[place] = _shaped(graph, result, place, x)
+                place.replace_all_uses_with(replaced[place])
+    return replaced
+
+
+def _fitting(graph: Graph, name: str, node: Node, x: Node) -> Node:
+    """A tensor as the op takes it: weights of rows [..., 1] without their last dimension."""
+    if name == "row_weight" and len(sizes(node)) == len(sizes(x)):
+        return _call(graph, aten.squeeze.dim, node, -1)
+    return node
 
 
 def _erase_unused(graph: Graph, nodes: list[Node]) -> None:
@@ -83,7 +106,13 @@ def _shaped(graph: Graph, result: Node, place: Node, x: Node) -> Node:
 
 
 def _description(match: Match) -> dict[str, Any]:
-    """What a call computes: shape and dtype of x, and the attributes that are not the op's defaults."""
-    defaults = CALLS[NAME].spec.parameters
-    attrs = {name: value for name, value in match.attrs.items() if value != defaults[name]}
-    return {"shape": [str(size) for size in sizes(match.x)], "dtype": str(dtype_of(match.x)), **attrs}
+    """What a call computes: op, shape and dtype of x, other tensors, and attributes that are not the op's defaults."""
+    defaults, x = CALLS[match.op].spec.parameters, match.tensors["x"]
+    attrs = {name: value for name, value in match.attrs.items() if not _is_default(value, defaults[name])}
+    others = {"tensors": [name for name in match.tensors if name != "x"]} if len(match.tensors) > 1 else {}
+    return {"op": match.op, "shape": [str(size) for size in sizes(x)], "dtype": str(dtype_of(x)), **others, **attrs}
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether an attribute is the op's default, which a number also is as the float32 nearest to it."""
+    return bool(value == default or (isinstance(default, float) and value == rounded(default, torch.float32)))

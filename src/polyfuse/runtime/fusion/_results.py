@@ -1,13 +1,13 @@
 """Which scales of a graph are the op's result, in which form it gives them, and which nodes they replace."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
 
 from polyfuse.runtime.fusion._labels import Label, Packed, Quantised, Ratio, Scale, scale_of
-from polyfuse.runtime.fusion._nodes import Labels, contiguous_strides, is_contiguous, rounded, same, sizes, width_of
+from polyfuse.runtime.fusion._nodes import Labels, contiguous_strides, is_contiguous, rounded, same, sizes
 from polyfuse.spec.block_quant import LEAST_DIVISOR, SCALE_LAYOUTS, scale_strides
 
 
@@ -97,12 +97,12 @@ def _form(node: Node, label: Label, kept: Scale) -> ScaleForm | None:
     if label not in (kept, Packed(kept)):
         return None
     packed = isinstance(label, Packed)
-    groups = width_of(kept.y.x) // kept.group_size
-    lead = sizes(kept.y.x)[:-1]
+    *lead, width = sizes(kept.at)
+    groups: Any = width // kept.group_size
     columns = -(-groups // 4) if packed else groups
     if same(sizes(node), (*lead, columns)):
         strides = tuple(node.meta["val"].stride())
         for layout in SCALE_LAYOUTS:
-            if same(strides, scale_strides(lead, columns, layout, False) or contiguous_strides(node)):
+            if same(strides, scale_strides(tuple(lead), columns, layout, False) or contiguous_strides(node)):
                 return ScaleForm(packed, layout)
     return ScaleForm(packed, "row_major") if is_contiguous(node) else None

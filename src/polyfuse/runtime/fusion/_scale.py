@@ -1,6 +1,7 @@
 """Reads the scale of each group of y: the largest |y|, divided and bounded."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -9,55 +10,80 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from polyfuse.runtime.fusion._labels import Capped, Const, Label, Magnitude, Product, Scale, Stage, Step
+from polyfuse.runtime.fusion._labels import Capped, Const, Label, Scale, Stage, Step
 from polyfuse.runtime.fusion._nodes import (
     Args,
     Labels,
     Reader,
     dtype_of,
+    is_float,
     is_number,
+    known,
+    last_size,
     rounded,
     same,
     sizes,
-    width_of,
     with_defaults,
 )
-from polyfuse.runtime.fusion._product import read_clamp
+from polyfuse.runtime.fusion._operands import read_clamp
+from polyfuse.runtime.fusion._values import Magnitude, Near, Source, Value
 from polyfuse.spec.block_quant import QMAX
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
+ALSO_INFINITE = "the upper bound of the scale also bounds an infinite one, which scale_ub does not"
 MULTIPLYING = ("cuda", "xpu")  # devices on which PyTorch divides by a number as by `Scale.reciprocal`
 
 
 def _abs(node: Node, args: Args, labels: Labels) -> Label | None:
     """The absolute values of y, or of what is not negative already."""
     label = labels.get(args[0])
-    if isinstance(label, Product):
-        return Magnitude(label)
-    return label if isinstance(label, Magnitude | Scale) else None
+    if isinstance(label, Magnitude | Scale):
+        return label
+    return Magnitude(label) if isinstance(label, Value) and is_float(node) else None
 
 
-def _largest(source: Node, dim: int, labels: Labels) -> Scale | None:
+def _largest(node: Node, source: Node, dims: Sequence[int], labels: Labels) -> Scale | Source | None:
     """The maximum over the last dimension of |y|, if that dimension is a group of columns of y."""
     label, shape = labels.get(source), sizes(source)
-    group = shape[-1] if shape else 0
-    if not isinstance(label, Magnitude) or dim % len(shape) != len(shape) - 1 or not isinstance(group, int):
+    if not isinstance(label, Value):
         return None
-    width = width_of(label.y.x)
-    return Scale(label.y, group) if group and width % group == 0 else None
+    if not isinstance(label, Magnitude):
+        return Source(node, Near("the scale is made from the largest y, and not from the largest |y|", True))
+    if [dim % len(shape) for dim in dims] != [len(shape) - 1]:
+        return Source(node, Near("amax is not that of groups of columns, the last dimension of a view of y", True))
+    group = last_size(source)
+    if not group:
+        return Source(node, Near("the size of the groups is not a number when the graph is compiled", True))
+    at = _rows_of_groups(label.y, source, group, labels)
+    return Scale(label.y, at, group) if at else Source(node, Near("y is not known to be rows of whole groups", True))
+
+
+def _rows_of_groups(y: Value, groups: Node, group: int, labels: Labels) -> Node | None:
+    """A node with y as rows [..., D] of whole groups, best those rows that `groups` [..., D / group, group] divides."""
+    found = None
+    for node in labels.nodes[y]:
+        if not is_float(node) or len(sizes(node)) < 2:
+            continue
+        *lead, width = sizes(node)
+        divides = same(tuple(lead), sizes(groups)[:-2])
+        if divides and len(sizes(groups)) > 1 and known(sizes(groups)[-2] * group == width):
+            return node
+        if not found and (width % group == 0 if isinstance(width, int) else divides):
+            found = node
+    return found
 
 
 def _amax(node: Node, args: Args, labels: Labels) -> Label | None:
     """The largest |y| of each group, by `amax`."""
     source, dims, _ = with_defaults(args, None, [], False)
-    return _largest(source, dims[0], labels) if len(dims) == 1 else None
+    return _largest(node, source, dims, labels)
 
 
 def _max(node: Node, args: Args, labels: Labels) -> Label | None:
     """The largest |y| of each group, by `max`, which gives its index too."""
-    scale = _largest(args[0], args[1], labels)
-    return Step(Stage.WITH_INDEX, scale) if scale else None
+    label = _largest(node, args[0], args[1:2], labels)
+    return Step(Stage.WITH_INDEX, label) if isinstance(label, Scale) else label
 
 
 def _item(node: Node, args: Args, labels: Labels) -> Label | None:
@@ -113,15 +139,17 @@ def _mul(node: Node, args: Args, labels: Labels) -> Label | None:
 def _clamp(node: Node, args: Args, labels: Labels) -> Label | None:
     """A scale with a lower bound, or with an upper one that `_where` may take back for an infinite scale."""
     clamp = read_clamp(node, args)
-    if clamp is None:
+    scale = labels.get(clamp.source) if clamp else None
+    if not clamp or not isinstance(scale, Scale):
         return None
     low, high = clamp.low, clamp.high
-    match labels.get(clamp.source):
-        case Scale(power_of_two=False) as scale if high is None and low is not None and low > 0:
-            return replace(scale, low=max(low, scale.low or 0.0))
-        case Scale(power_of_two=False, low=None, high=None, divisor=float()) as scale if low is None and high:
-            return Capped(scale, high)
-    return None
+    if scale.power_of_two:
+        return Source(node, Near("the scale is bounded after it was rounded to a power of two", True))
+    if high is None:
+        return replace(scale, low=max(low, scale.low or 0.0)) if low is not None and low > 0 else None
+    if low is None and high > 0 and scale.low is None and scale.high is None and scale.divisor:
+        return Capped(scale, high)
+    return Source(node, Near(ALSO_INFINITE, True))
 
 
 def _eq(node: Node, args: Args, labels: Labels) -> Label | None:
@@ -146,8 +174,10 @@ def _convert(node: Node, args: Args, labels: Labels) -> Label | None:
     match labels.get(source):
         case (Magnitude() | Scale()) as label if target is torch.float32:
             return label
-        case Scale(y, divisor=None, low=low) as scale if target is y.rounded:
+        case Scale(at=at, divisor=None, low=low) as scale if target is dtype_of(at):
             return replace(scale, low=None if low is None else rounded(low, target))
+        case Scale():
+            return Source(node, Near(f"the scale is rounded to {target}", True))
     return None
 
 
