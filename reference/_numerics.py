@@ -89,9 +89,9 @@ def round_to(value: F64, dtype: str) -> Array:
 
 
 def laid_out(array: Array, strides: tuple[int, ...] | None) -> Array:
-    """A copy of an array with the given element strides, zero in between; the array itself if they are None."""
+    """An array with the given element strides, zero in between; contiguous if they are None. It may be the same one."""
     if strides is None:
-        return array
+        return np.asarray(array, order="C")
     size = 1 + sum((n - 1) * step for n, step in zip(array.shape, strides, strict=True)) if array.size else 0
     buffer = np.zeros(size, array.dtype)
     view = np.lib.stride_tricks.as_strided(buffer, array.shape, [step * array.itemsize for step in strides])

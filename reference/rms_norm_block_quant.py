@@ -11,7 +11,7 @@ from polyfuse.reference._oracle import Error, Oracle
 from polyfuse.reference._quantiser import Interval, Quantiser, or_nan, quantise, store, valid_rows
 from polyfuse.reference._quantiser import bounds as quantised_bounds
 from polyfuse.reference.gated_rms_norm import factor, inverse_rms, weighted
-from polyfuse.spec import FP32_TINY, Capability, dtype_name
+from polyfuse.spec import Capability, dtype_name
 from polyfuse.spec.rms_norm_block_quant import SPEC
 
 CAPABILITY = Capability(devices=("cpu",))
@@ -79,7 +79,8 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
         return found | {"sum": Exact.around(exact["sum"], exact["sum"])}
     # A sum in float32 that is then rounded to fewer bits has been rounded twice: h may be the next number.
     wide = to_f64(given.x) + to_f64(given.residual)
-    twice = np.where(np.isfinite(wide), error("sum")[0] * np.abs(wide) + FP32_TINY, 0.0)
+    roundoff, flushed = error("sum")
+    twice = np.where(np.isfinite(wide), roundoff * np.abs(wide) + flushed, 0.0)
     dtype = dtype_name(given.x.dtype)
     most = np.where(np.isfinite(h), float(ml_dtypes.finfo(numpy_dtype(dtype)).max), np.inf)
     low, high = (to_f64(round_to(np.clip(end, -most, most), dtype)) for end in (wide - twice, wide + twice))
@@ -88,7 +89,7 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
     found = quantised_bounds(or_nan(Interval(y, y - slack, y + slack), either), given, error)
     valid = valid_rows(h.shape[:-1], Quantiser.of(given))
     ends = np.where(valid, wide - twice, -np.inf), np.where(valid, wide + twice, np.inf)
-    return found | {"sum": Exact(exact["sum"], *ends)}
+    return found | {"sum": Exact(np.where(valid, wide, exact["sum"]), *ends)}
 
 
 rms_norm_block_quant = Oracle(SPEC, formula, bounds, store)

@@ -10,7 +10,7 @@ from polyfuse.reference._oracle import Error, Oracle
 from polyfuse.reference._quantiser import Interval, Quantiser, or_nan, quantise, store
 from polyfuse.reference._quantiser import bounds as quantised_bounds
 from polyfuse.reference.gdn_post_conv import sigmoid
-from polyfuse.spec import FP32_ROUNDOFF, FP32_TINY, Capability, dtype_name
+from polyfuse.spec import FP32_TINY, Capability, dtype_name
 from polyfuse.spec.silu_mul_block_quant import SPEC
 
 CAPABILITY = Capability(devices=("cpu",))
@@ -103,7 +103,7 @@ def overflowed(y: F64) -> F64:
 
 def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exact]:
     """The error of y, through the largest |y| to scale, and of both to q."""
-    y = _activation_interval(given, *error("y"))
+    y = _activation_interval(given, *error("y"), error("terms")[0])
     if given.row_weight is not None:
         weight = to_f64(given.row_weight)[..., None]
         around_0 = (y.value != 0) & (y.low <= FP32_TINY) & (y.high >= -FP32_TINY)
@@ -111,13 +111,13 @@ def bounds(exact: Mapping[str, F64], given: Any, error: Error) -> dict[str, Exac
         lost = may_flush(weight)
         ends = (np.where(lost, pick(weight, 0), weight) for pick in (np.minimum, np.maximum))
         y = _product(y, Interval(weight, *ends))
-        y = _around(y, error("weighted")[0], FP32_TINY)
+        y = _around(y, *error("weighted"))
         y = Interval(*(rounded(end, given.x) if given.materialize else overflowed(end) for end in y))
         y = or_nan(y, either)
     return quantised_bounds(y, given, error)
 
 
-def _activation_interval(given: Any, relative: float, flush: float) -> Interval:
+def _activation_interval(given: Any, relative: float, flush: float, of_terms: float) -> Interval:
     """gate * sigmoid(alpha * gate) * (up + up_offset)."""
     gate, up = gate_and_up(given.x, given.up, given.interleaved, given.limit, given.limit_on)
     alpha, offset = float(np.float32(given.alpha)), float(np.float32(given.up_offset))
@@ -128,7 +128,7 @@ def _activation_interval(given: Any, relative: float, flush: float) -> Interval:
     clamped = silu * (1 - steps) > capped(silu, given.limit, given.limit_on)
     steps = np.where(clamped, relative, steps)
     if given.materialize:
-        y = _rounded_in_turn(gate, up, given, relative, flush)
+        y = _rounded_in_turn(gate, up, given, relative, flush, of_terms)
         lost = (flush > 0) & (may_flush(factor) | may_flush(y.value))  # products with 0, or 0
         low, high = (np.where(lost, pick(end, 0), end) for pick, end in ((np.minimum, y.low), (np.maximum, y.high)))
         y = Interval(y.value, low, high)
@@ -149,7 +149,7 @@ def _silu_error(gate: F64, inner: F64, relative: float, flush: float) -> tuple[F
     return relative * (1 + np.maximum(-inner, 0)), lost
 
 
-def _rounded_in_turn(gate: F64, up: F64, given: Any, relative: float, flush: float) -> Interval:
+def _rounded_in_turn(gate: F64, up: F64, given: Any, relative: float, flush: float, of_terms: float) -> Interval:
     """The same with materialize: each interval is rounded at both ends."""
     x, alpha, offset = given.x, float(np.float32(given.alpha)), float(np.float32(given.up_offset))
 
@@ -163,7 +163,7 @@ def _rounded_in_turn(gate: F64, up: F64, given: Any, relative: float, flush: flo
         error = np.where(np.isfinite(silu), error, 0.0)
         activated = stored(Interval(silu, silu - error, silu + error))
     else:
-        inner = stored(_around(Interval(*[alpha * gate] * 3), FP32_ROUNDOFF, flush))
+        inner = stored(_around(Interval(*[alpha * gate] * 3), of_terms, flush))
         ends = []
         for argument, sign in zip(inner, (0, -1, 1), strict=True):
             sigma = sigmoid(argument)
@@ -175,7 +175,7 @@ def _rounded_in_turn(gate: F64, up: F64, given: Any, relative: float, flush: flo
     activated = Interval(*(capped(end, given.limit, given.limit_on) for end in activated))
     factor = Interval(up, up, up)
     if offset:
-        factor = stored(_around(Interval(*[up + offset] * 3), FP32_ROUNDOFF, flush))
+        factor = stored(_around(Interval(*[up + offset] * 3), of_terms, flush))
     return stored(_product(activated, factor))
 
 

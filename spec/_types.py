@@ -327,8 +327,9 @@ class Capability:
         if least is not None and (arch is None or arch < least):
             return f"arch={arch}: needs {device} {least[0]}.{least[1]} or later"
         for name, allowed in self.dtypes.items():
-            if name in call.dtypes and call.dtypes[name] not in allowed:
-                return f"{name}.dtype={call.dtypes[name]}: supports {', '.join(allowed)}"
+            given = call.attrs.get(name) or call.dtypes.get(name)  # a dtype that is asked for may be stored as another
+            if given is not None and given not in allowed:
+                return f"{name}.dtype={given}: supports {', '.join(allowed)}"
         for name, values in self.attrs.items():
             if call.attrs[name] not in values:
                 return f"{name}={call.attrs[name]!r}: supports {', '.join(map(repr, values))}"

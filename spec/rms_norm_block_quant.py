@@ -87,7 +87,13 @@ SPEC = OpSpec(
             flushes=1,
         ),
         *QUANTISER_ERRORS,
-        ErrorBound("sum", 1, "a sum in float32 before the rounding to the dtype; h is the one that is returned"),
+        ErrorBound(
+            "sum",
+            1,
+            "a sum in float32 before the rounding to the dtype; h is the one that is returned. A flushed one counts "
+            "as 0",
+            flushes=1,
+        ),
     ),
     edge_cases=(
         *QUANTISER_EDGE_CASES,

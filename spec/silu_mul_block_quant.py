@@ -118,7 +118,13 @@ SPEC = OpSpec(
             "rounded alpha * gate, before its rounding; a subnormal up or y may then count as 0",
             flushes=1,
         ),
-        ErrorBound("weighted", 1, "magnitude |y|: the product with row_weight, which multiplies the error of y"),
+        ErrorBound("terms", 1, "with materialize, alpha * gate and up + up_offset before their own roundings"),
+        ErrorBound(
+            "weighted",
+            1,
+            "magnitude |y|: the product with row_weight, which multiplies the error of y. A flushed one counts as 0",
+            flushes=1,
+        ),
         *QUANTISER_ERRORS,
     ),
     edge_cases=(

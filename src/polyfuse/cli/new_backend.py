@@ -119,4 +119,4 @@ def _result(spec: OpSpec, array: str) -> str:
 def _wrapped(line: str) -> str:
     """A long line of prose as several, the others further in; a line of a formula stays."""
     indent = " " * (len(line) - len(line.lstrip()) + 4)
-    return "\n".join(wrap(line, WIDTH, subsequent_indent=indent)) if len(line) > WIDTH else line
+    return "\n".join(wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False)) if len(line) > WIDTH else line
