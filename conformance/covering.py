@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Row = tuple[int, ...]  # of each factor the number of its value
 Item = tuple[int, int]  # the number of a factor, and of one of its values
 Clause = frozenset[Item]  # items that no case has together
+_Known = tuple[Clause, tuple[Item, ...]]
 _MOST_STEPS = 3000  # of the search for one row, before its seed counts as impossible
 _MOST_STRUCTURES = 4  # that are tried for a row, before a new one is made
 
@@ -64,7 +65,9 @@ class Covering:
         self.factors, self._refusal = factors, refusal
         self._starts = [int(n) for n in np.cumsum([0, *(len(f.values) for f in factors)])]
         self._refusals: dict[Row, str] = {}
-        self._by_item: dict[Item, list[Clause]] = {}
+        # By an item, clauses and what else is in them; all that it is in, and those of which it is the last one.
+        self._by_item: dict[Item, list[_Known]] = {}
+        self._by_last: dict[Item, list[_Known]] = {}
         self._linked: dict[int, set[int]] = {}
         self.clauses: dict[Clause, str] = {}
         self._owners = {}
@@ -228,19 +231,20 @@ class Covering:
         return sorted(others, key=lambda n: (distance.get(n, len(self.factors)), n))
 
     def _broken(self, chosen: Mapping[int, int]) -> Clause | None:
-        return next((c for item in chosen.items() if (c := self._broken_by(item, chosen))), None)
+        found = (_among(self._by_last.get(item, ()), chosen) for item in chosen.items())
+        return next(filter(None, found), None)
 
     def _broken_by(self, item: Item, chosen: Mapping[int, int]) -> Clause | None:
         """A clause that the item completes."""
-        for clause in self._by_item.get(item, ()):
-            if all(chosen.get(f) == v for f, v in clause if (f, v) != item):
-                return clause
-        return None
+        return _among(self._by_item.get(item, ()), chosen)
 
     def _add(self, clause: Clause, reason: str) -> None:
         self.clauses[clause] = reason
         for item in clause:
-            self._by_item.setdefault(item, []).append(clause)
+            known = clause, tuple(clause - {item})
+            self._by_item.setdefault(item, []).append(known)
+            if item == max(clause):
+                self._by_last.setdefault(item, []).append(known)
             self._linked.setdefault(item[0], set()).update(number for number, _ in clause)
 
     def _without_owners(self) -> Iterator[Clause]:
@@ -317,3 +321,14 @@ class Covering:
             if trial[number] != row[number] and not self._broken(dict(enumerate(trial))) and not self.refused(trial):
                 return True
         return False
+
+
+def _among(clauses: Sequence[_Known], chosen: Mapping[int, int]) -> Clause | None:
+    """The first of these clauses that has no other items than the chosen ones."""
+    for clause, others in clauses:
+        for factor, value in others:
+            if chosen.get(factor) != value:
+                break
+        else:
+            return clause
+    return None
