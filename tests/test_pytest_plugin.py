@@ -31,6 +31,7 @@ KERNEL = """
             raise ZeroDivisionError("deliberate")
         return oracle(conv_out, a, b, A_log, dt_bias, l2norm_eps=l2norm_eps, **sizes)
 """
+OPS_OF_TWO = ("--polyfuse-op", OP, "--polyfuse-op", "gdn_in_proj")
 TEST = "def test_conformance(polyfuse_case):\n    polyfuse_case.check()\n"
 
 
@@ -126,7 +127,7 @@ def test_two_workers_find_what_a_conformance_run_finds(repository, variables):
 
 def test_what_a_person_reads(repository):
     some = f"{OP}-float32 or {OP}-bfloat16 or {OP}-rows_67 or gdn_in_proj-float32-auto"
-    options = ("--polyfuse-backend", "mychip", "--polyfuse-level", "standard", "-k", some)
+    options = (*OPS_OF_TWO, "--polyfuse-backend", "mychip", "--polyfuse-level", "standard", "-k", some)
     out = pytest_run(repository, "-rs", *options, status=1)
     wrong, raised = (
         out.split(f"test_conformance[{OP}-{case}] ")[1] for case in ("float32-l2norm_True-g_exp_True", "rows_67")
@@ -181,7 +182,7 @@ def test_the_end_of_a_run_of_all_cases_says_what_is_conformant(repository):
 @pytest.mark.parametrize("options", [[], ["-n", "2"]])
 def test_a_part_of_the_cases_proves_a_part(repository, options):
     some = f"{OP}-float32-l2norm_True-g_exp_True or {OP}-float32-l2norm_False-g_exp_False or gdn_in_proj-float32"
-    chosen = ("--polyfuse-backend", "numpy", "--polyfuse-level", "standard", "-k", some)
+    chosen = (*OPS_OF_TWO, "--polyfuse-backend", "numpy", "--polyfuse-level", "standard", "-k", some)
     out = pytest_run(repository, *chosen, *options)
     lines = summary(out)
     assert lines[0].startswith(f"{OP}: 2 passed, ")

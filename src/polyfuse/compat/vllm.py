@@ -87,6 +87,8 @@ def silu_and_mul_per_block_quant(
         refuse(name, "scale_ub", list(scale_ub.shape), "polyfuse.silu_mul_block_quant takes it as a number")
     if input.dim() != 2:
         fail(name, "input", "[tokens, 2*hidden]", list(input.shape))
+    if group_size > 0 and input.shape[1] % (2 * group_size):
+        fail(name, "input", f"a last dimension divisible by 2*group_size={2 * group_size}", input.shape[1])
     q, scale = polyfuse.silu_mul_block_quant(
         input,
         group_size=group_size,
