@@ -38,7 +38,11 @@ def shown(value: object) -> str:
     if _is_array(value):
         array: Any = value
         kind = f"{type(array).__module__.partition('.')[0]} array"
-        return f"a {kind} of shape {list(array.shape)} and dtype {dtype_name(array.dtype)}"
+        try:
+            shape = f"of shape {list(array.shape)}"
+        except RuntimeError:  # a nested tensor has none
+            shape = "without a shape"
+        return f"a {kind} {shape} and dtype {dtype_name(array.dtype)}"
     return one_line(repr(value))
 
 
@@ -149,7 +153,7 @@ def _integer(value: Any) -> Any:
         return None
     if not _is_array(value):
         return value if type(value).__name__ == "SymInt" else index(value)
-    if tuple(value.shape) or "int" not in dtype_name(value.dtype):
+    if value.ndim or "int" not in dtype_name(value.dtype):
         return None
     try:
         return index(value)
@@ -158,9 +162,12 @@ def _integer(value: Any) -> Any:
 
 
 def _is_array(value: Any) -> bool:
-    return (
-        hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "ndim") and not isinstance(value, type)
-    )
+    if isinstance(value, type) or not hasattr(value, "dtype"):
+        return False
+    try:
+        return hasattr(value, "shape") and hasattr(value, "ndim")
+    except RuntimeError:  # a nested tensor has no shape
+        return True
 
 
 def _to_host(spec: OpSpec, tensor: TensorSpec, value: Any, read: bool) -> Any:

@@ -7,11 +7,11 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from time import perf_counter
 from typing import Any
 
 import polyfuse
 from polyfuse.bench.results import Results, device_name
+from polyfuse.bench.timing import seconds
 from polyfuse.configs import model_configs
 from polyfuse.conformance import Case
 from polyfuse.conformance.cases import model_case
@@ -78,13 +78,15 @@ def warmup(model: str, device: str | None = None, *, ops: Sequence[str] = (), wo
 
 def compile_calls(result: Warmup, chosen: dict[str, list[Case]], device: str, workers: int) -> Warmup:
     """Make all calls, those of an op in one thread, and note what was compiled."""
-    start = perf_counter()
-    with _noted(result.kernels), ThreadPoolExecutor(workers) as pool:
-        # Each with the preferences of this thread, such as `use_backend`.
-        tasks = [pool.submit(copy_context().run, partial(_call_all, op, cases, device)) for op, cases in chosen.items()]
-        for task in tasks:
-            result.calls += task.result()
-    result.seconds = round(perf_counter() - start, 3)
+
+    def call_all() -> None:
+        with _noted(result.kernels), ThreadPoolExecutor(workers) as pool:
+            # Each with the preferences of this thread, such as `use_backend`.
+            calls = [partial(_call_all, op, cases, device) for op, cases in chosen.items()]
+            tasks = [pool.submit(copy_context().run, call) for call in calls]
+            result.calls += sum(task.result() for task in tasks)
+
+    result.seconds = round(seconds(call_all), 3)
     result.kernels.sort(key=lambda kernel: -kernel.seconds)
     return result
 
