@@ -1,12 +1,15 @@
 """Formats as others define them, written out here, against what the torch backends give."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from torchao.prototype.mx_formats.config import ScaleCalculationMode
+from torchao.prototype.mx_formats.mx_tensor import to_mx
 
 import polyfuse
 from polyfuse.dispatch import to_numpy
@@ -15,6 +18,10 @@ from polyfuse.dispatch import to_numpy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 BACKENDS = ["torch", "triton"]
+POWERS_OF_TWO = [
+    *product(["ue8m0", "ue8m0_packed"], ["row_major", "col_major", "col_major_tma"]),
+    ("ue8m0", "swizzled_128x4"),
+]
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
@@ -22,24 +29,67 @@ def normal(*shape: int) -> Any:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
+def amax_of_every_binade() -> Any:
+    """From 2**-118 to 2**120: each power of two, the same times 1.75, as 448 is, what is next to both, and others."""
+    powers = np.ldexp(np.float32(1), np.arange(-118, 121)).astype(np.float32)
+    edges = np.concatenate([powers, np.float32(1.75) * powers])
+    sides = [np.nextafter(edges, np.float32(end)) for end in (0, np.inf)]
+    between = powers[:, None] * np.random.default_rng(1).uniform(1, 2, (len(powers), 4)).astype(np.float32)
+    amax = np.concatenate([edges, *sides, between.ravel()])
+    return amax[(amax >= 2.0**-118) & (amax <= 2.0**120)]
+
+
+def blocks_of(amax: Any) -> Any:
+    """A block of 32 numbers for each of these largest magnitudes, which have either sign."""
+    rng = np.random.default_rng(2)
+    parts = rng.uniform(-1, 1, (len(amax), 32)).astype(np.float32)
+    parts[np.arange(len(amax)), rng.integers(0, 32, len(amax))] = rng.choice([-1, 1], len(amax))
+    return parts * amax[:, None]
+
+
+def mxfp8(x: Any) -> tuple[Any, Any]:
+    """Numbers and exponent bytes [T, G] of blocks of 32, with exponents rounded up."""
+    blocks = x.astype(np.float64).reshape(len(x), -1, 32)
+    exponent = np.ceil(np.log2(np.abs(blocks).max(-1) / 448))
+    ratio = blocks / np.exp2(exponent)[..., None]
+    return ratio.astype(ml_dtypes.float8_e4m3fn).reshape(x.shape), (exponent + 127).astype(np.uint8)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mxfp8_is_that_of_rounding_exponents_up(backend: str) -> None:
-    """For amax from 2**-118 to 2**120, each a power of two, the number on either side, and one in between."""
-    powers = np.ldexp(np.float32(1), np.arange(-118, 121)).astype(np.float32)
-    sides = [np.nextafter(powers, np.float32(end)) for end in (0, np.inf)]
-    edges = [np.minimum(np.float32(1.75) * powers, np.float32(2.0**120))]  # 448 is 1.75 * 2**8
-    amax = np.concatenate([powers, *sides, *edges]).astype(np.float32)
-    x = (np.linspace(-1, 1, 32, dtype=np.float32) * amax[:, None]).astype(np.float32)
-    exponent = np.ceil(np.log2(np.abs(x).max(-1).astype(np.float64) / 448))
-    want = (np.clip(exponent, -127, 127) + 127).astype(np.uint8)
+    x = blocks_of(amax_of_every_binade())
+    want_q, want = mxfp8(x)
     q, scale = polyfuse.block_quant(
         torch.from_numpy(x), group_size=32, scale_format="ue8m0_packed", fill=1.0, backend=backend
     )
     got = to_numpy(scale).view(np.uint8).reshape(-1, 4)
-    np.testing.assert_array_equal(got[:, 0], want)
+    np.testing.assert_array_equal(got[:, :1], want)
     assert (got[:, 1:] == 127).all()
-    ratio = x.astype(np.float64) / np.exp2(exponent)[:, None]
-    np.testing.assert_array_equal(to_numpy(q).view(np.uint8), ratio.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
+    np.testing.assert_array_equal(to_numpy(q).view(np.uint8), want_q.view(np.uint8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["row_major", "swizzled_128x4"])
+@pytest.mark.parametrize(("quant_dtype", "qmax"), [("float8_e4m3fn", 448), ("float4_e2m1", 6)])
+def test_microscaling_formats_are_those_of_torchao(quant_dtype: str, qmax: int, layout: str, backend: str) -> None:
+    """In its mode RCEIL, which takes a logarithm in float32 where there is no instruction for the exponent.
+
+    The logarithm of what lies less than 2**-18 above a power of two may round to that power's: such blocks, which it
+    would saturate, are left out.
+    """
+    amax = amax_of_every_binade()
+    mantissa = np.frexp(amax.astype(np.float64) / qmax)[0] * 2
+    x = torch.from_numpy(blocks_of(amax[(mantissa == 1) | (mantissa > 1 + 2.0**-18)]))
+    assert len(x) > 1900
+    swizzled = layout == "swizzled_128x4"
+    dtype = torch.float8_e4m3fn if quant_dtype == "float8_e4m3fn" else torch.float4_e2m1fn_x2
+    want_scale, want_q = to_mx(x, dtype, 32, ScaleCalculationMode.RCEIL, is_swizzled_scales=swizzled)
+    q, scale = polyfuse.block_quant(
+        x, group_size=32, quant_dtype=quant_dtype, scale_format="ue8m0", scale_layout=layout, backend=backend
+    )
+    exponents = scale if swizzled else scale.to(torch.float8_e8m0fnu).view(torch.uint8)
+    assert torch.equal(exponents.flatten(), want_scale.view(torch.uint8).flatten())
+    assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
 
 
 def nvfp4(x: Any, global_scale: float) -> tuple[Any, Any]:
@@ -57,8 +107,17 @@ def nvfp4(x: Any, global_scale: float) -> tuple[Any, Any]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["row_major", "swizzled_128x4"])
 def test_nvfp4_is_that_of_an_independent_packer(layout: str, backend: str) -> None:
+    """Also where a scale is the largest, subnormal or 0, and in the middle between two numbers."""
     x, global_scale = 10 * normal(130, 80), 2.0**-5
+    x[1] *= 1000
+    x[2], x[3], x[4] = x[2] / 2**14, x[3] / 2**20, 0
+    x[5:7] = np.random.default_rng(3).integers(-24, 25, (2, 80)) / 4
+    x[5:7, ::16] = 6
     want_q, want_scale = nvfp4(x, global_scale)
+    numbers = want_scale.astype(np.float64)
+    assert (numbers[1] == 448).all()
+    assert ((numbers[2] > 0) & (numbers[2] < 2.0**-6)).all()
+    assert not numbers[3:5].any()
     q, scale = polyfuse.block_quant(
         torch.from_numpy(x),
         group_size=16,
@@ -89,15 +148,17 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", ["row_major", "col_major", "col_major_tma"])
-@pytest.mark.parametrize("scale_format", ["ue8m0", "ue8m0_packed"])
+@pytest.mark.parametrize(("scale_format", "layout"), POWERS_OF_TWO)
 @pytest.mark.parametrize("experts", ["num_rows", "expert_ends"])
-def test_every_stored_scale_is_a_power_of_two(experts: str, scale_format: str, layout: str, backend: str) -> None:
+@pytest.mark.parametrize("op", ["block_quant", "silu_mul_block_quant"])
+def test_every_stored_scale_is_a_power_of_two(
+    op: str, experts: str, scale_format: str, layout: str, backend: str
+) -> None:
     """On the whole buffer: rows of no expert, what pads columns to 16 bytes, and bytes behind the last group."""
-    shape, rows = ((3, 5, 160), [2, 0, 9]) if experts == "num_rows" else ((13, 160), [2, 4, 9])
+    shape, rows = ((3, 5, 320), [2, 0, 9]) if experts == "num_rows" else ((13, 320), [2, 4, 9])
     options: Any = {experts: torch.tensor(rows, dtype=torch.int32)}
     options |= {"expert_alignment": 4} if experts == "expert_ends" else {}
-    _, scale = polyfuse.block_quant(
+    _, scale = getattr(polyfuse, op)(
         torch.from_numpy(normal(*shape)),
         group_size=32,
         scale_format=scale_format,
@@ -107,26 +168,39 @@ def test_every_stored_scale_is_a_power_of_two(experts: str, scale_format: str, l
         **options,
     )
     stored = memory_of(scale)
-    exponent = stored.view(torch.uint8) if scale_format == "ue8m0_packed" else stored.view(torch.int32)
-    if scale_format == "ue8m0":
-        assert not (exponent & 0x7FFFFF).any()
-        exponent = exponent >> 23
+    if stored.dtype == torch.float32:
+        bits = stored.view(torch.int32)
+        assert not (bits & 0x7FFFFF).any()
+        exponent = bits >> 23
+    else:
+        exponent = stored.view(torch.uint8)
     assert ((exponent >= 1) & (exponent <= 254)).all()
     assert (exponent == 117).any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gpt_oss_is_its_pytorch_form(backend: str) -> None:
-    """The clamped SwiGLU of interleaved columns as the model writes it, then quantised."""
-    x = torch.from_numpy(4 * normal(9, 192)).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpt_oss_is_its_pytorch_form(dtype: torch.dtype, backend: str) -> None:
+    """The clamped SwiGLU of interleaved columns as the model writes it, then quantised by what is written above."""
+    x = torch.from_numpy(6 * normal(9, 192)).to(dtype)
     gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(min=-7.0, max=7.0)
     y = (up + 1) * (gate * torch.sigmoid(gate * 1.702))
-    options: Any = {"group_size": 32, "scale_format": "ue8m0"}
-    got = polyfuse.silu_mul_block_quant(
-        x, interleaved=True, alpha=1.702, up_offset=1.0, limit=7.0, materialize=True, backend=backend, **options
+    assert (x[..., ::2] > 7).any()
+    assert (x[..., 1::2].abs() > 7).any()
+    want_q, want_scale = mxfp8(y.float().numpy())
+    q, scale = polyfuse.silu_mul_block_quant(
+        x,
+        interleaved=True,
+        alpha=1.702,
+        up_offset=1.0,
+        limit=7.0,
+        materialize=True,
+        group_size=32,
+        scale_format="ue8m0",
+        backend=backend,
     )
-    for one, other in zip(got, polyfuse.block_quant(y, backend=backend, **options), strict=True):
-        assert torch.equal(one.float(), other.float())
+    np.testing.assert_array_equal(to_numpy(q).view(np.uint8), want_q.view(np.uint8))
+    np.testing.assert_array_equal(to_numpy(scale), np.exp2(want_scale.astype(np.float32) - 127))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
