@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyfuse.dispatch import to_numpy
-from polyfuse.reference._numerics import Array, Exact, to_f64
+from polyfuse.reference._numerics import HALF_BYTE, Array, Exact, parts_of, to_f64
 from polyfuse.spec import Output
 
 
@@ -24,11 +24,9 @@ def anything(exact: Exact) -> NDArray[np.bool_]:
 def differences(one: Array, two: Array, free: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
     """Which elements of two arrays of one shape and dtype have different bits; every NaN counts as the same one.
 
-    `free` are elements that may hold anything; those of a result that is compared as bytes are bytes.
+    `free` are elements that may hold anything; where several numbers of a result are in an element, they are numbers.
     """
-    one, two = np.ascontiguousarray(one), np.ascontiguousarray(two)
-    if free is not None and free.shape != one.shape:
-        one, two = one.view(np.uint8), two.view(np.uint8)
+    one, two = _as(one, free), _as(two, free)
     unsigned = f"u{one.dtype.itemsize}"
     different = one.view(unsigned) != two.view(unsigned)
     if one.dtype.kind not in "iub" and different.any():
@@ -46,17 +44,24 @@ def unequal(
         if one.shape != two.shape or one.dtype != two.dtype:
             yield f"{want.name}: was {one.dtype} {list(one.shape)}, is {two.dtype} {list(two.shape)}"
             continue
-        different = differences(one, two, None if free is None else free[i])
+        part = None if free is None else free[i]
+        different = differences(one, two, part)
         count = int(different.sum())
         if count:
             at = tuple(int(n) for n in np.argwhere(different)[0])
             text = f"{want.name}: {count} of {different.size} elements have other bits"
-            yield f"{text}; at {list(at)} {_shown(one, two, at)}"
+            yield f"{text}; at {list(at)} {_shown(_as(one, part), _as(two, part), at)}"
+
+
+def _as(array: Array, free: NDArray[np.bool_] | None) -> Array:
+    """An array as the numbers for which `free` stands, in C order."""
+    if free is None or free.shape == array.shape:
+        return np.ascontiguousarray(array).reshape(array.shape)
+    halves = free.size > array.nbytes
+    return parts_of(array, HALF_BYTE if halves else "uint8")
 
 
 def _shown(one: Array, two: Array, at: tuple[int, ...]) -> str:
-    if len(at) != one.ndim or (one.shape[-1:] and at[-1] >= one.shape[-1]):
-        one, two = one.view(np.uint8), two.view(np.uint8)
     was, now = one[at], two[at]
     if one.dtype.kind in "iub":
         return f"was {was}, is {now}"

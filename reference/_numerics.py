@@ -12,6 +12,8 @@ from polyfuse.spec import FP32_TINY
 F64 = NDArray[np.float64]
 Array = NDArray[Any]
 
+HALF_BYTE = "float4_e2m1fn"  # the dtype of which a byte holds two numbers
+
 FP32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -20,16 +22,16 @@ class Exact:
     """An output before its last rounding: the exact value, and the interval a right backend's value lies in.
 
     Where `low` is -inf and `high` is +inf anything is right, NaN too: an element the op leaves unwritten.
-    `bits` asks for the sign of zero too: the output is a copy. `as_bytes`: the output's bytes are compared, as
-    numbers. `kept` marks elements whose sign counts too, as those of an updated
-    argument that a call must leave as they are.
+    `bits` asks for the sign of zero too: the output is a copy. Where an element of the output holds several numbers,
+    `parts` is the dtype of those, and they are what is compared (see `parts_of`). `kept` marks elements whose sign
+    counts too, as those of an updated argument that a call must leave as they are.
     """
 
     value: F64
     low: F64
     high: F64
     bits: bool = False
-    as_bytes: bool = False
+    parts: str = ""
     kept: NDArray[np.bool_] | None = None
 
     @classmethod
@@ -86,6 +88,18 @@ def round_to(value: F64, dtype: str) -> Array:
         rounded = np.rint(value / step) * step
         rounded = np.where(np.abs(rounded) > float(info.max), np.copysign(np.inf, rounded), rounded)
         return np.where(np.isnan(value), np.nan, rounded).astype(target)
+
+
+def parts_of(array: Array, dtype: str) -> Array:
+    """The numbers that an array's elements hold, behind one another along its last dimension.
+
+    Numbers of float4_e2m1fn are the halves of bytes, the low one first; those of other dtypes are views.
+    """
+    data = np.ascontiguousarray(array)
+    if dtype != HALF_BYTE:
+        return data.view(numpy_dtype(dtype))
+    data = data.view(np.uint8)
+    return np.stack([data & 15, data >> 4], -1).reshape(*data.shape[:-1], -1).view(numpy_dtype(dtype))
 
 
 def laid_out(array: Array, strides: tuple[int, ...] | None) -> Array:

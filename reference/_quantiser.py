@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from polyfuse.reference._numerics import F64, Array, Exact, round_to, to_f64
+from polyfuse.reference._numerics import F64, HALF_BYTE, Array, Exact, round_to, to_f64
 from polyfuse.reference._oracle import Error
 from polyfuse.spec import Output
 from polyfuse.spec.block_quant import (
@@ -135,7 +135,7 @@ def ratio(y: F64, divisor: F64) -> F64:
 
 def codes(q: F64) -> NDArray[np.uint8]:
     """The four bits of each number of float4_e2m1."""
-    return round_to(q, "float4_e2m1fn").view(np.uint8) & np.uint8(15)
+    return round_to(q, HALF_BYTE).view(np.uint8) & np.uint8(15)
 
 
 def pairs(code: NDArray[np.uint8]) -> F64:
@@ -215,13 +215,12 @@ def bounds(y: Interval, given: Any, error: Error) -> dict[str, Exact]:
     by = Quantiser.of(given)
     scale = _scale_interval(y, by, *error("scale"))
     q = _quantised_interval(y, scale, by, error("q")[0])
-    if by.quant_dtype == FLOAT4:
-        q = _pair_interval(q)
     valid = valid_rows(y.value.shape[:-1], by)
     ends = np.where(valid, q.value, 0.0), np.where(valid, q.low, -np.inf), np.where(valid, q.high, np.inf)
     scales = stored(scale.value, by, 0.0), stored(scale.low, by, -np.inf), stored(scale.high, by, np.inf)
-    packed = by.scale_format == "ue8m0_packed"
-    return {"q": Exact(*ends), "scale": Exact(scales[0], scales[1], scales[2], as_bytes=packed)}
+    halves = HALF_BYTE if by.quant_dtype == FLOAT4 else ""
+    packed = "uint8" if by.scale_format == "ue8m0_packed" else ""
+    return {"q": Exact(*ends, parts=halves), "scale": Exact(scales[0], scales[1], scales[2], parts=packed)}
 
 
 def _scale_interval(y: Interval, by: Quantiser, relative: float, flush: float) -> Interval:
@@ -246,24 +245,12 @@ def _quantised_interval(y: Interval, scale: Interval, by: Quantiser, relative: f
     s, s_low, s_high = (divisors(part, by, y.value.shape[-1]) for part in scale)
     low = ratio(y.low, np.where(y.low >= 0, s_high, s_low))
     high = ratio(y.high, np.where(y.high >= 0, s_low, s_high))
-    low = np.where((low == 0) & ~np.isfinite(s), -0.0, low)  # of either sign
     some = (s_low == 0) & (s_high > 0)  # an e4m3 scale that is 0, and q with it, or next to 0
     low = np.where(some, np.where(y.low < 0, -qmax, 0), low)
     high = np.where(some, np.where(y.high > 0, qmax, 0), high)
     unrounded = (y.low == y.high) & (s_low == s_high) & (np.frexp(s)[0] == 0.5)
     slack = np.where(unrounded, 0.0, relative)
     ends = (ratio(y.value, s), low - slack * np.abs(low), high + slack * np.abs(high))
-    missing = (0.0, -0.0, 0.0) if by.quant_dtype in WITHOUT_NAN else (np.nan,) * 3
+    missing = 0.0 if by.quant_dtype in WITHOUT_NAN else np.nan
     clipped = (np.clip(end, -qmax, qmax) for end in ends)
-    return Interval(*(np.where(np.isnan(end), none, end) for end, none in zip(clipped, missing, strict=True)))
-
-
-def _pair_interval(q: Interval) -> Interval:
-    """Bytes [..., D / 2], between the least and the greatest codes of what either number may be."""
-    value, low, high = (codes(end) for end in q)
-    # Numbers below 0 have codes from 8 on, in reverse; an interval around 0 has those of both sides, and so has one of
-    # which an end, or the exact value, is -0: the sign of 0 is not asked for.
-    around = (low >= 8) & (high < 8) | (value == 8) | (low == 8) | (high == 8)
-    least = np.where(around, 0, np.minimum(low, high)).astype(np.uint8)
-    most = np.where(around, np.maximum(np.maximum(low, high), 8), np.maximum(low, high)).astype(np.uint8)
-    return Interval(pairs(value), pairs(least), pairs(most))
+    return Interval(*(np.where(np.isnan(end), missing, end) for end in clipped))

@@ -62,5 +62,5 @@ def _compared(attempt: Attempt, batch: Batch) -> Iterator[str]:
 
 def _right(want: Output, got: Array, exact: Exact, here: Places, there: Places) -> str | None:
     kept = None if exact.kept is None else exact.kept[there]
-    part = Exact(exact.value[there], exact.low[there], exact.high[there], exact.bits, exact.as_bytes, kept)
+    part = Exact(exact.value[there], exact.low[there], exact.high[there], exact.bits, exact.parts, kept)
     return compare(want.name, got[here], part, want.dtype)

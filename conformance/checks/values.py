@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from polyfuse.conformance.attempt import Attempt
 from polyfuse.conformance.bits import anything
 from polyfuse.dispatch import to_numpy
-from polyfuse.reference._numerics import F64, Exact, numpy_dtype, round_to, to_f64
+from polyfuse.reference._numerics import F64, Exact, numpy_dtype, parts_of, round_to, to_f64
 from polyfuse.spec import Call, dtype_name
 
 PROVES = "Every element of every result lies in the oracle's interval."
@@ -132,7 +132,7 @@ def _sign(value: float) -> str:
 
 def _numbers(got: NDArray[Any], exact: Exact, dtype: str) -> tuple[NDArray[Any], str]:
     """A result as the numbers that are compared, and the name of their dtype."""
-    return (np.ascontiguousarray(got).view(np.uint8), "uint8") if exact.as_bytes else (got, dtype)
+    return (parts_of(got, exact.parts), exact.parts) if exact.parts else (got, dtype)
 
 
 def _half_steps(result: F64, dtype: str) -> tuple[F64, F64]:

@@ -127,7 +127,7 @@ class Entry:
 
     def result(self, output: Output, exact: Exact) -> dict[str, Any]:
         """Write what one result is compared with; returns what the manifest says of it."""
-        dtype = "uint8" if exact.as_bytes else output.dtype
+        dtype = exact.parts or output.dtype
         flags = np.where(np.isneginf(exact.low) & np.isposinf(exact.high), ANY, 0)
         flags |= SIGN * (exact.bits | (False if exact.kept is None else exact.kept))
         with np.errstate(invalid="ignore", over="ignore"):

@@ -92,7 +92,8 @@ def expected(folder: Path, result: Mapping[str, Any]) -> Exact:
         if list(array.shape) != result["compared_shape"]:
             raise SpecError(f"{inside(folder, result[part]['file'])}: shape {list(array.shape)} is not the manifest's")
     low, high = _ends(arrays["low"], arrays["high"], flags & ANY > 0)
-    return Exact(value, low, high, as_bytes=result["compared_as"] != result["dtype"], kept=flags & SIGN > 0)
+    parts = result["compared_as"] if result["compared_as"] != result["dtype"] else ""
+    return Exact(value, low, high, parts=parts, kept=flags & SIGN > 0)
 
 
 def _ends(low: Array, high: Array, anything: Any) -> tuple[F64, F64]:

@@ -16,7 +16,7 @@
 enum { SCHEMA = 1, LINE = 8192, MOST_DIMS = 32, LONGEST_HEADER = 10000, ANY = 1, SIGN = 2 };
 
 /* How the bits of a dtype are read. A .npy file says `stored` of it; its order of bytes is little-endian. */
-enum kind { IEEE, FINITE_NAN, UNSIGNED_ZERO, SIGNED, UNSIGNED };
+enum kind { IEEE, FINITE_NAN, UNSIGNED_ZERO, FINITE, SIGNED, UNSIGNED };
 struct format {
     const char *name, *stored;
     int size, exponent, mantissa, bias;
@@ -31,6 +31,7 @@ static const struct format FORMATS[] = {
     {"float8_e4m3fn", "|u1", 1, 4, 3, 7, FINITE_NAN},
     {"float8_e4m3fnuz", "|u1", 1, 4, 3, 8, UNSIGNED_ZERO},
     {"float8_e5m2fnuz", "|u1", 1, 5, 2, 16, UNSIGNED_ZERO},
+    {"float4_e2m1fn", "|u1", 1, 2, 1, 1, FINITE},
     {"int8", "|i1", 1, 0, 0, 0, SIGNED},
     {"int16", "<i2", 2, 0, 0, 0, SIGNED},
     {"int32", "<i4", 4, 0, 0, 0, SIGNED},
@@ -311,7 +312,7 @@ static double element(const struct array *array, size_t index) {
     uint64_t bits = 0;
     for (int i = f->size; i-- > 0;) bits = bits << 8 | bytes[i];
     if (f->kind == UNSIGNED) return (double)bits;
-    uint64_t negative = bits >> (8 * f->size - 1) & 1;
+    uint64_t negative = bits >> (f->kind == SIGNED ? 8 * f->size - 1 : f->exponent + f->mantissa) & 1;
     if (f->kind == SIGNED) {
         uint64_t all = f->size == 8 ? UINT64_MAX : ((uint64_t)1 << (8 * f->size)) - 1;
         return negative ? -(double)((~bits & all) + 1) : (double)bits;
@@ -388,12 +389,20 @@ static void compare(const struct result *result, const struct array *got) {
     problems++;
 }
 
-/* Take an array's bytes as elements of their own, along the last dimension. */
-static void as_bytes(struct array *array) {
-    size_t size = (size_t)array->format->size;
-    if (array->dims) array->shape[array->dims - 1] *= size;
-    array->count *= size;
-    array->format = format_of("uint8");
+/* Take what an array's bytes hold as elements of their own, along the last dimension: of numbers of four bits two, the
+ * first in the low half, else one. */
+static void as_parts(struct array *array, const char *dtype) {
+    size_t bytes = array->count * (size_t)array->format->size, parts = (size_t)array->format->size;
+    array->format = format_of(dtype);
+    if (array->format->kind == FINITE) {
+        unsigned char *halves = allocated(2 * bytes);
+        for (size_t i = 0; i < 2 * bytes; i++) halves[i] = array->bytes[i / 2] >> (i % 2 * 4) & 15;
+        free(array->bytes);
+        array->bytes = halves;
+        parts *= 2;
+    }
+    if (array->dims) array->shape[array->dims - 1] *= parts;
+    array->count *= parts;
 }
 
 /* Judge the output of the result whose lines have all been read. */
@@ -412,7 +421,7 @@ static void finish_result(struct result *result) {
         join(path, sizeof path, outputs, result->file);
         if (read_file(path, &data, &size)) {
             if (parse_npy(path, data, size, result->dtype, &got)) {
-                if (strcmp(result->dtype, result->compared)) as_bytes(&got);
+                if (strcmp(result->dtype, result->compared)) as_parts(&got, result->compared);
                 compare(result, &got);
                 free(got.bytes);
             }

@@ -162,6 +162,16 @@ def _rounding_ties_away(store: Any) -> Any:
     return stored
 
 
+def _nan_becomes_the_largest(right: Any) -> Any:
+    """What the conversion of a GPU does, which has no NaN to give."""
+
+    def saturated(y: F64, divisor: F64) -> F64:
+        q: F64 = right(y, divisor)
+        return np.where(np.isnan(q), np.inf, q)
+
+    return saturated
+
+
 def _codes_of(change: Callable[[F64], F64]) -> Callable[[Any], Any]:
     return lambda right: lambda q: right(change(q))
 
@@ -202,6 +212,10 @@ def quantiser_mutants(op: str, oracle: Any) -> dict[str, Mutant]:
     def swapped(name: str, make: Callable[[Any], Any]) -> Mutant:
         return patched(op, _quantiser, name, make)
 
+    def four_bits_nan_saturates(**values: Any) -> Any:
+        wrong = swapped("ratio", _nan_becomes_the_largest) if values["quant_dtype"] == FLOAT4 else None
+        return wrong(**values) if wrong else right(op, values)
+
     return {
         "scale_of_the_next_group": returned(op, _scale_of_the_next_group),
         "scale_transposed": returned(op, _scale_transposed),
@@ -215,6 +229,7 @@ def quantiser_mutants(op: str, oracle: Any) -> dict[str, Mutant]:
         "ue8m0_with_the_floor_of_float32": swapped(
             "scale_floor", lambda right: lambda dtype, least, form: right(dtype, least, "float32")
         ),
+        "four_bits_nan_saturates": four_bits_nan_saturates,
         "four_bits_truncated": swapped("codes", _codes_of(lambda q: np.trunc(q * 2) / 2)),
         "four_bits_without_sign": swapped("codes", _codes_of(np.abs)),
         "halves_of_bytes_swapped": swapped("pairs", _nibbles_swapped),

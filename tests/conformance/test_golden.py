@@ -14,7 +14,7 @@ from polyfuse.conformance.golden._export import Entry, index
 from polyfuse.conformance.golden._files import read, write
 from polyfuse.conformance.ops import suite
 from polyfuse.reference import Exact, oracle
-from polyfuse.reference._numerics import numpy_dtype
+from polyfuse.reference._numerics import HALF_BYTE, numpy_dtype, parts_of
 from polyfuse.spec import OPS, Output, bind
 from tests.conformance.golden_files import (
     bits,
@@ -187,18 +187,24 @@ def test_both_verdicts_are_that_of_compare_on_every_value(dtype, tmp_path):
     if numpy_dtype(dtype).itemsize == 4:
         numbers = np.ascontiguousarray(got).view(np.uint8).astype(np.float64)
         numbers[::7] += 3
-        kinds["bytes"] = Exact(numbers, numbers - 1, numbers + 1, as_bytes=True)
+        kinds["bytes"] = Exact(numbers, numbers - 1, numbers + 1, parts="uint8")
+    if dtype == "uint8":
+        numbers = parts_of(got, HALF_BYTE).astype(np.float64)
+        numbers[::7] = rng.permutation(numbers[::7])
+        kinds["halves"] = Exact(numbers, numbers - 1, numbers + 1, parts=HALF_BYTE)
+        kinds["halves_signed"] = Exact(numbers, numbers, numbers, bits=True, parts=HALF_BYTE)
     entry = Entry(tmp_path / "golden", "gated_rms_norm", next(iter(cases("gated_rms_norm"))), 0)
     described, want = [], {}
     blocks = [slice(i, i + max(16, got.size // 256)) for i in range(0, got.size, max(16, got.size // 256))]
     for kind, exact in kinds.items():
         for number, block in enumerate(blocks):
             name = f"{kind}{number}"
-            size = slice(block.start * 4, block.stop * 4) if exact.as_bytes else block
+            parts = exact.value.size // got.size
+            size = slice(block.start * parts, block.stop * parts)
             part = Exact(
                 *(array[size] for array in (exact.value, exact.low, exact.high)),
                 bits=exact.bits,
-                as_bytes=exact.as_bytes,
+                parts=exact.parts,
                 kept=None if exact.kept is None else exact.kept[size],
             )
             with np.errstate(all="ignore"):

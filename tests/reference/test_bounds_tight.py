@@ -82,13 +82,20 @@ def decay(op: str, values: Values) -> Intervals:
 def division(op: str, values: Values) -> Intervals:
     """q has 3 roundings of the division also where y is exact and the scale a power of two."""
     found = oracle(op).intervals(**values)
-    if values["quant_dtype"] == FLOAT4:  # its q are bytes of two numbers
-        return found
     q, qmax = found["q"], QMAX[values["quant_dtype"]]
     point, slack = q.low == q.high, 3 * FP32_ROUNDOFF * np.abs(q.value)
     low = np.where(point, np.clip(q.value - slack, -qmax, qmax), q.low)
     high = np.where(point, np.clip(q.value + slack, -qmax, qmax), q.high)
-    return found | {"q": Exact(q.value, low, high)}
+    return found | {"q": Exact(q.value, low, high, parts=q.parts)}
+
+
+def zeros(op: str, values: Values) -> Intervals:
+    """Any positive number of four bits where q is 0."""
+    found = oracle(op).intervals(**values)
+    q = found["q"]
+    if values["quant_dtype"] != FLOAT4:
+        return found
+    return found | {"q": Exact(q.value, q.low, np.where(q.value == 0, np.maximum(q.high, 6), q.high), parts=q.parts)}
 
 
 def grid_points(op: str, values: Values) -> Intervals:
@@ -107,6 +114,7 @@ LOOSE: list[tuple[str, str, Callable[[str, Values], Intervals], str]] = [
     ("gdn_post_conv", "early_threshold", decay, "g"),
     ("gdn_conv_prep", "early_threshold", decay, "g"),
     ("silu_mul_block_quant", "ties_away", division, "q"),
+    ("block_quant", "four_bits_nan_saturates", zeros, "q"),
     ("pos_embed_interpolate", "ties_away", grid_points, "out"),
 ]
 

@@ -106,11 +106,26 @@ def test_unwritten_elements_may_hold_anything():
 
 
 def test_packed_bytes_are_compared_as_numbers():
-    exact = Exact(*(np.array([[127.0, 128.0, 1.0, 0.0]]),) * 3, as_bytes=True)
+    exact = Exact(*(np.array([[127.0, 128.0, 1.0, 0.0]]),) * 3, parts="uint8")
     assert compare("scale", np.array([[127 | 128 << 8 | 1 << 16]], np.int32), exact, "int32") is None
     wrong = compare("scale", np.array([[128 | 127 << 8 | 1 << 16]], np.int32), exact, "int32")
     assert wrong is not None
     assert "2 of 4 elements wrong" in wrong
+
+
+def test_halves_of_bytes_are_compared_as_numbers():
+    """0.5 is code 1, -0.5 code 9, -0 code 8, 2 code 4 and 3 code 5; the first number is the low half."""
+    low, high = np.array([[0.5, 0.0, 2.0, -0.5]]), np.array([[0.5, 0.0, 3.0, 0.0]])
+    exact = Exact(low, low, high, parts="float4_e2m1fn")
+    for right in ([0x01, 0x94], [0x81, 0x95], [0x01, 0x05], [0x01, 0x84]):
+        assert compare("q", np.array([right], np.uint8), exact, "uint8") is None
+    for wrong in ([0x10, 0x94], [0x71, 0x94], [0x01, 0x93], [0x01, 0x14], [0x01, 0xA4]):
+        assert compare("q", np.array([wrong], np.uint8), exact, "uint8") is not None
+    assert compare("q", np.array([[0x31, 0x95]], np.uint8), exact, "uint8") == (
+        "q: 1 of 4 elements wrong; at [0, 1] expected 0 to 0 (exact 0), got 1.5"
+    )
+    assert compare("q", np.array([[0x01]], np.uint8), exact, "uint8") == "q: expected shape [1, 4], got [1, 2]"
+    assert margin(np.array([[0x01, 0x95]], np.uint8), exact, "uint8") == Margin(0.5, (0, 2))
 
 
 def test_a_wrong_sign_is_shown_in_bits():
