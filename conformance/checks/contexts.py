@@ -125,7 +125,7 @@ def _settings(attempt: Attempt) -> dict[str, Any]:
     elif attempt.family == "jax":
         import jax
 
-        found |= {name: jax.config.read(name) for name in ("jax_enable_x64", "jax_default_matmul_precision")}
+        found |= {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_default_matmul_precision")}
     return found
 
 

@@ -42,9 +42,10 @@ def check(attempt: Attempt) -> Iterator[str]:
     if not names or not all(np.isfinite(x).all() for x in exact.values()):
         return
     rng = np.random.default_rng(attempt.trial.seed)
-    # What the loss weighs each result with, as a backend gets it.
+    # What the loss weighs each result with, as a backend gets it: with 0 where anything is right.
     weights = {
-        o.name: to_f64(round_to(rng.standard_normal(exact[o.name].shape), o.dtype)) for o in attempt.call.outputs
+        o.name: to_f64(round_to(rng.standard_normal(exact[o.name].shape) * ~free, o.dtype))
+        for o, free in zip(attempt.call.outputs, attempt.free, strict=False)
     }
     gradients = _gradients(attempt, names, weights)
     for name in names:

@@ -32,7 +32,7 @@ def check(attempt: Attempt) -> Iterator[str]:
         yield from (f"all arguments {text}" for text in found)
         if not found and not attempt.interpreted:
             for name, x in laid_out.items():
-                alone = {other: np.ascontiguousarray(attempt.made[other]) for other in names}
+                alone = {other: np.array(attempt.made[other], order="C") for other in names}
                 yield from (f"{name} {text}" for text in _called(attempt, layout, {**attempt.made, **alone, name: x}))
     if attempt.trial.core and not attempt.interpreted:
         floating = [n for n in names if attempt.made[n].dtype.kind not in "iub" and n not in attempt.call.op.updated]

@@ -62,7 +62,7 @@ def test_an_unusual_backend_is_right_on_every_seed(name: str, seed: int) -> None
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", ["torch", "numpy"])
+@pytest.mark.parametrize("name", ["torch", "numpy", "jax"])
 def test_a_built_in_backend_is_right(name: str, op: str) -> None:
     backend = registry().get(name)
     assert complaints(backend, op, OPS[op].core[0], 0, ("races",)) == []
@@ -75,6 +75,7 @@ def test_a_built_in_backend_is_right(name: str, op: str) -> None:
         ("gated_rms_norm", "lead_"),  # no leading dimensions
         ("gdn_decode", "tokens_2-int32-accepted"),  # num_accepted, of sequences
         ("gdn_in_proj", "float16-merged"),  # weights in one buffer, under autocast
+        ("block_quant", "nvfp4-row_major"),  # global_scale, of no dimensions
     ],
 )
 def test_a_call_of_an_unusual_form_is_right(op: str, case: str) -> None:
