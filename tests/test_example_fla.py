@@ -18,6 +18,7 @@ import polyfuse
 from polyfuse import BackendError, Unsupported
 from polyfuse.conformance import run
 from polyfuse.dispatch import registry
+from polyfuse.spec import OPS
 
 EXAMPLE = Path(__file__).parents[1] / "examples/polyfuse-fla"
 OP = "gated_delta_rule"
@@ -152,14 +153,14 @@ def test_an_older_fla_is_refused(registered, monkeypatch):
 
 
 def test_it_is_conformant(fla):
-    report = run([OP], ["fla"], level="quick")
+    report = run([OP], ["fla"], level="quick", only=OPS[OP].core)
     assert report.ok, [(r.case, r.detail) for r in report.results if r.status == "failed"]
-    assert sum(r.status == "passed" for r in report.results) >= 25
+    assert sum(r.status == "passed" for r in report.results) >= 8
     declared = (
         "unsupported: q.dtype=float32",
         "unsupported: K=",
         "unsupported: V=",
-        "not among the cases of the level",
+        "not among the cases asked for",
     )
     assert all(r.detail.startswith(declared) for r in report.results if r.status == "skipped")
 

@@ -1,5 +1,7 @@
 """`torch.ops.polyfuse.*`: schema, fake kernel, opcheck, and full-graph compilation."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -42,7 +44,7 @@ def can_be_checked(op, case):
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
-    for case in [c for c in cases(op) if can_be_checked(op, c)][::9]:
+    for case in islice((c for c in cases(op)[::9] if can_be_checked(op, c)), 8):
         values = arguments(op, case)
         args = _torch_library.flatten(CALLS[op], tuple(values[n] for n in CALLS[op].names))
         torch.library.opcheck(getattr(torch.ops.polyfuse, op).default, args)

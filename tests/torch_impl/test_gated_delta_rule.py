@@ -18,7 +18,7 @@ from polyfuse.torch_impl.gated_delta_rule import gated_delta_rule
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 CASES = [*cases(NAME), *model_cases(NAME)]
-QUICK = [pytest.param(case, marks=[pytest.mark.slow] if n % 4 else []) for n, case in enumerate(CASES)]
+QUICK = [pytest.param(case, marks=[pytest.mark.slow] if n % 8 else []) for n, case in enumerate(CASES)]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

@@ -18,7 +18,7 @@ ENDS = [0, 70, 70, 71, 199]
 SLOW = ("dims_k128", "dims_k256", "decode")
 CASES = [case for case in cases(OP) if case.repeat == 1 and not case.name.startswith(SLOW)]
 # The interpreter takes up to a second for each.
-QUICK = [pytest.param(case, marks=[pytest.mark.slow] if number % 4 else []) for number, case in enumerate(CASES)]
+QUICK = [pytest.param(case, marks=[pytest.mark.slow] if number % 8 else []) for number, case in enumerate(CASES)]
 
 # NumPy's, from the interpreter: what an infinity gives.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")

@@ -22,7 +22,7 @@ ENDS = [0, 9, 9, 11, 30, 31, 44]
 SLOW = ("many_sequences", "long_sequences", "rows_67", "width_2-", "width_3-plain", "width_3-bias-i", "width_3-initial")
 CASES = [case for case in cases(OP) if case.repeat == 1 and not case.name.startswith(SLOW)]
 # The interpreter takes a second for each.
-QUICK = [pytest.param(case, marks=[pytest.mark.slow] if n % 4 else []) for n, case in enumerate(CASES)]
+QUICK = [pytest.param(case, marks=[pytest.mark.slow] if n % 8 else []) for n, case in enumerate(CASES)]
 
 # NumPy's, from the interpreter: 0 * inf in a head that holds an infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -99,7 +99,7 @@ def test_nan_stays_in_its_sequence() -> None:
     assert all(same(dirty[5][[0, 1, 2, 4, 5]], clean[5][[0, 1, 2, 4, 5]]))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int32, pytest.param(torch.int64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["x", "weight", "initial_state"])
 def test_layouts_change_no_bit(name: str, dtype: torch.dtype) -> None:
     args = arguments(cu_seqlens=torch.tensor(ENDS, device=DEVICE, dtype=dtype))

@@ -53,7 +53,7 @@ def test_other_slots_keep_every_bit(indices: list[int], dtype: str) -> None:
     assert (bits(pool) == bits(before)) is (not owned)
 
 
-@pytest.mark.parametrize("columns", [3, 5])
+@pytest.mark.parametrize("columns", [3, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ends", [[20], [1, 2, 3, 20], [0, 4, 4, 18, 19, 20]])
 def test_a_sequence_in_parts_is_the_sequence(ends: list[int], columns: int) -> None:
     whole = arguments(columns, device=DEVICE)

@@ -15,7 +15,7 @@ from tests.triton_impl.helpers import DEVICE
 
 OP = "gdn_decode"
 # The interpreter takes a third of a second for each.
-QUICK = [pytest.param(case, marks=[pytest.mark.slow] if n % 4 else []) for n, case in enumerate(cases(OP))]
+QUICK = [pytest.param(case, marks=[pytest.mark.slow] if n % 8 else []) for n, case in enumerate(cases(OP))]
 STATES = "conv_state", "recurrent_state"
 B, H, HV, K, V = 3, 2, 4, 16, 24
 SLOTS = [4, -1, 0]  # of six

@@ -33,6 +33,7 @@ PHOTOS = Case(
     present=("base",),
 )
 CASES = [*(case for case in cases(SPEC.name) if case.repeat == 1), PHOTOS]
+QUICK = [pytest.param(case, marks=[pytest.mark.slow] if n % 2 else []) for n, case in enumerate(CASES)]
 
 
 def arguments(values: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_equals_the_oracle_in_a_launch_for_16_images(
     case: Case, launches: list[tuple[int, ...]], poisoned_memory: None
 ) -> None:

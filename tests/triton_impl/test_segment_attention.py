@@ -20,9 +20,11 @@ from polyfuse.triton_impl import segment_attention as module
 from polyfuse.triton_impl._common import INTERPRETED
 from polyfuse.triton_impl.segment_attention import Tiling, segment_attention
 
+CASES = [*cases(NAME), *model_cases(NAME)]
+QUICK = [pytest.param(case, marks=[pytest.mark.slow] if n % 4 else []) for n, case in enumerate(CASES)]
+
 # The interpreter computes with NumPy, which reports every NaN of the rows past the last segment.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
 gpu = pytest.mark.skipif(INTERPRETED.value, reason="needs a GPU")
 
@@ -31,7 +33,7 @@ def is_claimed(case: Case) -> bool:
     return case.dims["dim"] % 8 == 0 and 16 <= case.dims["dim"] <= 128
 
 
-@pytest.mark.parametrize("case", [*cases(NAME), *model_cases(NAME)], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_case(case: Case) -> None:
     status, detail = Trial(NAME, case, 0).on(registry().get("triton"), DEVICE)
     if is_claimed(case):
