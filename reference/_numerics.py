@@ -99,7 +99,7 @@ def parts_of(array: Array, dtype: str) -> Array:
     if dtype != HALF_BYTE:
         return data.view(numpy_dtype(dtype))
     data = data.view(np.uint8)
-    return np.stack([data & 15, data >> 4], -1).reshape(*data.shape[:-1], -1).view(numpy_dtype(dtype))
+    return np.stack([data & 15, data >> 4], -1).reshape(*data.shape[:-1], 2 * data.shape[-1]).view(numpy_dtype(dtype))
 
 
 def laid_out(array: Array, strides: tuple[int, ...] | None) -> Array:

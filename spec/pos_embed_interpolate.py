@@ -107,7 +107,7 @@ def _cost(call: Call) -> Cost:
 SPEC = OpSpec(
     name=NAME,
     version=2,
-    summary="Resample a learned position-embedding table to every image's patch grid, in one launch.",
+    summary="Resample a learned position-embedding table to every image's patch grid.",
     formula=__doc__ or "",
     source=(
         "Qwen3-VL vision tower; Transformers `get_vision_interpolation_indices_and_weights`; "

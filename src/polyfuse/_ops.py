@@ -56,7 +56,7 @@ def pos_embed_interpolate(
     table_height: int | None = None,
     backend: str | Sequence[str] | None = None,
 ) -> Array:
-    """Resample a learned position-embedding table to every image's patch grid, in one launch."""
+    """Resample a learned position-embedding table to every image's patch grid."""
     return run(
         "pos_embed_interpolate",
         (table, grid_thw, base, merge_size, mode, align_corners, out_dtype, out_rows, table_height),

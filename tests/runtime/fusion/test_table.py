@@ -4,7 +4,7 @@ By default each result equals the eager one to the bit. What `materialize=False`
 the op's own result to the bit, and the eager one within the roundings that are left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from math import sqrt
 from typing import Any
@@ -40,6 +40,11 @@ def table(**factors: Any) -> list[tuple[Any, ...]]:
     """Rows in which each pair of values of two factors stands."""
     found = Covering([Factor(name, tuple(values)) for name, values in factors.items()], lambda chosen: "")
     return list(dict.fromkeys(tuple(found.chosen(row).values()) for row in found.rows.values()))
+
+
+def some_quick(rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The rows as parameters, of which every third is for `make test`."""
+    return [pytest.param(*row, marks=[pytest.mark.slow] if n % 3 else []) for n, row in enumerate(rows)]
 
 
 def label(value: Any) -> str:
@@ -193,7 +198,7 @@ def check_gated(source: str, option: str, dtype: torch.dtype, heads: list[tuple[
 
 @pytest.mark.parametrize(
     ("source", "option", "dtype", "layout", "form"),
-    table(source=SOURCES, option=OPTIONS, dtype=DTYPES, layout=SCALE_LAYOUTS[:3], form=FORMATS[::7]),
+    some_quick(table(source=SOURCES, option=OPTIONS, dtype=DTYPES, layout=SCALE_LAYOUTS[:3], form=FORMATS[::7])),
     ids=label,
 )
 def test_a_gated_activation(source: str, option: str, dtype: torch.dtype, layout: str, form: tuple[Any, ...]) -> None:
@@ -212,7 +217,7 @@ def test_a_gated_activation_in_every_format(source: str, option: str, dtype: tor
 
 @pytest.mark.parametrize(
     ("name", "dtype", "layout", "form"),
-    table(name=ACTIVATIONS, dtype=DTYPES, layout=SCALE_LAYOUTS[:3], form=FORMATS[::7]),
+    some_quick(table(name=ACTIVATIONS, dtype=DTYPES, layout=SCALE_LAYOUTS[:3], form=FORMATS[::7])),
     ids=label,
 )
 def test_any_other_activation(name: str, dtype: torch.dtype, layout: str, form: tuple[Any, ...]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from polyfuse import _ops
+import polyfuse
 from polyfuse.spec import OPS, Output, bind, dtype_name, fail
 
 _SPEC = OPS["block_quant"]  # every quantising op has its results
@@ -113,7 +113,7 @@ class QuantizedActivation:
 
 def block_quantized(x: torch.Tensor, format: QuantizedFormat = FP8_BLOCKS, **options: Any) -> QuantizedActivation:
     """`polyfuse.block_quant` of x; `options` are its others."""
-    values, scales = _ops.block_quant(x, **format.options, **options)
+    values, scales = polyfuse.block_quant(x, **format.options, **options)
     return QuantizedActivation(values, scales, format, options.get("global_scale"))
 
 
@@ -121,7 +121,7 @@ def silu_mul_block_quantized(
     x: torch.Tensor, format: QuantizedFormat = FP8_BLOCKS, **options: Any
 ) -> QuantizedActivation:
     """`polyfuse.silu_mul_block_quant` of x; `options` are its others, `up` among them."""
-    values, scales = _ops.silu_mul_block_quant(x, **format.options, **options)
+    values, scales = polyfuse.silu_mul_block_quant(x, **format.options, **options)
     return QuantizedActivation(values, scales, format, options.get("global_scale"))
 
 
@@ -129,7 +129,7 @@ def rms_norm_block_quantized(
     x: torch.Tensor, weight: torch.Tensor, format: QuantizedFormat = FP8_BLOCKS, **options: Any
 ) -> tuple[QuantizedActivation, torch.Tensor]:
     """`polyfuse.rms_norm_block_quant` of x and its sum with the residual; `options` are the op's others."""
-    values, scales, total = _ops.rms_norm_block_quant(x, weight, **format.options, **options)
+    values, scales, total = polyfuse.rms_norm_block_quant(x, weight, **format.options, **options)
     return QuantizedActivation(values, scales, format, options.get("global_scale")), total
 
 
