@@ -152,7 +152,11 @@ def can_show(op: str, name: str, case: Case) -> bool:
     return not name.startswith("nan_lost") or (name.endswith(dtype) and any("nan" in f for f in case.fill.values()))
 
 
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op in PLANNED for name in narrow(op)])
+MISTAKES = [(op, name) for op in PLANNED for name in narrow(op)]
+SOME = [pytest.param(*mistake, marks=[pytest.mark.slow] if n % 3 else []) for n, mistake in enumerate(MISTAKES)]
+
+
+@pytest.mark.parametrize(("op", "name"), SOME)
 def test_narrow_mistakes_are_rejected(op, name):
     long = (case for case in cases(op) if "1030" in case.name)  # the only ones of some ops with so many rows
     assert rejects(op, narrow(op)[name], chain(long, (c for c in covering_cases(op) if can_show(op, name, c))))
