@@ -207,7 +207,11 @@ def swizzle(scale: F64, padding: float) -> F64:
 
 def store(value: F64, output: Output) -> Array:
     """A result rounded to its dtype; of a packed scale the bytes, four to an int32."""
-    return round_to(value, "uint8").view(np.int32) if output.dtype == "int32" else round_to(value, output.dtype)
+    return (
+        np.ascontiguousarray(round_to(value, "uint8")).view(np.int32)
+        if output.dtype == "int32"
+        else round_to(value, output.dtype)
+    )
 
 
 def bounds(y: Interval, given: Any, error: Error) -> dict[str, Exact]:
