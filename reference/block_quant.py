@@ -17,35 +17,10 @@ CAPABILITY = Capability(devices=("cpu",))
 
 def formula(
     x: Array,
-    *,
-    num_rows: Array | None,
-    expert_ends: Array | None,
-    global_scale: Array | None,
-    group_size: int,
-    quant_dtype: str,
-    scale_format: str,
-    scale_layout: str,
-    scale_ub: float | None,
-    scale_min: float | None,
-    reciprocal: bool,
-    expert_alignment: int,
-    fill: float | None,
+    **quantiser: Any,
 ) -> tuple[F64, F64]:
     """q [..., Q] and scale [R, G], or the bytes of a packed scale; 0 where nothing is written."""
-    by = Quantiser(
-        num_rows,
-        expert_ends,
-        global_scale,
-        group_size,
-        quant_dtype,
-        scale_format,
-        scale_layout,
-        scale_ub,
-        scale_min,
-        reciprocal,
-        expert_alignment,
-        fill,
-    )
+    by = Quantiser(**quantiser)
     return quantise(to_f64(x), by)
 
 

@@ -22,38 +22,14 @@ def formula(
     weight: Array,
     *,
     residual: Array | None,
-    num_rows: Array | None,
-    expert_ends: Array | None,
-    global_scale: Array | None,
     eps: float,
     weight_offset: float,
-    group_size: int,
-    quant_dtype: str,
-    scale_format: str,
-    scale_layout: str,
-    scale_ub: float | None,
-    scale_min: float | None,
-    reciprocal: bool,
-    expert_alignment: int,
-    fill: float | None,
+    **quantiser: Any,
 ) -> tuple[F64, F64, F64]:
     """q [..., Q], scale [R, G], or the bytes of a packed scale, and the sum [..., D]; 0 where nothing is written."""
     h = summed(x, residual)
     y = weighted(h * inverse_rms(h, eps), factor(weight, weight_offset))
-    by = Quantiser(
-        num_rows,
-        expert_ends,
-        global_scale,
-        group_size,
-        quant_dtype,
-        scale_format,
-        scale_layout,
-        scale_ub,
-        scale_min,
-        reciprocal,
-        expert_alignment,
-        fill,
-    )
+    by = Quantiser(**quantiser)
     total = np.where(valid_rows(h.shape[:-1], by), h, 0.0)
     return *quantise(y, by), total if residual is not None else np.zeros((0, h.shape[-1]))
 

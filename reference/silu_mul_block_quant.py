@@ -21,24 +21,13 @@ def formula(
     *,
     up: Array | None,
     row_weight: Array | None,
-    num_rows: Array | None,
-    expert_ends: Array | None,
-    global_scale: Array | None,
     interleaved: bool,
     alpha: float,
     up_offset: float,
     limit: float | None,
     limit_on: str,
     materialize: bool,
-    group_size: int,
-    quant_dtype: str,
-    scale_format: str,
-    scale_layout: str,
-    scale_ub: float | None,
-    scale_min: float | None,
-    reciprocal: bool,
-    expert_alignment: int,
-    fill: float | None,
+    **quantiser: Any,
 ) -> tuple[F64, F64]:
     """q [..., Q] and scale [R, G], or the bytes of a packed scale; 0 where nothing is written."""
     gate, factor = gate_and_up(x, up, interleaved, limit, limit_on)
@@ -53,20 +42,7 @@ def formula(
     if row_weight is not None:
         y = y * to_f64(row_weight)[..., None]
         y = rounded(y, x) if materialize else overflowed(y)
-    by = Quantiser(
-        num_rows,
-        expert_ends,
-        global_scale,
-        group_size,
-        quant_dtype,
-        scale_format,
-        scale_layout,
-        scale_ub,
-        scale_min,
-        reciprocal,
-        expert_alignment,
-        fill,
-    )
+    by = Quantiser(**quantiser)
     return quantise(y, by)
 
 

@@ -71,7 +71,7 @@ class Results:
     codes: bool  # q is written as bytes
     numbers: tuple[int, ...]  # scale_expert, scale_row, scale_group
     fixed: tuple[Any, ...]  # D and GROUP to RECIPROCAL of `store_groups`
-    first: int | float | None  # what the scales hold before the kernel writes, as `_storage` holds it
+    first: int | float | None  # what the scales hold before the kernel writes, as it is stored
 
     def allocate(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """New q and scale."""

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl import _blocks
-from polyfuse.triton_impl._blocks import CHUNK, Results, expert_rows, of_tile, tile_ends
+from polyfuse.triton_impl._blocks import ANY_VALUE, CHUNK, Results, expert_rows, of_tile, tile_ends
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._gdn import sum_of_squares
 from polyfuse.triton_impl._launch import Launcher, Plan, Plans
@@ -76,18 +76,7 @@ def _tile(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_rows_ptr",
-        "ends_ptr",
-        "global_scale_ptr",
-        "rows",
-        "experts",
-        "scale_expert",
-        "scale_row",
-        "scale_group",
-    ]
-)
+@triton.jit(do_not_specialize=ANY_VALUE)
 def _kernel(
     x_ptr,  # [experts, rows, D]
     residual_ptr,  # the same, or None

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from polyfuse.spec import Capability, Unsupported
 from polyfuse.triton_impl import _blocks
-from polyfuse.triton_impl._blocks import CHUNK, Results, expert_rows, of_tile, tile_ends
+from polyfuse.triton_impl._blocks import ANY_VALUE, CHUNK, Results, expert_rows, of_tile, tile_ends
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._launch import Launch, Launcher
 from polyfuse.triton_impl._quantise import store_groups
@@ -129,18 +129,7 @@ def _tile(
     )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_rows_ptr",
-        "ends_ptr",
-        "global_scale_ptr",
-        "rows",
-        "experts",
-        "scale_expert",
-        "scale_row",
-        "scale_group",
-    ]
-)
+@triton.jit(do_not_specialize=ANY_VALUE)
 def _kernel(
     x_ptr,  # [experts, rows, 2*D], or the gate [experts, rows, D]
     up_ptr,  # [experts, rows, D], or None for the columns of x from D on

@@ -42,7 +42,7 @@ def silu_and_mul_masked_post_quant_fwd(
     name = "silu_and_mul_masked_post_quant_fwd"
     for argument, value in (("gemm1_alpha", gemm1_alpha), ("gemm1_clamp_limit", gemm1_clamp_limit)):
         if value:
-            refuse(name, argument, value, "only silu(gate) * up is fused")
+            refuse(name, argument, value, "polyfuse.silu_mul_block_quant has alpha, up_offset and limit")
     if input.dim() != 3:
         fail(name, "input", "[experts, tokens, 2*hidden]", list(input.shape))
     experts, tokens, width = input.shape

@@ -10,9 +10,9 @@ import torch
 
 import polyfuse
 from polyfuse.spec import OPS, Output, bind, dtype_name, fail
+from polyfuse.spec.block_quant import FLOAT4
 
 _SPEC = OPS["block_quant"]  # every quantising op has its results
-_PAIRED = "float4_e2m1"  # two numbers to a byte
 # A parameter without a default is a required array, which has to be given.
 _DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {**{tensor.name: None for tensor in _SPEC.tensors}, **{attr.name: attr.default for attr in _SPEC.attrs}}
@@ -95,7 +95,7 @@ class QuantizedActivation:
     def shape(self) -> tuple[int, ...]:
         """The shape of what was quantised."""
         *lead, width = self.values.shape
-        return (*lead, width * 2 if self.format.quant_dtype == _PAIRED else width)
+        return (*lead, width * 2 if self.format.quant_dtype == FLOAT4 else width)
 
     def take(self, rows: torch.Tensor) -> "QuantizedActivation":
         """The rows [T] of an activation [T, D] that an index names, in its order. Raises `SpecError` for other layouts.
