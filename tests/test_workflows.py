@@ -28,7 +28,8 @@ def parse(group: click.Group, words: list[str], parent: click.Context | None = N
     if not words and group.invoke_without_command:
         return context.command_path
     name, command, rest = group.resolve_command(context, words)
-    assert command is not None and name is not None
+    assert command is not None
+    assert name is not None
     if isinstance(command, click.Group):
         return parse(command, rest, context)
     command.make_context(name, rest, context)
