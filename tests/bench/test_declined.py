@@ -63,7 +63,7 @@ def test_the_bench_tells_it(devices: tuple[str, ...], told: bool, monkeypatch: p
     """On a machine without a GPU: PyTorch comes first there."""
     from polyfuse.torch_impl import silu_mul_block_quant as first
 
-    monkeypatch.setattr(ops, "run_bench", lambda *_: ops.Bench("cpu", 1.0))
+    monkeypatch.setattr(ops, "run_bench", lambda *_, **__: ops.Bench("cpu", 1.0))
     monkeypatch.setattr(first, "CAPABILITY", Capability(devices=devices))
     asked = ["bench", "--device", "cpu", "--model", "qwen3_vl_8b", "--op", "silu_mul_block_quant"]
     lines = CliRunner().invoke(main, asked).output.splitlines()
