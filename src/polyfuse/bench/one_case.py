@@ -16,7 +16,7 @@ from polyfuse.bench.measure import Times, live_share, measure, measure_jax
 from polyfuse.bench.peers import PACKAGES, Peer
 from polyfuse.bench.peers.check import Truth
 from polyfuse.bench.rows import Bench, LeftOut, PeerRow, Row
-from polyfuse.bench.timing import Budget, Clock, seconds
+from polyfuse.bench.timing import Budget, Clock
 from polyfuse.configs import platform_order
 from polyfuse.conformance import make_inputs, place
 from polyfuse.dispatch import device_of, examine, from_numpy, registry
@@ -102,18 +102,18 @@ class CaseBench:
         if few is None:
             return ""
         self.say("estimate")
-        made: list[Mapping[str, Any]] = []
-        making = seconds(lambda: made.append(make_inputs(OPS[self.op], few)))
+        clock, spec = Clock(self.device), OPS[self.op]
+        making = min(clock.latencies([partial(make_inputs, spec, few)] * 2).done)
         making *= self.case.elements() / max(self.case.elements(few), 1)
-        call = partial(getattr(polyfuse, self.op), **place(made[0], "torch", self.device), backend="torch")
+        arrays = place(make_inputs(spec, few), "torch", self.device)
         with torch.no_grad():
-            once = Clock(self.device).row_ms(_twice(call), 1) / 1e3
-        small, large = OPS[self.op].cost(self.case.call(few)), OPS[self.op].cost(self.call)
+            once = min(clock.latencies([_ours(self.op, "torch", arrays)] * 3).done)
+        small, large = spec.cost(self.case.call(few)), spec.cost(self.call)
         once *= max(large.flops / max(small.flops, 1), large.bytes_read / max(small.bytes_read, 1))
         if making + once <= self.budget.seconds:
             return ""
         parts = f"about {making:.0f} s to make its inputs and {once:.0f} s for one call of PyTorch"
-        return f"{parts}, of a budget of {self.budget.seconds:.0f} s"
+        return f"{parts}, of a budget of {self.budget.seconds:g} s"
 
     def _baseline(self, values: Mapping[str, Any]) -> Iterator[Any]:
         """Times of PyTorch's own way, eager and (if asked for) under torch.compile, in device microseconds."""
@@ -206,9 +206,3 @@ def _rounded(value: float | None) -> float | None:
 def _ours(op: str, backend: str, arrays: Mapping[str, Any]) -> Callable[[], Any]:
     """A call of ours."""
     return partial(getattr(polyfuse, op), **arrays, backend=backend)
-
-
-def _twice(function: Callable[[], Any]) -> Callable[[], Any]:
-    """A function that was called once already."""
-    function()
-    return function

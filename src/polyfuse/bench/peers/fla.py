@@ -14,10 +14,11 @@ def chunk_gated_delta_rule(rule: Any, a: SimpleNamespace) -> Prepared:
     arrays = [x.unsqueeze(0) for x in (a.q, a.k, a.v, a.g, a.beta)]
     packed = {} if a.cu_seqlens is None else {"cu_seqlens": a.cu_seqlens.long(), "cu_seqlens_cpu": a.cu_seqlens.cpu()}
     more = {"scale": a.scale, "initial_state": a.initial_state, "output_final_state": a.output_final_state}
+    none = a.g.new_empty(0, a.v.shape[1], a.k.shape[2], a.v.shape[2])
 
     def results(found: Any) -> list[Any]:
         o, state = found
-        return [o[0], o.new_empty((0, *o.shape[2:]), dtype=a.g.dtype) if state is None else state]
+        return [o[0], none if state is None else state]
 
     return Prepared(lambda: rule(*arrays, **more, **packed), results)
 

@@ -100,10 +100,11 @@ def chunk_gated_delta_rule(rule: Any, a: SimpleNamespace) -> Prepared:
     )
     state = None if a.initial_state is None else a.initial_state.mT.contiguous()
     more = {"scale": a.scale, "initial_state": state, "output_final_state": a.output_final_state}
+    none = a.g.new_empty(0, a.v.shape[1], a.k.shape[2], a.v.shape[2])
 
     def results(found: Any) -> list[Any]:
         o, last = found[:2]
-        return [o[0], o.new_empty((0, *o.shape[2:]), dtype=a.g.dtype) if last is None else last.mT]
+        return [o[0], none if last is None else last.mT]
 
     return Prepared(lambda: rule(**arrays, **more, cu_seqlens=a.cu_seqlens), results)
 
