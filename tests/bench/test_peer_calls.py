@@ -22,9 +22,8 @@ from polyfuse.spec import OPS, Unsupported, bind
 
 PEERS = {peer.name: peer for package in PACKAGES for peer in package.peers}
 HEADS = {"num_k_heads": 2, "head_k_dim": 64, "head_v_dim": 64}
-BFLOAT16 = dict.fromkeys(
-    ("T", "x", "z", "a", "b", "conv_weight", "weight", "norm_weight", "conv_state", "gate"), "bfloat16"
-)
+ARRAYS = "T", "x", "z", "a", "b", "conv_weight", "weight", "norm_weight", "initial_state", "conv_state", "gate"
+BFLOAT16 = dict.fromkeys(ARRAYS, "bfloat16")
 
 
 def case(op, dims, attrs=None, **more):
