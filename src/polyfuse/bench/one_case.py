@@ -55,7 +55,15 @@ class CaseBench:
             return
         self.say("inputs")
         values = make_inputs(OPS[self.op], self.case.case)
-        eager, compile_us = yield from self._baseline(values)
+        self.say("eager PyTorch")
+        plain = place(values, "torch", self.device) | PLAIN.get(self.op, {})
+        eager = self._measure(partial(_ours, self.op, "torch"), plain)
+        compile_us = None
+        if self.compiled and self.budget.left() < self.budget.seconds / 2:
+            self.parts -= 1
+            yield self._left_out("torch.compile", "the rest took more than half of the case's budget")
+        elif self.compiled:
+            compile_us = self._compiled_us(plain)
         rows = []
         for name in self.backends:
             rows.append(self._row(name, values, eager, compile_us))
@@ -115,25 +123,15 @@ class CaseBench:
         parts = f"about {making:.0f} s to make its inputs and {once:.0f} s for one call of PyTorch"
         return f"{parts}, of a budget of {self.budget.seconds:g} s"
 
-    def _baseline(self, values: Mapping[str, Any]) -> Iterator[Any]:
-        """Times of PyTorch's own way, eager and (if asked for) under torch.compile, in device microseconds."""
-        arrays = place(values, "torch", self.device) | PLAIN.get(self.op, {})
-        self.say("eager PyTorch")
-        eager = self._measure(partial(_ours, self.op, "torch"), arrays)
-        if not self.compiled:
-            return eager, None
-        if self.budget.left() < self.budget.seconds / 2:
-            self.parts -= 1
-            yield self._left_out("torch.compile", "the rest took more than half of the case's budget")
-            return eager, None
+    def _compiled_us(self, arrays: Mapping[str, Any]) -> float:
+        """Device microseconds of PyTorch's own way under torch.compile."""
         self.say("torch.compile")
         torch._dynamo.reset()
         function = torch.compile(registry().get("torch").load(self.op).function)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # Dynamo's advice on code that is compiled for comparison only
-            with torch.no_grad():
-                function(**arrays)  # compiles, which is no part of a call's time
-            return eager, self._measure(lambda given: partial(function, **given), arrays).device_us
+            function(**arrays)  # compiles, which is no part of a call's time
+            return self._measure(lambda given: partial(function, **given), arrays).device_us
 
     def _measure(self, make: Any, arrays: Mapping[str, Any]) -> Times:
         with torch.no_grad():

@@ -6,7 +6,6 @@ Host time is wall time per call over calls that are queued without waiting for t
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -54,8 +53,7 @@ def run_bench(
         result.packages = {package.name: package.version() for package in PACKAGES}
     for case in chosen:
         for found in CaseBench(case, backends, device, compiled, peers, result, say).run():
-            kept: list[Any] = {Row: result.rows, PeerRow: result.peers, LeftOut: result.left_out}[type(found)]
-            kept.append(found)
+            result.add(found)
             if on_found:
                 on_found(result, found)
     return result

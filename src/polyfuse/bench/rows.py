@@ -71,3 +71,13 @@ class Bench(Results):
     left_out: list[LeftOut] = field(default_factory=list)
     packages: dict[str, str | None] = field(default_factory=dict)
     budget_s: float = 0.0
+
+    def add(self, found: Row | PeerRow | LeftOut) -> None:
+        """Keep what was found."""
+        match found:
+            case Row():
+                self.rows.append(found)
+            case PeerRow():
+                self.peers.append(found)
+            case LeftOut():
+                self.left_out.append(found)
