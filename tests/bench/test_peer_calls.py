@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 import polyfuse
 from polyfuse.bench.cases import bench_cases
-from polyfuse.bench.peers import PACKAGES, Peer
-from polyfuse.bench.peers.check import Truth, first_rows
+from polyfuse.bench.peers import PACKAGES, Peer, check
+from polyfuse.bench.peers.check import Truth
 from polyfuse.compat import sglang, vllm
 from polyfuse.conformance import Case, make_inputs, place
-from polyfuse.conformance.cases import all_cases
-from polyfuse.spec import OPS, Unsupported, bind
+from polyfuse.conformance.checks.values import as_tuple
+from polyfuse.spec import OPS, Unsupported
 
 PEERS = {peer.name: peer for package in PACKAGES for peer in package.peers}
 HEADS = {"num_k_heads": 2, "head_k_dim": 64, "head_v_dim": 64}
@@ -265,15 +265,20 @@ def test_each_peer_has_a_bench_case_on_a_gpu(name):
     assert all(peer.refusal(call, "cpu") is not None for call in calls)
 
 
-@pytest.mark.parametrize("op", sorted({peer.op for peer in PEERS.values()}))
-def test_results_of_the_first_rows_are_those_of_all(op):
-    """What the oracle checks of a large call: cut to 2 rows here, so that small calls are cut too."""
-    of = next(c for c in all_cases(op) if c.name in OPS[op].core)
+@pytest.mark.parametrize(("of", "op"), [(MASKED, "silu_mul_block_quant"), *((c, op) for op, c in CASES.items())])
+def test_of_a_large_call_the_first_rows_are_checked(of, op, monkeypatch):
+    """Large is more than two rows here, or more than one expert; what is named by rows or slots stays whole."""
+    monkeypatch.setattr(check, "ROWS", 2)
+    monkeypatch.setattr(check, "EXPERTS", 1)
     values = make_inputs(OPS[op], of)
-    call = bind(OPS[op], values)
-    cut = first_rows(call, values)
-    for name, value in cut.items():
-        assert value is values[name] or value.shape[0] < values[name].shape[0]
+    arrays = place(values, "torch", "cpu")
+    results = as_tuple(getattr(polyfuse, op)(**arrays, backend="torch"))
+    truth = Truth(op, values)
+    assert truth.cut == (op not in ("pos_embed_interpolate", "segment_attention"))
+    updated = [arrays[name] for name in OPS[op].updated if arrays[name] is not None]
+    assert truth.judge([*results, *updated], {}).status == "right"
+    wrong = [results[0] + 1 if results[0].dtype.itemsize > 1 else -results[0].float(), *results[1:], *updated]
+    assert truth.judge(wrong, {}).status == "wrong"
 
 
 def test_where_a_function_is_looked_for(monkeypatch):
