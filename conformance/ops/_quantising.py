@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from polyfuse.conformance.case import Case
-from polyfuse.conformance.fills import Fill, row_counts
+from polyfuse.conformance.fills import Fill, constant, row_counts
 from polyfuse.conformance.mutations import Mutant, changed, patched, returned, right, ties_away
 from polyfuse.reference import _quantiser
 from polyfuse.reference._numerics import F64, Array, to_f64
@@ -119,6 +119,7 @@ QUANTISER_FILLS: dict[str, Fill] = {
     "expert_ends_4": _expert_ends(ALIGNMENT),
     "nan_between_1": _nan_between(1),
     "nan_between_4": _nan_between(ALIGNMENT),
+    **{f"rows_{count}": constant(count) for count in (8, 20, 64, 700, 4096)},  # of each expert, in bench cases
     "a_thousandth": lambda rng, shape, dtype: np.full(shape, 0.001),
 }
 

@@ -156,3 +156,17 @@ def test_the_figure_has_every_case_that_is_a_stream(tmp_path):
     for figure in (tmp_path / "new.svg", ROOT / "benchmarks/plots/limit_h200.svg"):
         text = figure.read_text()
         assert all(f"{case.op}  {case.case}  ({case.limit_us:.0f} µs)" in text for case in cases)
+
+
+def test_peers_stand_below_the_table_of_their_op():
+    peer = {"op": "gdn_post_conv", "model": "qwen3_next_80b", "case": "L8", "peer": "vllm f", "version": "0.33"}
+    peer |= {"status": "right", "device_us": 40.0, "cold_us": 45.0, "ratio": 2.0, "cold_ratio": 1.5}
+    gone = peer | {"status": "failed", "device_us": None, "cold_us": None, "ratio": None, "cold_ratio": None}
+    without = ops([BENCH | {"rows": [ROW]}])
+    assert ops([BENCH | {"rows": [ROW], "peers": [gone]}]) == without
+    assert ops([BENCH | {"rows": [ROW], "peers": [peer, gone]}]).splitlines()[len(without.splitlines()) :] == [
+        "",
+        "| case | peer | by the oracle | us | cold, us | times ours | cold, times ours |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+        "| qwen3_next_80b L8 | vllm f 0.33 | right | 40.0 | 45.0 | 2.00x | 1.50x |",
+    ]

@@ -60,6 +60,35 @@ def test_a_queue_waits_for_none(world, clock):
     assert world.queued == 0
 
 
+def test_a_limit_leaves_out_calls_and_then_rounds_but_one(world):
+    """A call takes 5 seconds with its wait, and nothing more is warmed up than the two calls that are timed for it."""
+    assert Clock("somewhere", 31.0).queue_us(world.call) == 2e6
+    assert world.calls == 2 + 4  # 21 seconds are left
+    world.calls = 0
+    assert Clock("somewhere", 3.0).queue_us(world.call) == 2e6
+    assert world.calls == 1 + 1
+    assert Clock("somewhere", 1e9).queue_us(world.call, calls=4, rounds=3) == 2e6
+    assert world.calls == 2 + 2 + 3
+
+
+def test_cold_calls_come_one_by_one_behind_a_write(world, clock):
+    assert clock.cold_us([world.call], rounds=3) == 5e6
+    assert world.calls == 3
+    assert Clock("somewhere", 12.0).cold_us([world.call]) == 5e6
+    assert world.calls == 3 + 2
+    assert Clock("somewhere", 1.0).cold_us([world.call]) == 5e6
+    assert world.calls == 3 + 2 + 1
+
+
+def test_a_budget_is_what_is_left_of_its_seconds(world):
+    budget = timing.Budget(7.0)
+    assert budget.left() == 7.0
+    world.call()
+    assert budget.left() == 5.0
+    world.now += 9
+    assert budget.left() == 0.0
+
+
 def test_without_graphs_device_time_is_latency(world, clock):
     assert clock.device_us(world.call) == pytest.approx(5e6)
 
@@ -74,6 +103,9 @@ def test_jax_time():
     jax = pytest.importorskip("jax")
     done, queued = timing.jax_us(jax.jit(lambda: jax.numpy.ones(8).sum()))
     assert 0 < queued <= done < 1e6
+    calls = []
+    timing.jax_us(lambda: calls.append(jax.numpy.ones(8).sum()) or calls[-1], limit=1e-9)
+    assert len(calls) == 3
 
 
 def test_no_other_measurement_has_a_clock_of_its_own():

@@ -126,7 +126,25 @@ def ops(results: Sequence[Result]) -> str:
             times = (bytes_us(ours, data["ceiling_gb_s"]), us, compiled, us * ours["eager_ratio"])
             lines.setdefault(op, []).append((f"{model} {case}", *map(short, times), short(ours["host_us"])))
     columns = ("case", "limit by bytes, us", "triton, us", "torch.compile, us", "eager PyTorch, us", "host, us")
-    return "\n\n".join(f"### {op}\n\n{table(columns, rows)}" for op, rows in lines.items())
+    beside = peers(results)
+    parts = []
+    for op, rows in lines.items():
+        parts += [f"### {op}", table(columns, rows), *([beside[op]] if op in beside else [])]
+    return "\n\n".join(parts)
+
+
+def peers(results: Sequence[Result]) -> dict[str, str]:
+    """What other packages took on the same inputs in the same run, a table for each op that has such results."""
+    lines: dict[str, list[Cells]] = {}
+    for row in (row for data in results for row in data.get("peers", ())):
+        if row["device_us"] is None:
+            continue
+        ratios = ("-" if value is None else f"{value:.2f}x" for value in (row["ratio"], row["cold_ratio"]))
+        times = short(row["device_us"]), short(row["cold_us"])
+        texts = f"{row['model']} {row['case']}", f"{row['peer']} {row['version']}", row["status"]
+        lines.setdefault(row["op"], []).append((*texts, *times, *ratios))
+    columns = ("case", "peer", "by the oracle", "us", "cold, us", "times ours", "cold, times ours")
+    return {op: table(columns, rows, texts=3) for op, rows in lines.items()}
 
 
 def jax(results: Sequence[Result]) -> str:

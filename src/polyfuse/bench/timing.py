@@ -8,6 +8,8 @@ calls, `queue_us` never, so that it is the host's time.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from math import inf
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -17,6 +19,9 @@ Call = Callable[[], Any]
 
 SLOW_CALLS = 3  # of a whole model or layer, on a CPU
 REPLAY_SECONDS = 0.004  # that one captured run of calls takes, about
+ROUND_SECONDS = 0.01  # that a round of calls takes at least, if a measurement has a limit
+FLUSHED = 2  # times the size of a GPU's L2 that is written between two uses of the same inputs
+FLUSHED_ON_HOST = 2**27  # bytes, where the size of the last cache is not known
 JAX_CALLS, JAX_ROUNDS = 20, 7
 
 
@@ -28,10 +33,13 @@ class Latencies(NamedTuple):
 
 
 class Clock:
-    """Times of calls that work on one device, named as torch names it."""
+    """Times of calls that work on one device, named as torch names it.
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    `seconds` is how long a measurement of an op may take: of a slow one there are fewer calls, but one at least.
+    """
+
+    def __init__(self, device: str, seconds: float = inf) -> None:
+        self.device, self.seconds = device, seconds
 
     def wait(self) -> None:
         """Wait until the device has done all that it was given."""
@@ -69,7 +77,7 @@ class Clock:
 
     def queue_us(self, function: Call, calls: int = 50, rounds: int = 9, warm_up: int = 3) -> float:
         """Microseconds per call until the host has queued it, of calls in a row; the median of some rounds."""
-        _repeat(function, warm_up)
+        calls, rounds = self._fitting(function, calls, rounds, warm_up)
         times = []
         for _ in range(rounds):
             self.wait()
@@ -78,6 +86,59 @@ class Clock:
             times.append((time.perf_counter() - started) / calls)
         self.wait()
         return median(times) * 1e6
+
+    def cold_us(self, functions: Sequence[Call], rounds: int = 15) -> float:
+        """Microseconds per call whose inputs no cache holds; the functions are one call, each on inputs of its own.
+
+        On a GPU it is device time: of a captured run of all of them behind a write of more bytes than the L2 has, less
+        that of the write alone. Elsewhere it is the latency of the first one behind such a write.
+        """
+        if not self.device.startswith("cuda"):
+            return self._cold_latency_us(functions[0], rounds)
+        memory = FLUSHED * torch.cuda.get_device_properties(self.device).L2_cache_size
+        flush = partial(torch.empty(memory, dtype=torch.uint8, device=self.device).fill_, 1)
+        with _own_stream():
+            for function in functions:
+                function()
+            both, rounds = self._all_us([flush, *functions], rounds)
+            alone, _ = self._all_us([flush], rounds)
+        return (both - alone) / len(functions)
+
+    def _all_us(self, functions: Sequence[Call], rounds: int) -> tuple[float, int]:
+        """Device microseconds of one captured run of calls, and how often it was run."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for function in functions:
+                function()
+        rounds = self._rounds(self.row_ms(graph.replay, 1) / 1e3, rounds)
+        return self.event_us(graph.replay, rounds), rounds
+
+    def _cold_latency_us(self, function: Call, rounds: int) -> float:
+        memory = torch.empty(FLUSHED_ON_HOST, dtype=torch.uint8)
+        found: list[float] = []
+        spent = 0.0
+        while len(found) < rounds and (not found or spent + spent / len(found) <= self.seconds):
+            started = time.perf_counter()
+            memory.fill_(len(found))
+            found += self.latencies([function]).done
+            spent += time.perf_counter() - started
+        return median(found) * 1e6
+
+    def _fitting(self, function: Call, calls: int, rounds: int, warm_up: int) -> tuple[int, int]:
+        """Warm up, and how many calls and rounds of them then fit into the limit: one call at least."""
+        if self.seconds == inf:
+            _repeat(function, warm_up)
+            return calls, rounds
+        first = self.row_ms(function, 1) / 1e3
+        if first >= self.seconds:
+            return 1, 1
+        once = self.row_ms(function, 1) / 1e3
+        calls = max(1, min(calls, int(ROUND_SECONDS / once)))
+        return calls, self._rounds(calls * once, rounds, first + once)
+
+    def _rounds(self, once: float, rounds: int, spent: float = 0.0) -> int:
+        """How many rounds of so many seconds fit into what is left of the limit, one at least."""
+        return max(1, min(rounds, int(min((self.seconds - spent) / once, rounds))))
 
     def device_us(self, function: Call) -> float:
         """Device microseconds of a call of a model or layer; its latency where there are no CUDA graphs."""
@@ -91,11 +152,11 @@ class Clock:
         with _own_stream():
             function()
             once = self.row_ms(function, 1) / 1e3
-            calls = max(4, min(200, int(REPLAY_SECONDS / once)))
+            calls = max(1 if 4 * once > self.seconds else 4, min(200, int(REPLAY_SECONDS / once)))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 _repeat(function, calls)
-            return self.event_us(graph.replay, rounds) / calls
+            return self.event_us(graph.replay, self._rounds(calls * once, rounds)) / calls
 
     def event_us(self, function: Call, rounds: int = 15) -> float:
         """Median device microseconds of a call, between two events. CUDA only."""
@@ -111,6 +172,17 @@ class Clock:
         return median(times)
 
 
+class Budget:
+    """Seconds from now on, shared by a number of measurements."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._end = seconds, time.perf_counter() + seconds
+
+    def left(self) -> float:
+        """The seconds that are left, at least 0."""
+        return max(0.0, self._end - time.perf_counter())
+
+
 def host_ns(function: Call, calls: int = 100, rounds: int = 201) -> float:
     """Median nanoseconds per call of a function that only the host runs; a round is short, so few are interrupted."""
     function()
@@ -122,19 +194,30 @@ def host_ns(function: Call, calls: int = 100, rounds: int = 201) -> float:
     return round(median(times), 1)
 
 
-def jax_us(function: Call) -> tuple[float, float]:
-    """Microseconds per call of a JAX function, of calls in a row: until all are done, and until all are queued."""
+def jax_us(function: Call, limit: float = inf) -> tuple[float, float]:
+    """Microseconds per call of a JAX function, of calls in a row: until all are done, and until all are queued.
+
+    `limit` is how many seconds it may take: of a slow function there are fewer calls, but one at least.
+    """
     import jax
 
-    jax.block_until_ready(function())
+    def run() -> None:
+        jax.block_until_ready(function())
+
+    run()
+    calls, rounds = JAX_CALLS, JAX_ROUNDS
+    if limit < inf:
+        once = seconds(run)
+        calls = max(1, min(calls, int(limit / once)))
+        rounds = max(1, min(rounds, int(limit / (calls * once))))
     done, queued = [], []
-    for _ in range(JAX_ROUNDS):
+    for _ in range(rounds):
         started = time.perf_counter()
-        results = [function() for _ in range(JAX_CALLS)]
+        results = [function() for _ in range(calls)]
         queued.append(time.perf_counter() - started)
         jax.block_until_ready(results)
         done.append(time.perf_counter() - started)
-    return median(done) * 1e6 / JAX_CALLS, median(queued) * 1e6 / JAX_CALLS
+    return median(done) * 1e6 / calls, median(queued) * 1e6 / calls
 
 
 def seconds(function: Call) -> float:

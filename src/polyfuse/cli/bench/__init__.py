@@ -1,35 +1,54 @@
 """`polyfuse bench`: what it measures without a subcommand is the ops."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from polyfuse.cli._device import chosen_device
 from polyfuse.cli._group import ModuleGroup
 from polyfuse.cli._options import backends_option, check_backends, device_option, known_ops, ops_option, out_option
 from polyfuse.cli._terminal import console
 
+if TYPE_CHECKING:
+    from polyfuse.bench.rows import Bench, LeftOut, PeerRow, Row
+
 
 @click.group(cls=ModuleGroup, package=__name__, invoke_without_command=True)
 @ops_option
+@click.option("--case", "cases", multiple=True, help="A case by its name, or a pattern as T1*; repeat for several.")
 @backends_option
 @device_option
 @click.option("--model", default=None, help="Only the cases of this model file.")
 @click.option("--no-compile", is_flag=True, help="Leave out the comparison with torch.compile.")
+@click.option("--peers", is_flag=True, help="Time what is installed of other packages too, each checked first.")
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds that a case may take, about. Default: 30 on a CPU, else 300.",
+)
 @out_option
 @click.pass_context
 def command(
     ctx: click.Context,
     op_names: tuple[str, ...],
+    cases: tuple[str, ...],
     backends: tuple[str, ...],
     device: str | None,
     model: str | None,
     no_compile: bool,
+    peers: bool,
+    budget: float | None,
     out: Path | None,
 ) -> None:
     """Measure the ops' time per call on real-model shapes, as a fraction of the device's own stream ceiling.
+
+    With --peers, beside flash-linear-attention, vLLM, SGLang, Liger and FlashAttention, where they are installed.
+    Cold times are of calls whose inputs no cache holds.
 
     \b
     Example:
@@ -40,7 +59,8 @@ def command(
     import torch
 
     from polyfuse.bench.declined import declined
-    from polyfuse.bench.ops import Bench, Row, run_bench
+    from polyfuse.bench.ops import run_bench
+    from polyfuse.cli.bench._tables import ops_table
     from polyfuse.dispatch import device_of
 
     op_names = known_ops(op_names)
@@ -48,20 +68,28 @@ def command(
     device = chosen_device(device, ["torch"])
     screen = console()
 
-    def show(result: Bench, row: Row) -> None:
-        status.update(f"{row.op} {row.case} {row.backend}")
-        if out:
+    def keep(result: "Bench", found: "Row | PeerRow | LeftOut") -> None:
+        if out:  # what a killed run leaves behind
             result.write(out)
 
-    with screen.status("measuring") as status:
-        result = run_bench(op_names, backends, device, model, not no_compile, show)
-    columns = ("op", "model", "case", "backend", "device us", "host us", "GB/s", "of ceiling", "vs eager", "vs compile")
-    table = Table(*columns, title=f"{result.device}, stream ceiling {result.ceiling_gb_s:.0f} GB/s")
-    for r in result.rows:
-        ratios = ("-" if x is None else f"{x:.2f}x" for x in (r.eager_ratio, r.compile_ratio))
-        numbers = (f"{r.device_us:.2f}", f"{r.host_us:.1f}", f"{r.gigabytes_per_s:.0f}", f"{r.fraction:.1%}")
-        table.add_row(r.op, r.model, r.case, r.backend, *numbers, *ratios)
-    screen.print(table)
+    with _live(screen) as say:
+        result = run_bench(
+            op_names,
+            backends,
+            device,
+            model,
+            not no_compile,
+            keep,
+            cases=cases,
+            peers=peers,
+            budget=budget,
+            on_start=say,
+        )
+    screen.print(ops_table(result))
+    if peers:
+        _print_peers(screen, result)
+    for left in result.left_out:
+        screen.print(f"[yellow]left out[/] {escape(str(left))}", soft_wrap=True)
     where = device_of(torch.empty(0, device=device), "torch")
     found = [case for case in declined(where, model=model) if not op_names or case.op in op_names]
     for case in found:
@@ -70,3 +98,34 @@ def command(
         screen.print(f"no case falls through: the first backend for {where.kind} declines none")
     if out:
         screen.print(f"written: {result.write(out)}")
+
+
+def _print_peers(screen: Console, result: "Bench") -> None:
+    """The peers beside ours, and what of other packages is not there."""
+    from polyfuse.bench.peers import PACKAGES
+    from polyfuse.cli.bench._tables import peers_table
+
+    if result.peers:
+        screen.print(peers_table(result))
+    else:
+        screen.print("no peer that is installed has one of these cases on this device")
+    for row in result.peers:
+        if row.note:
+            colour = "red" if row.status in ("wrong", "failed") else "yellow"
+            said = escape(f"{row.peer} {row.version}, {row.case} of {row.model}: {row.note}")
+            screen.print(f"[{colour}]{row.status}[/] {said}", soft_wrap=True)
+    for package in PACKAGES:
+        if package.note and result.packages.get(package.name):
+            screen.print(f"{package.name}: {package.note}", soft_wrap=True)
+    if missing := [name for name, version in result.packages.items() if version is None]:
+        screen.print(f"not installed: {', '.join(missing)}", soft_wrap=True)
+
+
+@contextmanager
+def _live(screen: Console) -> Iterator[Callable[[str], None]]:
+    """A function that shows what is measured now: in one line of a terminal, else line by line on stderr."""
+    if screen.is_terminal:
+        with screen.status("measuring") as status:
+            yield lambda text: status.update(escape(text))
+    else:
+        yield lambda text: click.echo(text, err=True)
