@@ -9,7 +9,7 @@ from rich.table import Table
 from polyfuse.cli._device import chosen_device
 from polyfuse.cli._group import ModuleGroup
 from polyfuse.cli._options import backends_option, check_backends, device_option, known_ops, ops_option, out_option
-from polyfuse.cli._terminal import console
+from polyfuse.cli._terminal import activity, console
 
 
 @click.group(cls=ModuleGroup, package=__name__, invoke_without_command=True)
@@ -53,7 +53,7 @@ def command(
         if out:
             result.write(out)
 
-    with screen.status("measuring") as status:
+    with activity(screen, "measuring") as status:
         result = run_bench(op_names, backends, device, model, not no_compile, show)
     columns = ("op", "model", "case", "backend", "device us", "host us", "GB/s", "of ceiling", "vs eager", "vs compile")
     table = Table(*columns, title=f"{result.device}, stream ceiling {result.ceiling_gb_s:.0f} GB/s")
