@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import pytest
@@ -127,6 +128,36 @@ def test_a_missing_extra_is_named(monkeypatch):
     assert result.exit_code == 2
     assert "skimage is not installed" in result.output
     assert "pip install 'polyfuse[transformers]'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        ("explain gated_rms_norm", "torch"),
+        ("explain gated_rms_norm --family jax", "jax"),
+        ("demo --fast", "transformers"),
+        ("bench", "torch"),
+        ("bench dispatch", "torch"),
+        ("bench encoder", "torch"),
+        ("bench model", "torch"),
+        ("soak encoder", "torch"),
+        ("tune", "torch"),
+        ("warmup --model qwen3_vl_8b", "torch"),
+        ("conformance --device cuda", "torch"),
+    ],
+)
+def test_a_command_without_its_extra_says_what_to_install(command, extra):
+    """In a process of its own whose only packages are the base dependencies."""
+    hide = (
+        "import importlib.util as u, sys; f = u.find_spec; gone = 'torch', 'triton', 'jax', 'transformers', 'skimage'\n"
+    )
+    hide += "u.find_spec = lambda name, *a: None if name in gone else f(name, *a)\n"
+    hide += "sys.modules.update(dict.fromkeys(gone))\n"
+    code = f"{hide}from polyfuse.cli import main; main({command.split()!r}, prog_name='polyfuse')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"pip install 'polyfuse[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_broken_config_file_is_one_line(tmp_path):

@@ -1,4 +1,4 @@
-"""A conformance run on a terminal, as `polyfuse conformance` and `polyfuse demo` do it."""
+"""A conformance run on a terminal, as `polyfuse conformance` does it."""
 
 import signal
 import time

@@ -13,8 +13,9 @@ from polyfuse.cli._terminal import console
 def command(fast: bool) -> None:
     """Show in about a minute what the ops do to two models, and how backends are compared with the oracle.
 
-    On a CPU this is not about speed. Real photos go through the Qwen3-VL vision tower, and a tiny Qwen3.5 model generates, both untouched and
-    accelerated. Then two cases of every op run on every backend. The last lines say what that shows and what not.
+    Real photos go through the Qwen3-VL vision tower, and a tiny Qwen3.5 model generates, both untouched and
+    accelerated: on a CPU this is about what they compute, not about speed. Then two cases of every op run on every
+    backend. The last lines say what that shows and what not. Exit status 1 if something is wrong.
 
     \b
     Example:
