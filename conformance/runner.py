@@ -50,8 +50,8 @@ def run(
 
     `on_start(report)` is called before the first case and `on_result(report, result)` after each, with the report so
     far. `KeyboardInterrupt` ends the run and returns what there is, as a report that is `interrupted`. Raises
-    `SpecError` or `BackendError` for an unknown op, backend, level or device, for a pattern that matches no case, and if a
-    worker process cannot start.
+    `SpecError` or `BackendError` for an unknown op, backend, level or device, for a pattern that matches no case, and
+    if a worker process cannot start.
     """
     settings = load_level(level)
     register(plugins)

@@ -241,6 +241,18 @@ def test_doctor_says_what_is_there_what_runs_and_what_to_install(monkeypatch):
     assert "  matplotlib is not installed: pip install 'polyfuse[plots]'" in invoke("doctor").output.splitlines()
 
 
+def test_doctor_without_torch_and_jax(monkeypatch):
+    found = importlib.util.find_spec
+    gone = ("torch", "triton", "jax")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name in gone else found(name, *args))
+    monkeypatch.setattr("polyfuse.cli.doctor.find_spec", importlib.util.find_spec)
+    lines = invoke("doctor").output.splitlines()
+    assert "  cpu, for NumPy arrays alone: neither torch nor JAX is installed" in lines
+    for name in gone:
+        assert f"  {name} is not installed: pip install 'polyfuse[{name}]'" in lines
+    assert not any("interpreted" in line for line in lines)
+
+
 def test_the_self_test_of_one_op():
     result = invoke("conformance", "--self-test", "--op", "gated_rms_norm")
     assert result.exit_code == 0, result.output

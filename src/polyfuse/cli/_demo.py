@@ -131,7 +131,8 @@ def run_text_model(console: Console, device: str) -> list[str]:
     """
     transformers_logging.set_verbosity_error()  # it recommends packages for the untouched model
     torch.manual_seed(0)
-    model: Any = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**TEXT_MODEL)).eval().to(device)
+    model: Any = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**TEXT_MODEL)).eval()
+    model.to(device)
     prompt = torch.arange(PROMPT, device=device)[None]
 
     def generate() -> tuple[torch.Tensor, torch.Tensor]:

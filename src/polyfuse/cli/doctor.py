@@ -64,7 +64,9 @@ def _devices(device: str) -> list[str]:
             found.append(f"jax: {', '.join(dict.fromkeys(d.platform for d in jax.devices()))}")
         except RuntimeError as error:  # a platform that was asked for and is not there
             found.append(f"jax: {str(error).splitlines()[0]}")
-    if device == "cpu":
+    if not found:
+        found.append("cpu, for NumPy arrays alone: neither torch nor JAX is installed")
+    elif device == "cpu":
         found.append("Kernels are interpreted on a CPU: that shows that they are right, and nothing of their speed.")
     return found
 
