@@ -15,7 +15,7 @@ from polyfuse.conformance.report import Report, Result, backend_facts, chip, dev
 from polyfuse.conformance.tasks import Task, perform, register
 from polyfuse.conformance.worker import Setup
 from polyfuse.conformance.workers import Limits, Workers
-from polyfuse.dispatch import Backend, Support, registry
+from polyfuse.dispatch import Backend, Support, check_device, registry
 from polyfuse.spec import OPS, BackendError, fail
 
 Progress = Callable[[Report, Result], None]
@@ -50,13 +50,14 @@ def run(
 
     `on_start(report)` is called before the first case and `on_result(report, result)` after each, with the report so
     far. `KeyboardInterrupt` ends the run and returns what there is, as a report that is `interrupted`. Raises
-    `SpecError` or `BackendError` for an unknown op, backend or level, for a pattern that matches no case, and if a
-    worker process cannot start.
+    `SpecError` or `BackendError` for an unknown op, backend, level or device, for a pattern that matches no case, and
+    if a worker process cannot start.
     """
     settings = load_level(level)
     register(plugins)
     chosen = [registry().get(name) for name in backends] if backends else _all_backends()
     names = list(ops or OPS)
+    check_device("conformance: device", device, [backend.family for backend in chosen])
     report = Report(
         device_name(device), level, settings.seed, settings.proves, command, {"cases": list(only)} if only else {},
         chip=chip(device),

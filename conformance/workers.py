@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
@@ -284,7 +285,9 @@ def _environment(device: str, slot: int, count: int) -> dict[str, str]:
 
 
 def accelerators(device: str) -> int:
-    """How many accelerators there are that a run on `device` may use."""
+    """How many accelerators there are that a run on `device` may use: one where torch is not there to count them."""
+    if find_spec("torch") is None:
+        return 1
     import torch
 
     return max(1, torch.get_device_module(device.partition(":")[0]).device_count()) if ":" not in device else 1

@@ -1,7 +1,7 @@
 """Cases of ops as files: inputs, and for every result the rounded ends of each element's interval."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isfinite
@@ -41,12 +41,14 @@ def export(
     names: Sequence[str] = (),
     seed: int = 0,
     max_elements: int = 1_000_000,
+    on_case: Callable[[str], object] = lambda name: None,
 ) -> Exported:
     """Write golden vectors of ops, all of them unless `ops` names some, into a folder that is empty or not there.
 
     `choice` is `"core"`, the cases without which a backend does not have the op, or `"all"`; `names` are patterns, such
     as `"bfloat16-*"`, that choose among all cases instead. Cases of more than `max_elements` elements in inputs and
-    results are left out. Raises `SpecError` for a folder with files in it and for names that nothing has.
+    results are left out. `on_case(name)` is called before a case is written. Raises `SpecError` for a folder with files
+    in it and for names that nothing has.
     """
     if choice not in CHOICES:
         raise SpecError(f"cases: expected one of {', '.join(CHOICES)}, got {choice!r}")
@@ -62,6 +64,7 @@ def export(
             if entry.elements > max_elements:
                 left_out[entry.name] = f"{entry.elements} elements, more than {max_elements}"
             else:
+                on_case(entry.name)
                 written.append(entry.write())
     text = index(written).encode()
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -62,14 +63,16 @@ def device_name(device: str) -> str:
     """The device's own name, for reports: the device as the command line has it comes first."""
     if device == "cpu":
         return f"cpu ({platform.machine()})"
+    if not _torch_knows(device):
+        return device
     import torch
 
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
+    return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
 def chip(device: str) -> dict[str, str]:
     """The chip of a device: its name, driver, CUDA or ROCm version and architecture, as far as they are known."""
-    if not device.startswith("cuda"):
+    if not _torch_knows(device):
         name = _processor() if device == "cpu" else device
         return {"name": name, "arch": platform.machine()} if device == "cpu" else {"name": name}
     import torch
@@ -80,6 +83,11 @@ def chip(device: str) -> dict[str, str]:
     arch = getattr(facts, "gcnArchName", "") if torch.version.hip else f"sm_{major}{minor}"
     found = {"name": facts.name, "driver": _driver(), **runtime, "arch": arch}
     return {key: str(value) for key, value in found.items() if value}
+
+
+def _torch_knows(device: str) -> bool:
+    """Whether torch is there to say what the device is; JAX may run on it alone."""
+    return device.startswith("cuda") and find_spec("torch") is not None
 
 
 def _processor() -> str:

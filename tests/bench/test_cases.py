@@ -121,10 +121,12 @@ def test_what_is_left_out_is_printed():
     done = CliRunner().invoke(main, asked)
     assert done.exit_code == 0
     assert "left out silu_mul_block_quant T16384_D2048 of qwen3_5_35b_a3b: all: about " in done.stdout
-    assert done.stderr.splitlines()[:2] == [
-        "stream ceiling",
-        "silu_mul_block_quant T16384_D2048 of qwen3_5_35b_a3b: estimate",
-    ]
+
+
+def test_each_step_is_told_before_it_begins():
+    told = []
+    run_bench([OP], ["torch"], cases=["T16384_D2048"], budget=0.01, on_start=told.append)
+    assert told == ["stream ceiling", "silu_mul_block_quant T16384_D2048 of qwen3_5_35b_a3b: estimate"]
 
 
 def test_a_used_up_budget_leaves_torch_compile_out(monkeypatch):

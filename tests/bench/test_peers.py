@@ -154,7 +154,12 @@ def test_the_tables_and_what_is_not_installed(packages):
     assert any(line.startswith(f"wrong fake wrong 1.2, {CASE} of qwen3_5_35b_a3b: scale: 16 of 16") for line in lines)
     assert "fake-kernels: knows no norm" in lines
     assert "not installed: other-kernels" in lines
-    assert f"{OP} {CASE} of qwen3_5_35b_a3b: fake right" in shown.stderr.splitlines()
+
+
+def test_a_peer_is_named_before_it_is_timed(packages):
+    told = []
+    run_bench([OP], ["torch"], compiled=False, cases=[CASE], peers=True, on_start=told.append)
+    assert f"{OP} {CASE} of qwen3_5_35b_a3b: fake right" in told
 
 
 def test_the_file_has_the_peers_as_far_as_the_run_came(packages, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import pytest
@@ -129,6 +130,36 @@ def test_a_missing_extra_is_named(monkeypatch):
     assert "pip install 'polyfuse[transformers]'" in result.output
 
 
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        ("explain gated_rms_norm", "torch"),
+        ("explain gated_rms_norm --family jax", "jax"),
+        ("demo --fast", "transformers"),
+        ("bench", "torch"),
+        ("bench dispatch", "torch"),
+        ("bench encoder", "torch"),
+        ("bench model", "torch"),
+        ("soak encoder", "torch"),
+        ("tune", "torch"),
+        ("warmup --model qwen3_vl_8b", "torch"),
+        ("conformance --device cuda", "torch"),
+    ],
+)
+def test_a_command_without_its_extra_says_what_to_install(command, extra):
+    """In a process of its own whose only packages are the base dependencies."""
+    hide = (
+        "import importlib.util as u, sys; f = u.find_spec; gone = 'torch', 'triton', 'jax', 'transformers', 'skimage'\n"
+    )
+    hide += "u.find_spec = lambda name, *a: None if name in gone else f(name, *a)\n"
+    hide += "sys.modules.update(dict.fromkeys(gone))\n"
+    code = f"{hide}from polyfuse.cli import main; main({command.split()!r}, prog_name='polyfuse')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"pip install 'polyfuse[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_broken_config_file_is_one_line(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("backnd: torch\n")
@@ -208,6 +239,18 @@ def test_doctor_says_what_is_there_what_runs_and_what_to_install(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr("polyfuse.cli.doctor.find_spec", lambda name: None if name == "matplotlib" else found(name))
     assert "  matplotlib is not installed: pip install 'polyfuse[plots]'" in invoke("doctor").output.splitlines()
+
+
+def test_doctor_without_torch_and_jax(monkeypatch):
+    found = importlib.util.find_spec
+    gone = ("torch", "triton", "jax")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name in gone else found(name, *args))
+    monkeypatch.setattr("polyfuse.cli.doctor.find_spec", importlib.util.find_spec)
+    lines = invoke("doctor").output.splitlines()
+    assert "  cpu, for NumPy arrays alone: neither torch nor JAX is installed" in lines
+    for name in gone:
+        assert f"  {name} is not installed: pip install 'polyfuse[{name}]'" in lines
+    assert not any("interpreted" in line for line in lines)
 
 
 def test_the_self_test_of_one_op():

@@ -61,6 +61,28 @@ def test_a_hint_names_the_extra_or_no_command():
         ("import polyfuse.runtime", "torch", "polyfuse.runtime: torch is not installed: pip install 'polyfuse[torch]'"),
         ("import polyfuse.torch_ops", "torch", "torch is not installed: pip install 'polyfuse[torch]'"),
         ("import polyfuse.unfused", "torch", "torch is not installed: pip install 'polyfuse[torch]'"),
+        ("import polyfuse.compat.vllm", "torch", "torch is not installed: pip install 'polyfuse[torch]'"),
+        ("import polyfuse.compat.sglang", "torch", "torch is not installed: pip install 'polyfuse[torch]'"),
+        (
+            "import polyfuse; polyfuse.warmup('qwen3_vl_8b')",
+            "torch",
+            "polyfuse.warmup: torch is not installed: pip install 'polyfuse[torch]'",
+        ),
+        (
+            "import numpy as np; from polyfuse.conformance import place; place({'x': np.ones(1)}, 'torch', 'cpu')",
+            "torch",
+            "torch arrays: torch is not installed: pip install 'polyfuse[torch]'",
+        ),
+        (
+            "import numpy as np; from polyfuse.conformance import place; place({'x': np.ones(1)}, 'jax', 'cpu')",
+            "jax",
+            "jax arrays: jax is not installed: pip install 'polyfuse[jax]'",
+        ),
+        (
+            "from polyfuse.conformance import run; run(['gated_rms_norm'], ['torch'], device='cuda')",
+            "torch",
+            "got 'cuda' (torch is not installed: pip install 'polyfuse[torch]')",
+        ),
         (
             "import numpy as np, polyfuse; polyfuse.silu_mul_block_quant(np.ones((1, 256), 'f4'), backend='jax')",
             "jax",

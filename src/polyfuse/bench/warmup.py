@@ -10,6 +10,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import polyfuse
+from polyfuse.spec import OPS, SpecError, fail, not_installed
+
+if missing := not_installed("polyfuse.warmup", "torch"):
+    raise missing
+
 from polyfuse.bench.results import Results, device_name
 from polyfuse.bench.timing import seconds
 from polyfuse.configs import model_configs
@@ -17,7 +22,6 @@ from polyfuse.conformance import Case
 from polyfuse.conformance.cases import model_case
 from polyfuse.conformance.inputs import Described, described
 from polyfuse.dispatch import check_device, from_numpy
-from polyfuse.spec import OPS, SpecError, fail
 
 WORKERS = 8  # Triton and ptxas work outside of Python's lock
 

@@ -1,4 +1,4 @@
-"""A conformance run on a terminal, as `polyfuse conformance` and `polyfuse demo` do it."""
+"""A conformance run on a terminal, as `polyfuse conformance` does it."""
 
 import signal
 import time
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polyfuse.cli._terminal import progress
+from polyfuse.cli._terminal import activity
 
 if TYPE_CHECKING:
     from polyfuse.conformance import Report, Result
@@ -34,18 +34,17 @@ def run_conformance(out: Console, folder: Path | None, **options: Any) -> int:
 
     if options.get("workers") is None:
         options["workers"] = default_count(options["device"])
-    with _terminated_as_interrupted(), progress(out) as bar:
-        task = bar.add_task("conformance", total=None)
+    with _terminated_as_interrupted(), activity(out, "conformance") as shown:
         saved = time.monotonic()
 
         def begin(report: suite.Report) -> None:
-            bar.update(task, completed=len(report.results), total=report.planned)
+            shown.update(done=len(report.results), total=report.planned)
             if folder:
                 report.write(folder)
 
         def show(report: suite.Report, latest: "Result") -> None:
             nonlocal saved
-            bar.update(task, advance=1, description=f"{latest.op} {latest.backend}")
+            shown.update(f"{latest.op} {latest.backend}", advance=1)
             if folder and time.monotonic() - saved > SAVE_EVERY:
                 saved = time.monotonic()
                 report.save(folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.markup import escape
 
-from polyfuse.cli._backends import verdicts
+from polyfuse.cli._backends import usable, verdicts
 from polyfuse.cli._device import default_device
 from polyfuse.cli._terminal import console
 from polyfuse.spec import EXTRAS, OPS, BackendError, Unsupported, how_to_install
@@ -37,12 +37,7 @@ def command() -> None:
     missing = dict.fromkeys(how_to_install(module) for module in EXTRAS if find_spec(module) is None)
     _section(out, "To install", [*missing] or ["nothing: every extra is there"])
     _section(out, "Devices", _devices(device))
-    lines = []
-    for name in registry().names():
-        try:
-            lines.append(f"{name}: {_standing(registry().get(name), device)}")
-        except BackendError:  # one of the registry's problems
-            continue
+    lines = [f"{backend.name}: {_standing(backend, device)}" for backend in usable()]
     lines += [f"{name}: cannot be used: {text.strip().splitlines()[-1]}" for name, text in registry().problems]
     _section(out, "Backends", lines)
     _section(out, "Settings", _settings())
@@ -69,7 +64,9 @@ def _devices(device: str) -> list[str]:
             found.append(f"jax: {', '.join(dict.fromkeys(d.platform for d in jax.devices()))}")
         except RuntimeError as error:  # a platform that was asked for and is not there
             found.append(f"jax: {str(error).splitlines()[0]}")
-    if device == "cpu":
+    if not found:
+        found.append("cpu, for NumPy arrays alone: neither torch nor JAX is installed")
+    elif device == "cpu":
         found.append("Kernels are interpreted on a CPU: that shows that they are right, and nothing of their speed.")
     return found
 

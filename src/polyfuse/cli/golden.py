@@ -2,10 +2,12 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from polyfuse.cli._options import known_ops, ops_option
+from polyfuse.cli._terminal import activity, console
 
 
 @click.group()
@@ -52,7 +54,9 @@ def export(
     """
     from polyfuse.conformance.golden import export as write
 
-    done = write(folder, known_ops(op_names), choice=choice, names=names, seed=seed, max_elements=max_elements)
+    with activity(console(), "golden vectors") as shown:
+        options: dict[str, Any] = {"choice": choice, "names": names, "seed": seed, "max_elements": max_elements}
+        done = write(folder, known_ops(op_names), **options, on_case=lambda name: shown.update(name, advance=1))
     for name, why in done.left_out.items():
         click.echo(f"left out  {name}: {why}")
     click.echo(f"{len(done.cases)} cases, {done.size / 1e6:.1f} MB in {folder}")

@@ -1,14 +1,13 @@
 """`polyfuse info`."""
 
 import json
-from typing import Any
 
 import click
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from polyfuse.cli._backends import Verdict, verdicts
+from polyfuse.cli._backends import Verdict, usable, verdicts
 from polyfuse.cli._device import default_device
 from polyfuse.cli._terminal import console
 from polyfuse.spec import OPS
@@ -30,7 +29,7 @@ def command(as_json: bool) -> None:
     from polyfuse.dispatch import registry
 
     device = default_device()
-    found = [(backend, verdicts(backend, device)) for backend in _usable()]
+    found = [(backend, verdicts(backend, device)) for backend in usable()]
     if as_json:
         backends = [
             {
@@ -63,20 +62,6 @@ def command(as_json: bool) -> None:
             out.print(text, soft_wrap=True)
     for name, text in registry().problems:
         out.print(f"[red]backend {escape(name)} cannot be used:[/] {escape(text)}", soft_wrap=True)
-
-
-def _usable() -> list[Any]:
-    """Every backend but those that the registry has a problem with."""
-    from polyfuse.dispatch import registry
-    from polyfuse.spec import BackendError
-
-    found = []
-    for name in registry().names():
-        try:
-            found.append(registry().get(name))
-        except BackendError:  # one of the registry's problems
-            continue
-    return found
 
 
 def _grouped(ops: dict[str, Verdict]) -> dict[Verdict, str]:

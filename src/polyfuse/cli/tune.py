@@ -9,7 +9,7 @@ from rich.table import Table
 
 from polyfuse.cli._device import default_device
 from polyfuse.cli._options import device_option, known_ops, ops_option
-from polyfuse.cli._terminal import console
+from polyfuse.cli._terminal import activity, console
 
 if TYPE_CHECKING:
     from polyfuse.bench.tune import Sweep, Tuned
@@ -40,7 +40,7 @@ def command(op_names: tuple[str, ...], device: str | None, out: Path | None) -> 
     def show(result: "Tuned", sweep: "Sweep") -> None:
         status.update(f"{sweep.op}: {sweep.tried} tried")
 
-    with screen.status("measuring") as status:
+    with activity(screen, "measuring") as status:
         result = tune(op_names, device or default_device(), show)
     table = Table("op", "up to size", "calls", "rule", "chosen", "time", "tried", title=f"Tiles on {result.device}")
     for sweep in result.sweeps:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from polyfuse.cli._device import default_device
 from polyfuse.cli._options import device_option, known_ops, ops_option, out_option
-from polyfuse.cli._terminal import console
+from polyfuse.cli._terminal import activity, console
 
 
 @click.command()
@@ -29,7 +29,7 @@ def command(model: str, op_names: tuple[str, ...], device: str | None, workers: 
 
     op_names, device = known_ops(op_names), device or default_device()
     screen = console()
-    with screen.status("compiling"):
+    with activity(screen, "compiling"):
         result = warmup(model, device, ops=op_names, workers=workers)
     table = Table("kernel", "module", "seconds", "", title=f"Kernels of {model} on {result.device}")
     for kernel in result.kernels:

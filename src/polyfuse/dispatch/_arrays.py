@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from polyfuse.spec import SpecError, dtype_name, how_to_install
+from polyfuse.spec import SpecError, dtype_name, how_to_install, not_installed
 from polyfuse.spec._validate import one_line, shown
 
 FAMILIES = ("torch", "jax", "numpy")
@@ -103,6 +103,8 @@ def from_numpy(value: np.ndarray[Any, Any], family: str, device: str = "cpu") ->
     """A NumPy array as an array of `family` on `device` (torch's or JAX's name of it), strides kept for torch."""
     if family == "numpy":
         return value
+    if missing := not_installed(f"{family} arrays", family):
+        raise missing
     if family == "jax":
         import jax
 

@@ -1,7 +1,5 @@
 """`polyfuse bench`: what it measures without a subcommand is the ops."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +10,7 @@ from rich.markup import escape
 from polyfuse.cli._device import chosen_device
 from polyfuse.cli._group import ModuleGroup
 from polyfuse.cli._options import backends_option, check_backends, device_option, known_ops, ops_option, out_option
-from polyfuse.cli._terminal import console
+from polyfuse.cli._terminal import activity, console
 
 if TYPE_CHECKING:
     from polyfuse.bench.rows import Bench, LeftOut, PeerRow, Row
@@ -72,7 +70,7 @@ def command(
         if out:  # what a killed run leaves behind
             result.write(out)
 
-    with _live(screen) as say:
+    with activity(screen, "measuring") as status:
         result = run_bench(
             op_names,
             backends,
@@ -83,7 +81,7 @@ def command(
             cases=cases,
             peers=peers,
             budget=budget,
-            on_start=say,
+            on_start=status.update,
         )
     screen.print(ops_table(result))
     if peers:
@@ -119,13 +117,3 @@ def _print_peers(screen: Console, result: "Bench") -> None:
             screen.print(f"{package.name}: {package.note}", soft_wrap=True)
     if missing := [name for name, version in result.packages.items() if version is None]:
         screen.print(f"not installed: {', '.join(missing)}", soft_wrap=True)
-
-
-@contextmanager
-def _live(screen: Console) -> Iterator[Callable[[str], None]]:
-    """A function that shows what is measured now: in one line of a terminal, else line by line on stderr."""
-    if screen.is_terminal:
-        with screen.status("measuring") as status:
-            yield lambda text: status.update(escape(text))
-    else:
-        yield lambda text: click.echo(text, err=True)

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from polyfuse.cli._device import chosen_device
 from polyfuse.cli._options import device_option, known_ops, ops_option, out_option
-from polyfuse.cli._terminal import console
+from polyfuse.cli._terminal import activity, console
 
 
 @click.command()
@@ -26,7 +26,7 @@ def command(op_names: tuple[str, ...], device: str | None, out: Path | None) -> 
     op_names = known_ops(op_names)
     device = chosen_device(device, ["torch"])
     screen = console()
-    with screen.status("measuring"):
+    with activity(screen, "measuring"):
         result = run_dispatch_bench(op_names, device)
     table = Table("op", "arrays", "resolution ns", "whole call ns", title=f"Dispatch, tensors on {result.device}")
     for row in result.rows:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from polyfuse.cli._device import default_device
 from polyfuse.cli._options import device_option, out_option, tiny_option, vision_model_option
-from polyfuse.cli._terminal import console
+from polyfuse.cli._terminal import activity, console
 
 if TYPE_CHECKING:
     from polyfuse.bench.encoder import EncoderBench
@@ -63,14 +63,20 @@ def command(
             return
     else:
         trace, sample = load_requests(path, requests)
-        subject = VisionModel(model, device, tiny)
-        result = EncoderBench.of(subject)
-        with screen.status("measuring"):
+        with activity(screen, "measuring") as shown:
+            subject = VisionModel(model, device, tiny)
+            result = EncoderBench.of(subject)
             for part in parts or ("tower", "trace"):
                 if part == "tower":
-                    result.tower = list(measure_tower(subject))
+                    result.tower = []
+                    for tower_row in measure_tower(subject):
+                        result.tower.append(tower_row)
+                        shown.update(f"{tower_row.rows} rows, {tower_row.variant}")
                 else:
-                    result.trace = list(measure_trace(subject, trace, sample, policies or POLICIES))
+                    result.trace = []
+                    for trace_row in measure_trace(subject, trace, sample, policies or POLICIES):
+                        result.trace.append(trace_row)
+                        shown.update(f"trace, {trace_row.variant}")
                 if out:  # what a killed run leaves behind
                     result.write(out)
     for table in _tables(result):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from polyfuse.cli._device import default_device
 from polyfuse.cli._options import device_option, out_option, tiny_option
-from polyfuse.cli._terminal import console
+from polyfuse.cli._terminal import activity, console
 
 if TYPE_CHECKING:
     from polyfuse.bench.model import ModelBench
@@ -70,10 +70,11 @@ def command(
 
     def show(result: "ModelBench", row: object) -> None:
         screen.print(escape(str(row)), soft_wrap=True)
+        shown.update(f"after {row}")
         if out:  # what a killed run leaves behind
             result.write(out)
 
-    with screen.status("measuring"):
+    with activity(screen, "measuring") as shown:
         subject = TextModel(model, device, tiny, layers, fp8)
         result = run_model_bench(subject, prefill, decode, not no_compile, parts or PARTS, show)
     for table in _tables(result):

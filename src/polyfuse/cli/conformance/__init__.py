@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -10,7 +11,7 @@ from polyfuse.cli._conformance import INTERRUPTED, run_conformance
 from polyfuse.cli._device import chosen_device
 from polyfuse.cli._group import ModuleGroup
 from polyfuse.cli._options import backends_option, check_backends, device_option, known_ops, ops_option
-from polyfuse.cli._terminal import console
+from polyfuse.cli._terminal import activity, console
 
 LIMIT = click.FloatRange(min=0, min_open=True)
 
@@ -64,7 +65,10 @@ def command(
     if self_test:
         from polyfuse.conformance import selftest
 
-        sys.exit(0 if selftest.run(click.echo, ops=op_names or None) else 1)
+        out = console()
+        with activity(out, "running wrong backends"):
+            rejected = selftest.run(partial(out.print, markup=False, soft_wrap=True), ops=op_names or None)
+        sys.exit(0 if rejected else 1)
     register(plugins)
     device = chosen_device(device, check_backends(backends))
     options = {"level": level, "device": device, "only": only, "workers": workers, "plugins": plugins}

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from polyfuse.cli._device import default_device
 from polyfuse.cli._options import device_option, out_option, tiny_option, vision_model_option
-from polyfuse.cli._terminal import console, progress
+from polyfuse.cli._terminal import activity, console
 
 if TYPE_CHECKING:
     from polyfuse.bench.soak import SoakResult
@@ -47,10 +47,9 @@ def command(
     from polyfuse.bench.subjects.vision import VisionModel
 
     screen = console()
-    subject = VisionModel(model, device or default_device(), tiny, depth or (2 if tiny else 4))
-    with progress(screen) as bar:
-        task = bar.add_task("soak", total=batches)
-        result = Soak(subject, batches, threads, seed, lambda: bar.advance(task)).run()
+    with activity(screen, "soak", batches) as shown:
+        subject = VisionModel(model, device or default_device(), tiny, depth or (2 if tiny else 4))
+        result = Soak(subject, batches, threads, seed, lambda: shown.update(advance=1)).run()
     screen.print(_table(result))
     for text in result.messages:
         screen.print(f"[bold red]mismatch[/] {escape(text)}", soft_wrap=True)
