@@ -7,6 +7,7 @@ import numpy as np
 
 from polyfuse.conformance.attempt import Attempt
 from polyfuse.conformance.checks.values import verdict
+from polyfuse.conformance.layouts import owned
 from polyfuse.spec import Unsupported
 
 PROVES = (
@@ -86,7 +87,7 @@ def _captured(torch: Any, attempt: Attempt) -> Iterator[str]:
     for name, x in others.items():
         if isinstance(other.made[name], np.ndarray):
             # Elements that share memory are alike in the new values too, which may each have memory of their own.
-            own = tuple(slice(0, 1) if step == 0 else slice(None) for step in arrays[name].stride())
+            own = owned(arrays[name])
             arrays[name][own].copy_(x[own])
     graph.replay()
     torch.cuda.synchronize()
