@@ -102,7 +102,7 @@ def _expanded(axis: int) -> Callable[[Array], Array]:
 
 
 def owned(array: Any) -> tuple[slice, ...]:
-    """Where the elements of an array of NumPy or torch lie that have memory of their own: what is expanded is once there.
+    """Where an array's elements lie that have memory of their own: what is expanded is once there.
 
     What is written to them is written to every element.
     """

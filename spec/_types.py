@@ -265,6 +265,8 @@ class Capability:
     and greatest size. `defers` are calls that it claims, but not as the first choice.
     `differentiable` says that gradients flow through it (autograd or `jax.grad`) where the call updates no argument.
     `interpreted` are the devices on which it is emulated: right, but slow, so that conformance gives it small cases.
+    `host_reads` are arrays whose values it reads on the host, such as boundaries that say what to launch: a call that
+    gives one waits for the device, and is declined while a CUDA graph is captured.
     """
 
     devices: tuple[str, ...] = ("*",)
@@ -276,6 +278,7 @@ class Capability:
     defers: tuple[Deferral, ...] = ()
     differentiable: bool = False
     interpreted: tuple[str, ...] = ()
+    host_reads: tuple[str, ...] = ()
 
     def mistakes(self, spec: "OpSpec") -> list[str]:
         """What here does not speak of the op: names and values that its spec does not have."""
@@ -306,6 +309,12 @@ class Capability:
                     found.append(f"{field_name}: expected one of {', '.join(sorted(dims))}, got {name!r}")
         if not isinstance(devices, tuple):
             found.append(f"devices: expected a tuple of device kinds, got {devices!r}")
+        host_reads: Any = self.host_reads
+        if not isinstance(host_reads, tuple):
+            found.append(f"host_reads: expected a tuple of arrays, got {host_reads!r}")
+        else:
+            unknown = [name for name in host_reads if name not in tensors]
+            found += [f"host_reads: expected arrays of {', '.join(tensors)}, got {name!r}" for name in unknown]
         return found
 
     def no_backward(self, call: Call) -> str | None:
@@ -340,6 +349,10 @@ class Capability:
             if not least_size <= call.dims[name] <= greatest:
                 return f"{name}={call.dims[name]}: must be {least_size} to {greatest}"
         return None
+
+    def read_on_host(self, call: Call) -> tuple[str, ...]:
+        """The arrays of this call whose values are read on the host."""
+        return tuple(name for name in self.host_reads if name in call.dtypes)
 
     def deferral(self, call: Call, device: str) -> str | None:
         """Why this call is not for this backend where another one can run it, or None if it is."""
