@@ -27,6 +27,19 @@ AttrKind = Literal["int", "float", "bool", "enum", "dtype"]
 
 
 @dataclass(frozen=True)
+class Boundaries:
+    """Says of an array that its numbers, which do not decrease, divide the rows of a call into groups.
+
+    They are where each group ends, which is where the next one begins. With `starts` the first of them is where the
+    first group begins (`cu_seqlens`); without it that is row 0 (`expert_ends`). `alignment` names the integer attribute
+    to a multiple of which a group's begin is rounded up; without boundaries it has its default.
+    """
+
+    starts: bool = False
+    alignment: str = ""
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """One array argument.
 
@@ -40,6 +53,7 @@ class TensorSpec:
     `updated` marks an argument that the op writes in place: the formula says where, and what it then holds.
     Each of its elements has memory of its own. Where arrays cannot be written (JAX, and the oracle, which leaves its
     arguments alone), the updated arguments that are given come back behind the results.
+    `boundaries` says of an array that it divides the rows into groups, and how.
     """
 
     name: str
@@ -52,6 +66,7 @@ class TensorSpec:
     split: str = ""
     updated: bool = False
     by_position: bool = False
+    boundaries: Boundaries | None = None
 
     @property
     def shapes(self) -> tuple[tuple[str, ...], ...]:
@@ -191,8 +206,9 @@ class OpSpec:
     `check(call)` raises `SpecError` for what shapes and dtypes cannot express. `derive(call)` returns
     further dims and dtypes that the outputs are written in. `rows` is the first dimension of the arguments
     that grow with the batch; in an `independent` op the results of a row, or of a packed sequence, or of an image, are
-    the same bits whatever lies beside it in the call. `core` names the conformance cases without which a backend does
-    not have the op.
+    the same bits whatever lies beside it in the call. `groups` are the dimensions that count groups of rows, such as
+    experts or sequences: an argument that begins with one has an element for each. `core` names the conformance cases
+    without which a backend does not have the op.
     """
 
     name: str
@@ -211,6 +227,12 @@ class OpSpec:
     check: Callable[[Call], None] = lambda call: None
     derive: Callable[[Call], Mapping[str, Any]] = lambda call: {}
     independent: bool = False
+    groups: tuple[str, ...] = ()
+
+    @property
+    def boundaries(self) -> TensorSpec | None:
+        """The array that divides the rows into groups, if the op has one."""
+        return next((t for t in self.tensors if t.boundaries), None)
 
     @property
     def positional(self) -> tuple[str, ...]:
