@@ -34,8 +34,6 @@ def check(attempt: Attempt) -> Iterator[str]:
             arrays = attempt.place()
             results = attempt.run(arrays)
             yield from _same(attempt, "after the results of a call were written to", attempt.results(arrays, results))
-        arrays = attempt.place()
-        results = attempt.run(arrays)
     kept = snapshot(results)
     other = attempt.other
     if other is not None:

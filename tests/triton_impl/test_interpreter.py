@@ -38,6 +38,11 @@ def test_the_language_is_as_it_was_after_a_launch() -> None:
     assert tl.core.is_builtin(tl.load)
 
 
+def test_overflow_is_computed_only_where_it_is_asserted() -> None:
+    options = interpreter.interpreter_builder.options
+    assert options.sanitize_overflow == options.debug
+
+
 def test_outside_of_a_launch_a_function_replaces_the_language_itself() -> None:
     asked: list[Any] = []
     call = call_once_replaced(lambda function, *args: asked.append((function, args)))
