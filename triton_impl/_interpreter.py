@@ -46,4 +46,4 @@ def install() -> None:
     """Let all interpreted kernels of this process run so."""
     if not interpreter_builder.options.debug:
         interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
-    InterpretedFunction.__call__ = call_once_replaced(InterpretedFunction.__call__)  # type: ignore[method-assign]
+    InterpretedFunction.__call__ = call_once_replaced(InterpretedFunction.__call__)

@@ -131,7 +131,7 @@ def test_every_spec_is_complete(op):
             "defers: expected one of M1, M2, N1, N2, NA, NZ, hidden, got 'dim'",
         ),
         (Capability(devices="cpu"), "devices: expected a tuple of device kinds, got 'cpu'"),
-        (Capability(host_reads="x"), "host_reads: expected a tuple of arrays, got 'x'"),  # type: ignore[arg-type]
+        (Capability(host_reads="x"), "host_reads: expected a tuple of arrays, got 'x'"),
         (
             Capability(host_reads=("x", "strategy")),
             "host_reads: expected arrays of x, w_qkvz, w_ba, w_z, w_a, bias_qkvz, bias_ba, got 'strategy'",
