@@ -78,6 +78,11 @@ class Attempt:
         return self.device in self.capability.interpreted
 
     @property
+    def read_on_host(self) -> tuple[str, ...]:
+        """The arrays of the call whose values the backend claims to read on the host."""
+        return self.capability.read_on_host(self.call)
+
+    @property
     def single(self) -> bool:
         """Whether the case is one call: one that repeats its rows is large, and has a check of its own."""
         return self.case.repeat == 1

@@ -12,9 +12,7 @@ from polyfuse.conformance.layouts import LAYOUTS
 from polyfuse.reference._numerics import Array
 from polyfuse.spec import Call, bind
 
-BESIDE_ROWS = ("E", "B")  # the first dimension of arguments with one number for each expert, or for each sequence
 SLOTS = "state_indices"
-ENDS = "expert_ends"  # where the rows of each expert end
 
 Places = NDArray[np.int64]
 
@@ -34,10 +32,10 @@ class Batch:
 def batches(case: Case, made: Mapping[str, Any], call: Call, many: int) -> Iterator[Batch]:
     """The batches of a call; the largest has about `many` rows, sequences or images."""
     tensors = {tensor.name: tensor for tensor in call.op.tensors}
-    if "cu_seqlens" in tensors:
-        found = (
-            _of_sequences(made, call, many) if made["cu_seqlens"] is not None else _of_one_sequence(made, call, many)
-        )
+    packed = call.op.boundaries
+    if packed and packed.boundaries and packed.boundaries.starts:
+        given = made[packed.name] is not None
+        found = _of_sequences(made, call, many, packed.name) if given else _of_one_sequence(made, call, many)
     elif "grid_thw" in tensors:
         found = _of_images(made, call, many)
     else:
@@ -63,18 +61,21 @@ def _picks(count: int, many: int, what: str) -> Iterator[tuple[str, Places]]:
 
 def _of_rows(made: Mapping[str, Any], call: Call, many: int) -> Iterator[Batch]:
     op = call.op
-    beside = (op.rows, *BESIDE_ROWS)
+    beside = (op.rows, *op.groups)
     growing = [
         t.name for t in op.tensors if t.shape[:1] and t.shape[0] in beside and isinstance(made[t.name], np.ndarray)
     ]
     first = made[op.tensors[0].name]
     if not first.size or (op.rows == "..." and not call.dims["..."]):
         return
-    if made.get(ENDS) is not None:
-        if made["fill"] is not None:
-            return  # of rows that are no expert's, which stand alone here
-        made = {**made, ENDS: None, "expert_alignment": 1}
-        growing.remove(ENDS)
+    ends = op.boundaries
+    if ends and ends.boundaries and made[ends.name] is not None:
+        by_group = [t.name for t in op.tensors if t.shape[:1] and t.shape[0] in op.groups and t.name != ends.name]
+        if made.get("fill") is not None or any(made[name] is not None for name in by_group):
+            return  # it is of rows of no group, or an argument is of groups: rows stand alone here
+        alone = {a.name: a.default for a in op.attrs if a.name == ends.boundaries.alignment}
+        made = {**made, ends.name: None, **alone}
+        growing.remove(ends.name)
     one = bind(op, {**made, **{argument: made[argument][:1] for argument in growing}})
     by_row = [output.name for output in one.outputs if output.shape[0] == 1]
     for name, picked in _picks(len(first), many, "row"):
@@ -107,11 +108,11 @@ def _with_slots(
     return same
 
 
-def _of_sequences(made: Mapping[str, Any], call: Call, many: int) -> Iterator[Batch]:
+def _of_sequences(made: Mapping[str, Any], call: Call, many: int, boundaries: str) -> Iterator[Batch]:
     """Packed sequences: some of them, with nothing before the first and past the last."""
-    op, ends = call.op, made["cu_seqlens"].astype(np.int64)
+    op, ends = call.op, made[boundaries].astype(np.int64)
     growing = [t.name for t in op.tensors if t.shape[0] == op.rows and isinstance(made[t.name], np.ndarray)]
-    states = [t.name for t in op.tensors if t.shape[0] == "S" and isinstance(made[t.name], np.ndarray)]
+    states = [t.name for t in op.tensors if t.shape[0] in op.groups and isinstance(made[t.name], np.ndarray)]
     if len(ends) < 2 or not all(made[name].size for name in growing):
         return
     count, total = len(ends) - 1, int(ends[-1] - ends[0])
@@ -123,7 +124,7 @@ def _of_sequences(made: Mapping[str, Any], call: Call, many: int) -> Iterator[Ba
         values |= {argument: made[argument][rows] for argument in growing}
         values |= {argument: made[argument][picked] for argument in states}
         lengths = np.concatenate([[0], np.cumsum(np.diff(ends)[picked])])
-        values["cu_seqlens"] = lengths.astype(made["cu_seqlens"].dtype)
+        values[boundaries] = lengths.astype(made[boundaries].dtype)
         same = {}
         for output, declared in zip(call.outputs, op.outputs, strict=True):
             if declared.shape[0] == op.rows:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -98,6 +99,15 @@ def _expanded(axis: int) -> Callable[[Array], Array]:
         return np.broadcast_to(first, values.shape)
 
     return layout
+
+
+def owned(array: Any) -> tuple[slice, ...]:
+    """Where an array's elements lie that have memory of their own: what is expanded is once there.
+
+    What is written to them is written to every element.
+    """
+    strides = array.stride() if callable(getattr(array, "stride", None)) else array.strides
+    return tuple(slice(0, 1) if step == 0 else slice(None) for step in strides)
 
 
 LAYOUTS: dict[str, Callable[[Array], Array]] = {

@@ -13,8 +13,6 @@ from polyfuse.reference import Exact, oracle
 from polyfuse.reference._numerics import Array
 from polyfuse.spec import OpSpec, bind
 
-BOUNDARIES = ("cu_seqlens", "expert_ends")  # of numbers that do not decrease: where sequences or experts end
-
 
 class Inputs:
     """The arguments of one call of an op, the validated call, and the oracle's interval of each result."""
@@ -42,13 +40,13 @@ def other_inputs(spec: OpSpec, case: Case, made: dict[str, Any], seed: int) -> I
     values = make_inputs(spec, case, seed)
     for name, value in values.items():
         if isinstance(value, np.ndarray) and value.size and value.tobytes() == made[name].tobytes():
-            values[name] = _reordered(name, value)
+            values[name] = _reordered(value, spec.boundaries is not None and name == spec.boundaries.name)
     return Inputs(spec, values)
 
 
-def _reordered(name: str, value: Array) -> Array:
+def _reordered(value: Array, boundaries: bool) -> Array:
     """The same elements in another order: of boundaries the lengths between them."""
-    if name in BOUNDARIES:
+    if boundaries:
         lengths = np.diff(value)[::-1]
         return np.concatenate([value[:1], value[:1] + np.cumsum(lengths, dtype=value.dtype)])
     out = np.empty_like(value)  # with the strides of value, where it has memory of its own

@@ -27,6 +27,19 @@ AttrKind = Literal["int", "float", "bool", "enum", "dtype"]
 
 
 @dataclass(frozen=True)
+class Boundaries:
+    """Says of an array that its numbers, which do not decrease, divide the rows of a call into groups.
+
+    They are where each group ends, which is where the next one begins. With `starts` the first of them is where the
+    first group begins (`cu_seqlens`); without it that is row 0 (`expert_ends`). `alignment` names the integer attribute
+    to a multiple of which a group's begin is rounded up; without boundaries it has its default.
+    """
+
+    starts: bool = False
+    alignment: str = ""
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """One array argument.
 
@@ -40,6 +53,7 @@ class TensorSpec:
     `updated` marks an argument that the op writes in place: the formula says where, and what it then holds.
     Each of its elements has memory of its own. Where arrays cannot be written (JAX, and the oracle, which leaves its
     arguments alone), the updated arguments that are given come back behind the results.
+    `boundaries` says of an array that it divides the rows into groups, and how.
     """
 
     name: str
@@ -52,6 +66,7 @@ class TensorSpec:
     split: str = ""
     updated: bool = False
     by_position: bool = False
+    boundaries: Boundaries | None = None
 
     @property
     def shapes(self) -> tuple[tuple[str, ...], ...]:
@@ -191,8 +206,9 @@ class OpSpec:
     `check(call)` raises `SpecError` for what shapes and dtypes cannot express. `derive(call)` returns
     further dims and dtypes that the outputs are written in. `rows` is the first dimension of the arguments
     that grow with the batch; in an `independent` op the results of a row, or of a packed sequence, or of an image, are
-    the same bits whatever lies beside it in the call. `core` names the conformance cases without which a backend does
-    not have the op.
+    the same bits whatever lies beside it in the call. `groups` are the dimensions that count groups of rows, such as
+    experts or sequences: an argument that begins with one has an element for each. `core` names the conformance cases
+    without which a backend does not have the op.
     """
 
     name: str
@@ -211,6 +227,12 @@ class OpSpec:
     check: Callable[[Call], None] = lambda call: None
     derive: Callable[[Call], Mapping[str, Any]] = lambda call: {}
     independent: bool = False
+    groups: tuple[str, ...] = ()
+
+    @property
+    def boundaries(self) -> TensorSpec | None:
+        """The array that divides the rows into groups, if the op has one."""
+        return next((t for t in self.tensors if t.boundaries), None)
 
     @property
     def positional(self) -> tuple[str, ...]:
@@ -265,6 +287,8 @@ class Capability:
     and greatest size. `defers` are calls that it claims, but not as the first choice.
     `differentiable` says that gradients flow through it (autograd or `jax.grad`) where the call updates no argument.
     `interpreted` are the devices on which it is emulated: right, but slow, so that conformance gives it small cases.
+    `host_reads` are arrays whose values it reads on the host, such as boundaries that say what to launch: a call that
+    gives one waits for the device, and is declined while a CUDA graph is captured.
     """
 
     devices: tuple[str, ...] = ("*",)
@@ -276,6 +300,7 @@ class Capability:
     defers: tuple[Deferral, ...] = ()
     differentiable: bool = False
     interpreted: tuple[str, ...] = ()
+    host_reads: tuple[str, ...] = ()
 
     def mistakes(self, spec: "OpSpec") -> list[str]:
         """What here does not speak of the op: names and values that its spec does not have."""
@@ -306,6 +331,12 @@ class Capability:
                     found.append(f"{field_name}: expected one of {', '.join(sorted(dims))}, got {name!r}")
         if not isinstance(devices, tuple):
             found.append(f"devices: expected a tuple of device kinds, got {devices!r}")
+        host_reads: Any = self.host_reads
+        if not isinstance(host_reads, tuple):
+            found.append(f"host_reads: expected a tuple of arrays, got {host_reads!r}")
+        else:
+            unknown = [name for name in host_reads if name not in tensors]
+            found += [f"host_reads: expected arrays of {', '.join(tensors)}, got {name!r}" for name in unknown]
         return found
 
     def no_backward(self, call: Call) -> str | None:
@@ -340,6 +371,10 @@ class Capability:
             if not least_size <= call.dims[name] <= greatest:
                 return f"{name}={call.dims[name]}: must be {least_size} to {greatest}"
         return None
+
+    def read_on_host(self, call: Call) -> tuple[str, ...]:
+        """The arrays of this call whose values are read on the host."""
+        return tuple(name for name in self.host_reads if name in call.dtypes)
 
     def deferral(self, call: Call, device: str) -> str | None:
         """Why this call is not for this backend where another one can run it, or None if it is."""

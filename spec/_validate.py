@@ -149,6 +149,8 @@ def _choice(spec: OpSpec, attr: AttrSpec, value: Any) -> str:
 
 def _integer(value: Any) -> Any:
     """An integer, symbolic ones too, or the one integer in an array without dimensions; None for anything else."""
+    if type(value) is int:  # also what torch.compile traces as a symbol, which has no attributes
+        return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         return None
     if not _is_array(value):
@@ -298,6 +300,8 @@ def _compile(expression: str) -> CodeType:
 
 def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
     """The value of a dimension expression such as `"2*D"`."""
+    if expression in names:  # most are one name, and torch.compile traces no evaluation
+        return names[expression]
     return eval(_compile(expression), {"__builtins__": {}}, dict(names))
 
 

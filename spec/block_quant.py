@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import frexp, isfinite, prod
 from typing import Any, NamedTuple
 
-from polyfuse.spec._types import FLOATS, AttrSpec, Call, Cost, ErrorBound, OpSpec, OutputSpec, TensorSpec
+from polyfuse.spec._types import FLOATS, AttrSpec, Boundaries, Call, Cost, ErrorBound, OpSpec, OutputSpec, TensorSpec
 from polyfuse.spec._validate import fail, itemsize
 
 NAME = "block_quant"
@@ -224,6 +224,7 @@ QUANTISER_TENSORS = (
         ("int32",),
         "where the rows of each expert end, where `...` is [T]; excludes num_rows",
         optional=True,
+        boundaries=Boundaries(alignment="expert_alignment"),
     ),
     TensorSpec("global_scale", (), ("float32",), "a factor of all scales of format e4m3; > 0", optional=True),
 )
@@ -284,6 +285,7 @@ SPEC = OpSpec(
     ),
     rows="...",
     independent=True,
+    groups=("E",),
     tensors=(
         TensorSpec("x", ("...", "D"), FLOATS, "what to quantise; leading dimensions are rows, with any strides"),
         *QUANTISER_TENSORS,

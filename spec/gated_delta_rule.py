@@ -50,6 +50,7 @@ from polyfuse.spec._types import (
     FP32_TINY,
     INTS,
     AttrSpec,
+    Boundaries,
     Call,
     Cost,
     ErrorBound,
@@ -125,6 +126,7 @@ SPEC = OpSpec(
     ),
     rows="L",
     independent=True,
+    groups=("S",),
     tensors=(
         TensorSpec("q", ("L", "H", "K"), FLOATS, "queries, as a rule normalised; any strides", dtype_var="T"),
         TensorSpec("k", ("L", "H", "K"), FLOATS, "keys, as a rule normalised; any strides", dtype_var="T"),
@@ -139,7 +141,12 @@ SPEC = OpSpec(
             optional=True,
         ),
         TensorSpec(
-            "cu_seqlens", ("N",), INTS, "where each of the S = N - 1 sequences begins, and the end", optional=True
+            "cu_seqlens",
+            ("N",),
+            INTS,
+            "where each of the S = N - 1 sequences begins, and the end",
+            optional=True,
+            boundaries=Boundaries(starts=True),
         ),
         TensorSpec(
             "state_pool",

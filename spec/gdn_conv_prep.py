@@ -34,7 +34,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from polyfuse.spec._pools import POOL_ARGUMENTS, check_pool
-from polyfuse.spec._types import FLOATS, INTS, AttrSpec, Call, Cost, ErrorBound, OpSpec, OutputSpec, TensorSpec
+from polyfuse.spec._types import (
+    FLOATS,
+    INTS,
+    AttrSpec,
+    Boundaries,
+    Call,
+    Cost,
+    ErrorBound,
+    OpSpec,
+    OutputSpec,
+    TensorSpec,
+)
 from polyfuse.spec._validate import fail, itemsize
 from polyfuse.spec.gdn_post_conv import (
     BETA_REASON,
@@ -116,6 +127,7 @@ SPEC = OpSpec(
     ),
     rows="L",
     independent=True,
+    groups=("S",),
     tensors=(
         TensorSpec(
             "x",
@@ -135,7 +147,12 @@ SPEC = OpSpec(
             optional=True,
         ),
         TensorSpec(
-            "cu_seqlens", ("N",), INTS, "where each of the S = N - 1 sequences begins, and the end", optional=True
+            "cu_seqlens",
+            ("N",),
+            INTS,
+            "where each of the S = N - 1 sequences begins, and the end",
+            optional=True,
+            boundaries=Boundaries(starts=True),
         ),
         TensorSpec(
             "state_pool",

@@ -164,6 +164,7 @@ SPEC = OpSpec(
     ),
     rows="...",
     independent=True,
+    groups=("B",),
     tensors=(
         TensorSpec(
             "x",

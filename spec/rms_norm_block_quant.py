@@ -61,6 +61,7 @@ SPEC = OpSpec(
     source="Zhang, Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467; DeepSeek-V3, arXiv:2412.19437",
     rows="...",
     independent=True,
+    groups=("E",),
     tensors=(
         TensorSpec("x", ("...", "D"), FLOATS, "rows to normalise; leading dimensions with any strides", dtype_var="T"),
         TensorSpec("weight", ("D",), FLOATS, "a factor for each column, less weight_offset"),

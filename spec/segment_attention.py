@@ -24,6 +24,7 @@ from polyfuse.spec._types import (
     FP32_TINY,
     INTS,
     AttrSpec,
+    Boundaries,
     Call,
     Cost,
     ErrorBound,
@@ -87,7 +88,13 @@ SPEC = OpSpec(
         TensorSpec("q", ("rows", "heads", "dim"), FLOATS, "queries; any strides", dtype_var="T"),
         TensorSpec("k", ("rows", "heads", "dim"), FLOATS, "keys; any strides", dtype_var="T"),
         TensorSpec("v", ("rows", "heads", "dim"), FLOATS, "values; any strides", dtype_var="T"),
-        TensorSpec("cu_seqlens", ("N",), INTS, "where each of the N - 1 segments begins, from 0, and the end"),
+        TensorSpec(
+            "cu_seqlens",
+            ("N",),
+            INTS,
+            "where each of the N - 1 segments begins, from 0, and the end",
+            boundaries=Boundaries(starts=True),
+        ),
     ),
     attrs=(
         AttrSpec("scale", "float", None, "what the scores are multiplied by, > 0; None is dim ** -0.5"),

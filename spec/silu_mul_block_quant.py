@@ -77,6 +77,7 @@ SPEC = OpSpec(
     ),
     rows="...",
     independent=True,
+    groups=("E",),
     tensors=(
         TensorSpec(
             "x",

@@ -240,9 +240,12 @@ def test_a_view_at_any_element_is_moved_to_where_a_tensor_map_can_begin(fla):
 
 
 def test_packed_sequences_are_declined_in_a_capture_before_anything_is_read(fla, monkeypatch, caplog):
-    monkeypatch.setattr("polyfuse_fla.gated_delta_rule.is_captured", lambda device: True)
+    assert fla.claimed.host_reads == ("cu_seqlens",)
+    monkeypatch.setattr("polyfuse.dispatch._select.is_captured", lambda device: True)
     arguments, ends = made(9, 2), torch.tensor([0, 4, 9])
-    with pytest.raises(Unsupported, match="cu_seqlens in the capture of a CUDA graph: fla reads them on the host"):
+    with pytest.raises(
+        Unsupported, match="cu_seqlens in the capture of a CUDA graph: fla reads the values on the host"
+    ):
         polyfuse.gated_delta_rule(**arguments, cu_seqlens=ends, backend="fla")
     with caplog.at_level(logging.WARNING, "polyfuse"):
         polyfuse.gated_delta_rule(**arguments, cu_seqlens=ends, backend=["fla", "torch"])

@@ -4,6 +4,10 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+if INTERPRETED.value:
+    from polyfuse.triton_impl._interpreter import install
+
+    install()
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -7,11 +7,13 @@ import numpy as np
 
 from polyfuse.conformance.attempt import Attempt
 from polyfuse.conformance.checks.values import verdict
+from polyfuse.conformance.layouts import owned
 from polyfuse.spec import Unsupported
 
 PROVES = (
     "On CUDA a call works on the current stream, behind what was put there before it, without waiting for the device, "
-    "and a captured call computes what its inputs are at each replay."
+    "and a captured call computes what its inputs are at each replay. A call with an array that the backend claims to "
+    "read on the host may wait, and is declined while a graph is captured."
 )
 
 
@@ -28,8 +30,11 @@ def check(attempt: Attempt) -> Iterator[str]:
     hosts = [t for t in attempt.call.op.tensors if t.host_unless and torch.is_tensor(attempt.arrays[t.name])]
     if any(attempt.made[t.host_unless] is None for t in hosts):
         return  # a grid in a tensor may be read by the host, unless an attribute says that it stays
-    yield from _without_waiting(torch, attempt)
-    yield from _captured(torch, attempt)
+    if attempt.read_on_host:
+        yield from _declined(torch, attempt)
+        return
+    waits = list(_without_waiting(torch, attempt))
+    yield from waits or _captured(torch, attempt)  # what waits would end the capture with an error that says less
 
 
 def _without_waiting(torch: Any, attempt: Attempt) -> Iterator[str]:
@@ -67,6 +72,20 @@ def _on_a_stream(torch: Any, attempt: Attempt) -> Iterator[str]:
         yield f"on a stream of its own, behind the writes of its inputs: {problem}"
 
 
+def _declined(torch: Any, attempt: Attempt) -> Iterator[str]:
+    """A call that claims to read an array on the host, while a graph is captured: nothing can be read there."""
+    arrays = attempt.place()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        arrays[attempt.read_on_host[0]].clone()  # PyTorch warns of a graph without a launch
+        try:
+            attempt.run(arrays)
+        except Unsupported:
+            return
+    names = ", ".join(attempt.read_on_host)
+    yield f"ran in the capture of a CUDA graph, though the backend claims to read {names} on the host"
+
+
 def _captured(torch: Any, attempt: Attempt) -> Iterator[str]:
     """A captured call, replayed with the inputs of another seed in its arrays."""
     other = attempt.other
@@ -86,7 +105,7 @@ def _captured(torch: Any, attempt: Attempt) -> Iterator[str]:
     for name, x in others.items():
         if isinstance(other.made[name], np.ndarray):
             # Elements that share memory are alike in the new values too, which may each have memory of their own.
-            own = tuple(slice(0, 1) if step == 0 else slice(None) for step in arrays[name].stride())
+            own = owned(arrays[name])
             arrays[name][own].copy_(x[own])
     graph.replay()
     torch.cuda.synchronize()

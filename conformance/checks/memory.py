@@ -7,6 +7,7 @@ from typing import Any
 from polyfuse.conformance.attempt import Attempt
 from polyfuse.conformance.bits import snapshot, unequal
 from polyfuse.conformance.checks.values import problems
+from polyfuse.conformance.layouts import owned
 from polyfuse.dispatch import family_of
 
 PROVES = (
@@ -69,7 +70,7 @@ def surrounded(value: Any, pattern: int, margin: int) -> tuple[Any, Any, Any]:
     inside = buffer.as_strided(value.shape, value.stride(), margin)
     used = torch.zeros(buffer.numel(), dtype=torch.bool, device=value.device)
     used.as_strided(value.shape, value.stride(), margin).fill_(True)
-    own = tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())  # what is expanded is once there
+    own = owned(value)
     inside[own].copy_(value[own])
     return inside, buffer, used
 

@@ -12,7 +12,7 @@ import numpy as np
 from polyfuse.reference._numerics import Array, numpy_dtype
 from polyfuse.spec import SpecError
 
-SCHEMA = 1  # of the manifest and of the index, raised when a reader of the former one would misread it
+SCHEMA = 2  # of the manifest and of the index, raised when a reader of the former one would misread it
 MANIFEST, INDEX, VERIFIER = "manifest.json", "index.txt", "golden_verify.c"
 
 # What a flag of an element of a result means.

@@ -54,7 +54,7 @@ def _manifest(folder: Path) -> Any:
         raise SpecError(f"{path}: not JSON: {error}") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema != SCHEMA:
-        raise SpecError(f"{path}: expected schema {SCHEMA}, got {schema!r}")
+        raise SpecError(f"{path}: expected schema {SCHEMA}, got {schema!r}; export them again")
     return manifest
 
 

@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SCHEMA = 1, LINE = 8192, MOST_DIMS = 32, LONGEST_HEADER = 10000, ANY = 1, SIGN = 2 };
+enum { SCHEMA = 2, LINE = 8192, MOST_DIMS = 32, LONGEST_HEADER = 10000, ANY = 1, SIGN = 2 };
 
 /* How the bits of a dtype are read. A .npy file says `stored` of it; its order of bytes is little-endian. */
 enum kind { IEEE, FINITE_NAN, UNSIGNED_ZERO, FINITE, SIGNED, UNSIGNED };
@@ -488,7 +488,7 @@ int main(int count, char **words) {
     FILE *file = fopen(path, "r");
     if (!file) unusable("%s: missing", path);
     if (!fgets(line, LINE, file) || sscanf(line, "polyfuse-golden %d %1s", &version, rest) != 1 || version != SCHEMA)
-        unusable("%s: expected the index of golden vectors of schema %d", path, SCHEMA);
+        unusable("%s: expected the index of golden vectors of schema %d; export them again", path, SCHEMA);
     while (stated < 0 && fgets(line, LINE, file)) {
         number++;
         if (!strchr(line, '\n')) unusable("%s: line %d is cut off", path, number);

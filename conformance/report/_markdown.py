@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from polyfuse.conformance.report._summary import facts, gaps, headline, percent, reservations
+from polyfuse.conformance.report._summary import facts, gaps, headline, not_proven, percent, reservations
 from polyfuse.conformance.report._text import number, printable
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def _not_proven(report: "Report") -> Iterable[str]:
         yield f"{number(gap.count, 'case')} {gap.title}"
         for backend, detail, count in gap.reasons[:MOST]:
             yield f"  {_safe(backend)}, {number(count, 'case')}: {_safe(detail)}"
+    yield from map(_safe, not_proven(report))
 
 
 def _with(report: "Report") -> dict[str, str]:

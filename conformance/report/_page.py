@@ -58,7 +58,7 @@ def page(report: "Report") -> str:
         standing=_summary.standing(report),
         reservations=_summary.reservations(report),
         gaps=_summary.gaps(report),
-        always=_summary.ALWAYS,
+        not_proven=_summary.not_proven(report),
         facts=_summary.facts(report),
         plots=plots(report),
         axis=AXIS,

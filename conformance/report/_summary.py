@@ -17,7 +17,7 @@ GAPS = {
     "unavailable": "on a backend that does not have the op, or cannot run here",
     "skipped": "not run for another reason",
 }
-ALWAYS = (
+_ALWAYS = (
     "Other shapes, values and memory layouts than those of the cases.",
     "How fast anything is.",
 )
@@ -43,6 +43,18 @@ def gaps(report: "Report") -> list[Gap]:
         for kind, title in GAPS.items()
         if kind in found
     ]
+
+
+def not_proven(report: "Report") -> list[str]:
+    """What no case of the run shows: what the backends claim to be free of, and what is never looked at."""
+    claimed = [
+        f"{op} on {name}: that a call with {', '.join(claim.host_reads)} does not wait for the device, or can be "
+        "captured in a graph. The backend claims to read the values on the host."
+        for name, facts in report.backends.items()
+        for op, claim in facts.claims.items()
+        if claim.host_reads
+    ]
+    return [*claimed, *_ALWAYS]
 
 
 def reservations(report: "Report") -> list[str]:

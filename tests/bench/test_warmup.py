@@ -75,7 +75,7 @@ def test_the_command_shows_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     command = ["warmup", "--model", "qwen3_next_80b", "--op", "gdn_decode", "--device", "cuda", "--out", str(tmp_path)]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
-    assert asked == [(("qwen3_next_80b", "cuda"), {"ops": ("gdn_decode",), "workers": 8})]
+    assert asked == [(("qwen3_next_80b", "cuda"), {"ops": ("gdn_decode",), "workers": warmup.WORKERS})]
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines()]
     assert ["_kernel", "triton_impl.gdn_decode", "3.25", "compiled"] in cells
     assert ["_scan", "fla", "0.50", "from Triton's cache"] in cells

@@ -37,7 +37,7 @@ def varied(nasty=NASTY):
                 "registered",
                 "mine",
                 "1.2",
-                {"a": Support("a", "mine", "torch", None, ("*",), ("cpu",), True, (f"x in {nasty}",))},
+                {"a": Support("a", "mine", "torch", None, ("*",), ("cpu",), True, (f"x in {nasty}",), ("ends",))},
                 {"a/waived": f"erratum {nasty}"},
             )
         },

@@ -11,7 +11,7 @@ from polyfuse import SpecError
 from polyfuse.conformance import cases, compare, make_inputs
 from polyfuse.conformance.golden import export
 from polyfuse.conformance.golden._export import Entry, index
-from polyfuse.conformance.golden._files import read, write
+from polyfuse.conformance.golden._files import SCHEMA, read, write
 from polyfuse.conformance.ops import suite
 from polyfuse.reference import Exact, oracle
 from polyfuse.reference._numerics import HALF_BYTE, numpy_dtype, parts_of
@@ -214,7 +214,7 @@ def test_both_verdicts_are_that_of_compare_on_every_value(dtype, tmp_path):
                 want[name] = COUNT.search(problem)[0]
             write(tmp_path / "out" / described[-1]["file"], got[block])
     case = {"op": "gated_rms_norm", "case": "made", "inputs": [], "results": described}
-    document = {"schema": 1, "cases": [case]}
+    document = {"schema": SCHEMA, "cases": [case]}
     (tmp_path / "golden/manifest.json").write_text(json.dumps(document))
     (tmp_path / "golden/index.txt").write_text(index([case]))
     with np.errstate(all="ignore"):

@@ -180,10 +180,11 @@ def test_golden_vectors_that_were_changed(golden, outputs, file):
     ("text", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "expected schema 1, got None"),
-        ('{"schema": 2, "cases": []}', "expected schema 1, got 2"),
-        ('{"schema": 1}', "not the manifest of golden vectors: KeyError('cases')"),
-        ('{"schema": 1, "cases": [7]}', "not the manifest of golden vectors"),
+        ("[]", "expected schema 2, got None"),
+        ('{"schema": 1, "cases": []}', "expected schema 2, got 1; export them again"),
+        ('{"schema": 3, "cases": []}', "expected schema 2, got 3"),
+        ('{"schema": 2}', "not the manifest of golden vectors: KeyError('cases')"),
+        ('{"schema": 2, "cases": [7]}', "not the manifest of golden vectors"),
     ],
 )
 def test_a_manifest_that_is_none(golden, outputs, text, message):
@@ -195,7 +196,7 @@ def test_a_manifest_that_is_none(golden, outputs, text, message):
 
 
 def test_an_index_that_does_not_belong_to_the_manifest(golden, outputs):
-    (golden / "index.txt").write_text("polyfuse-golden 1\nend 0\n")
+    (golden / "index.txt").write_text("polyfuse-golden 2\nend 0\n")
     with pytest.raises(SpecError, match=r"index.txt: does not belong to manifest.json; export it again"):
         of_python(golden, outputs)
     assert of_c(golden, outputs)[:2] == (1, ["0 of 0 cases right"])
@@ -204,8 +205,9 @@ def test_an_index_that_does_not_belong_to_the_manifest(golden, outputs):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: "", "expected the index of golden vectors of schema 1"),
-        (lambda text: text.replace("golden 1", "golden 2"), "expected the index of golden vectors of schema 1"),
+        (lambda text: "", "expected the index of golden vectors of schema 2"),
+        (lambda text: text.replace("golden 2", "golden 1"), "of golden vectors of schema 2; export them again"),
+        (lambda text: text.replace("golden 2", "golden 3"), "expected the index of golden vectors of schema 2"),
         (lambda text: text[:-2], "line 10 is cut off"),
         (lambda text: text.replace("end 1\n", ""), "cut off"),
         (lambda text: text.replace("end 1", "end 2"), "cut off"),

@@ -131,6 +131,11 @@ def test_every_spec_is_complete(op):
             "defers: expected one of M1, M2, N1, N2, NA, NZ, hidden, got 'dim'",
         ),
         (Capability(devices="cpu"), "devices: expected a tuple of device kinds, got 'cpu'"),
+        (Capability(host_reads="x"), "host_reads: expected a tuple of arrays, got 'x'"),
+        (
+            Capability(host_reads=("x", "strategy")),
+            "host_reads: expected arrays of x, w_qkvz, w_ba, w_z, w_a, bias_qkvz, bias_ba, got 'strategy'",
+        ),
     ],
 )
 def test_a_capability_speaks_of_its_op(capability, mistake):
@@ -140,6 +145,7 @@ def test_a_capability_speaks_of_its_op(capability, mistake):
         multiples={"hidden": 8},
         ranges={"N1": (1, 64)},
         defers=(Deferral("cuda", "slow", multiples={"N2": 2}),),
+        host_reads=("x",),
     )
     assert right.mistakes(OPS["gdn_in_proj"]) == []
 

@@ -15,13 +15,11 @@ import yaml
 
 from polyfuse.bench.results import Results, device_name
 from polyfuse.bench.timing import Clock
-from polyfuse.configs import model_configs, tuning_file
-from polyfuse.configs._load import launch_entries
-from polyfuse.conformance import Case, cases, compare, make_inputs, place
+from polyfuse.configs import launch_entries, model_configs, tuning_file
+from polyfuse.conformance import Case, Trial, cases, make_inputs, place
 from polyfuse.conformance.cases import model_case
-from polyfuse.dispatch import check_device, registry, to_numpy
-from polyfuse.reference import oracle
-from polyfuse.spec import OPS, bind, fail
+from polyfuse.dispatch import check_device, registry
+from polyfuse.spec import OPS, fail
 from polyfuse.triton_impl._tuning import Tiles, Values, architecture
 
 GAIN = 0.98  # of the rule's time: what is within the noise of two measurements does not replace it
@@ -207,13 +205,12 @@ def _fails(op: str, device: str) -> str | None:
     """What of the op's core cases is outside of the oracle's bounds, or None."""
     spec, function = OPS[op], registry().get("triton").load(op).function
     for case in (case for case in cases(op) if case.name in spec.core):
-        values = make_inputs(spec, case)
-        call = bind(spec, values)
+        trial = Trial(op, case, seed=0)
+        values, call = trial.inputs()
+        arrays = place(values, "torch", device, case.stacked)
         with torch.no_grad():
-            results = function(**{**place(values, "torch", device), **call.attrs, **call.host})
-        intervals = oracle(op).intervals(**values)
-        for output, got in zip(call.outputs, _outputs(results), strict=True):
-            problem = compare(output.name, to_numpy(got), intervals[output.name], output.dtype)
-            if problem is not None:
-                return f"{case.name}: {problem}"
+            results = _outputs(function(**{**arrays, **call.attrs, **call.host}))
+        problem = trial.check((*results, *(arrays[updated.name] for updated in call.updated)), call)
+        if problem is not None:
+            return f"{case.name}: {problem}"
     return None

@@ -10,11 +10,24 @@ from polyfuse.cli._options import device_option, known_ops, ops_option, out_opti
 from polyfuse.cli._terminal import activity, console
 
 
+def _workers() -> int:
+    """How many threads `polyfuse.warmup` takes, which is asked when the command runs: the module imports torch."""
+    from polyfuse.bench.warmup import WORKERS
+
+    return WORKERS
+
+
 @click.command()
 @click.option("--model", required=True, help="A model file's name, such as qwen3_vl_8b.")
 @ops_option
 @device_option
-@click.option("--workers", type=click.IntRange(min=1), default=8, show_default=True, help="Threads that compile.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=_workers,
+    show_default="those of polyfuse.warmup",
+    help="Threads that compile.",
+)
 @out_option
 def command(model: str, op_names: tuple[str, ...], device: str | None, workers: int, out: Path | None) -> None:
     """Compile the kernels that a model's calls need on this device, in parallel, before the first call comes.

@@ -52,6 +52,12 @@ def is_recorded(torch: Any) -> bool:
     return tracing is not None and tracing.get_proxy_mode() is not None
 
 
+def is_captured(device: Device) -> bool:
+    """Whether calls on a device are recorded into a CUDA graph now, by PyTorch and on the current stream."""
+    torch = sys.modules.get("torch")
+    return device.kind in ("cuda", "rocm") and torch is not None and torch.cuda.is_current_stream_capturing()
+
+
 def device_of(value: Any, family: str) -> Device:
     """The device of an array; for a tracer, JAX's default backend."""
     if family == "torch":

@@ -19,6 +19,7 @@ class Support:
     interpreted: tuple[str, ...] = ()
     differentiable: bool = False
     limits: tuple[str, ...] = ()  # what it is restricted to, in words
+    host_reads: tuple[str, ...] = ()  # arrays whose values are read on the host
 
     def cells(self) -> tuple[str, ...]:
         """Of a table's row, after the op."""
@@ -54,7 +55,7 @@ def support(op: str, name: str) -> Support:
         return Support(op, name, "", str(error).strip().splitlines()[-1])
     return Support(
         op, name, backend.family, None, capability.devices, capability.interpreted,
-        capability.differentiable, tuple(_limits(capability)),
+        capability.differentiable, tuple(_limits(capability)), capability.host_reads,
     )  # fmt: skip
 
 
@@ -64,6 +65,7 @@ def _limits(capability: Any) -> list[str]:
     limits += [f"{name} in {', '.join(map(repr, values))}" for name, values in capability.attrs.items()]
     limits += [f"{name} a multiple of {divisor}" for name, divisor in capability.multiples.items()]
     limits += [f"{name} from {least} to {greatest}" for name, (least, greatest) in capability.ranges.items()]
+    limits += [f"{name} is read on the host: never in the capture of a graph" for name in capability.host_reads]
     for deferral in capability.defers:
         which = " and ".join(f"{name} a multiple of {divisor}" for name, divisor in deferral.multiples.items())
         limits.append(f"last on {deferral.device} with {which}: {deferral.reason}")

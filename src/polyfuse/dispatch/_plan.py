@@ -8,11 +8,11 @@ from typing import Any
 
 from polyfuse.configs import shadow
 from polyfuse.dispatch._arguments import examine_arguments, read_hosts
-from polyfuse.dispatch._arrays import family_of, is_traced
+from polyfuse.dispatch._arrays import Device, family_of, is_traced
 from polyfuse.dispatch._gradients import without_gradients
 from polyfuse.dispatch._registry import Implementation, on_change, registry
-from polyfuse.dispatch._select import as_names, context, resolve
-from polyfuse.spec import OPS, Call, OpSpec, SpecError
+from polyfuse.dispatch._select import as_names, capture_refusal, context, resolve
+from polyfuse.spec import OPS, Call, OpSpec, SpecError, Unsupported
 
 CACHE_LIMIT = 4096
 
@@ -123,6 +123,7 @@ class Calls:
         share, seed = shadow()
         if share:
             usable = [(name, self._watched(name, implementation, share, seed)) for name, implementation in usable]
+        usable = [(name, _outside_of_captures(name, implementation, call, device)) for name, implementation in usable]
         name, implementation = usable[0]
         return Plan(
             usable=tuple(usable),
@@ -152,6 +153,24 @@ class Calls:
         return Implementation(
             watched(self.spec.name, backend, implementation.function, share, seed), implementation.capability
         )
+
+
+def _outside_of_captures(backend: str, implementation: Implementation, call: Call, device: Device) -> Implementation:
+    """The implementation, which declines the call while a graph is captured if it reads an array of it on the host.
+
+    A plan holds inside of a capture and outside, so that this is looked at each time.
+    """
+    function, capability = implementation.function, implementation.capability
+    if not capability.read_on_host(call):
+        return implementation
+
+    def unless_captured(*args: Any, **keywords: Any) -> Any:
+        reason = capture_refusal(backend, capability, call, device)
+        if reason:
+            raise Unsupported(reason)
+        return function(*args, **keywords)
+
+    return Implementation(unless_captured, capability)
 
 
 CALLS = {name: Calls(spec) for name, spec in OPS.items()}

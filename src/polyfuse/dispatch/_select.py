@@ -11,9 +11,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from polyfuse.configs import check_variables, did_you_mean, flag, platform_order, user_config
-from polyfuse.dispatch._arrays import Device, is_recorded
+from polyfuse.dispatch._arrays import Device, is_captured, is_recorded
 from polyfuse.dispatch._registry import Implementation, on_change, registry
-from polyfuse.spec import FORMER_NAMES, BackendError, Call, SpecError, Unsupported, canonical, fail
+from polyfuse.spec import FORMER_NAMES, BackendError, Call, Capability, SpecError, Unsupported, canonical, fail
 from polyfuse.spec._validate import one_line
 
 log = logging.getLogger("polyfuse")
@@ -281,6 +281,14 @@ def examine(
     return Candidate(name, "usable", backend.origin), implementation
 
 
+def capture_refusal(name: str, capability: Capability, call: Call, device: Device) -> str | None:
+    """Why a backend declines a call now that it runs at other times: a graph that is captured cannot be waited for."""
+    read = capability.read_on_host(call)
+    if not read or not is_captured(device):
+        return None
+    return f"{', '.join(read)} in the capture of a CUDA graph: {name} reads the values on the host"
+
+
 def _in_order(op: str, wanted: Preference, call: Call, device: Device) -> tuple[str, ...]:
     """The names of a preference; of a platform's default those come last whose backends defer the call to others."""
     if wanted.asked:
@@ -336,6 +344,9 @@ def explain_call(
     candidates, winner = [], None
     for name in dict.fromkeys((*order, *registry().names())):
         candidate, implementation = examine(op, name, call, None if wanted.converts else family, device, needs_grad)
+        reason = capture_refusal(name, implementation.capability, call, device) if implementation else None
+        if reason:
+            candidate, implementation = Candidate(name, "unsupported", reason), None
         if implementation and name not in wanted.names:
             candidate = Candidate(name, "usable", f"not named by {wanted.source}")
         elif implementation and name not in allowed:

@@ -12,7 +12,7 @@ import torch
 from fla import __version__ as fla_version
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-from polyfuse.spec import Capability, Deferral, Unsupported
+from polyfuse.spec import Capability, Deferral
 from polyfuse.spec.gated_delta_rule import LEAST_G
 from polyfuse_fla._pool import Slots
 
@@ -31,6 +31,7 @@ CAPABILITY = Capability(
     # FLA names odd widths of 16-bit numbers as miscompiled by Triton. Widths of models are multiples of 8.
     multiples={"K": 8, "V": 8},
     ranges={"K": (8, 256)},
+    host_reads=("cu_seqlens",),
     defers=() if find_spec("flash_qla") else (ONLY_TRITON,),
 )
 
@@ -51,8 +52,6 @@ def gated_delta_rule(
     has_initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o [L, HV, V], rounded once, and final_state [F, HV, K, V]. A pool is updated."""
-    if cu_seqlens is not None and is_captured(v.device):
-        raise Unsupported("cu_seqlens in the capture of a CUDA graph: fla reads them on the host")
     if state_pool is None:
         return _rule(q, k, v, g, beta, scale, initial_state, cu_seqlens, output_final_state)
     count = 1 if cu_seqlens is None else len(cu_seqlens) - 1
@@ -96,11 +95,6 @@ def _rule(
     if not output_final_state:
         return _all_rows(o, rows, v), v.new_empty((0, *sizes), dtype=torch.float32)
     return _all_rows(o, rows, v), _all_states(last, filled, initial_state, (len(ends) - 1, *sizes), v.device)
-
-
-def is_captured(device: torch.device) -> bool:
-    """Whether calls on the device are recorded into a CUDA graph now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _place(device: torch.device) -> tuple[torch.device, int]:
