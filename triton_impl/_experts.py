@@ -1,0 +1,119 @@
+"""How programs share out the rows of experts, whose numbers only the device knows.
+
+The tiles of all valid rows are numbered through, expert by expert. Programs take runs of neighbouring tiles in turn, as
+long that each program has as much to do as the others, whichever experts the rows belong to; it looks for an expert
+once a run, or where the run goes on to the next one.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+PROGRAMS = 16  # of one multiprocessor
+CHUNKS = (32, 256, 1024)  # experts that a program looks at together: a warp each, or a few numbers a thread
+MOST = tl.constexpr(8)  # tiles of a run: longer ones spread what the device reads at a time over more of its memory
+STAGES = tl.constexpr(1)
+
+
+@triton.jit
+def _rows(num_rows_ptr, ends_ptr, expert, experts, rows, ALIGNMENT: tl.constexpr):
+    """The first row of each expert, counted from where it begins or else from the first of all, and how many it has."""
+    known = expert < experts
+    if num_rows_ptr is not None:
+        count = tl.minimum(tl.load(num_rows_ptr + expert, mask=known, other=0), rows)
+        return (expert * 0).to(tl.int64), tl.maximum(count, 0)
+    else:
+        before = tl.load(ends_ptr + expert - 1, mask=known & (expert > 0), other=0).to(tl.int64)
+        first = tl.maximum((before + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT, 0)
+        end = tl.minimum(tl.load(ends_ptr + expert, mask=known, other=0), rows)
+        return first, tl.maximum(end - first, 0)
+
+
+@triton.jit
+def _tiles(count, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    return ((count.to(tl.int64) * PAIRS + BLOCK - 1) // BLOCK).to(tl.int32)
+
+
+@triton.jit
+def each_tile(
+    run: tl.constexpr,  # takes the number of a tile in its expert, the expert, its first row and its rows, `arguments`
+    arguments,
+    num_rows_ptr,  # [experts], or None
+    ends_ptr,  # [experts], or None; with neither, all rows are valid, and a program has one tile
+    rows,
+    experts,
+    ALIGNMENT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PAIRS: tl.constexpr,  # of a row
+    BLOCK: tl.constexpr,  # pairs of a tile
+):
+    """Calls `run` for the tiles of this program. The expert is 0 where experts' rows lie in one array."""
+    zero = tl.full([], 0, tl.int64)
+    if num_rows_ptr is None and ends_ptr is None:
+        run(tl.program_id(0), zero, zero, rows, *arguments)
+    else:
+        place = tl.arange(0, CHUNK)
+        _, count = _rows(num_rows_ptr, ends_ptr, place, experts, rows, ALIGNMENT)
+        ends = tl.cumsum(_tiles(count, PAIRS, BLOCK), 0)  # where the tiles of each expert end
+        last = tl.max(ends, 0)
+        total = last
+        for begin in tl.range(CHUNK, experts, CHUNK):
+            _, count = _rows(num_rows_ptr, ends_ptr, begin + place, experts, rows, ALIGNMENT)
+            total += tl.sum(_tiles(count, PAIRS, BLOCK), 0)
+        programs = tl.num_programs(0)
+        turns = tl.maximum(tl.cdiv(total, programs * MOST), 1)
+        length = tl.cdiv(total, programs * turns)  # of a run
+        tile = tl.program_id(0) * length
+        chunk = experts * 0  # the first expert of those looked at
+        before_chunk = last * 0
+        while tile < total:
+            stop = tl.minimum(tile + length, total)
+            while tile < stop:
+                while tile >= last:
+                    chunk += CHUNK
+                    before_chunk = last
+                    _, count = _rows(num_rows_ptr, ends_ptr, chunk + place, experts, rows, ALIGNMENT)
+                    ends = before_chunk + tl.cumsum(_tiles(count, PAIRS, BLOCK), 0)
+                    last = tl.max(ends, 0)
+                expert = chunk + tl.sum((ends <= tile).to(tl.int32), 0)
+                before = tl.max(tl.where(ends <= tile, ends, before_chunk), 0)
+                first, valid = _rows(num_rows_ptr, ends_ptr, expert, experts, rows, ALIGNMENT)
+                end = tl.minimum(before + _tiles(valid, PAIRS, BLOCK), stop)
+                own = zero if num_rows_ptr is None else expert.to(tl.int64)
+                for i in tl.range(0, end - tile, num_stages=STAGES):
+                    run(tile - before + i, own, first, valid, *arguments)
+                tile = end
+            tile += (programs - 1) * length
+
+
+class Shares(NamedTuple):
+    """How many programs share out the rows, of how many experts, and the CHUNK of `each_tile`."""
+
+    programs: int
+    experts: int
+    chunk: int
+
+
+def share_out(
+    device: torch.device, experts: int, rows: int, masked: bool, ends: int | None, pairs: int, block: int
+) -> Shares:
+    """For `rows` of each of so many experts, of which some are not valid if `masked`, or of `ends` experts together."""
+    tiles = experts * -(-rows * pairs // block)
+    if ends is not None:
+        tiles = min(tiles + ends, rows * pairs) if ends else 0
+        experts = ends
+    if masked or ends is not None:
+        tiles = min(tiles, _most_programs(device))
+    return Shares(tiles, experts, next((chunk for chunk in CHUNKS if experts <= chunk), CHUNKS[-1]))
+
+
+@cache
+def _most_programs(device: torch.device) -> int:
+    if device.type not in ("cuda", "xpu"):
+        return 3
+    properties: Any = torch.get_device_module(device).get_device_properties(device)
+    units = properties.multi_processor_count if device.type == "cuda" else properties.gpu_subslice_count
+    return int(units) * PROGRAMS
