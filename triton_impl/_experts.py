@@ -1,8 +1,7 @@
 """How programs share out the rows of experts, whose numbers only the device knows.
 
-The tiles of all valid rows are numbered through, expert by expert. Programs take runs of neighbouring tiles in turn, as
-long that each program has as much to do as the others, whichever experts the rows belong to; it looks for an expert
-once a run, or where the run goes on to the next one.
+A program takes tiles of one expert, for which it looks once. An expert has as many programs as it takes for each to have
+no more tiles than are left to each if all programs share out all tiles, whichever experts the rows belong to.
 """
 
 from functools import cache
@@ -12,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-PROGRAMS = 16  # of one multiprocessor
+PROGRAMS = 16  # of one multiprocessor, and one more for each expert, as the last program of each may have few tiles
 CHUNKS = (32, 256, 1024)  # experts that a program looks at together: a warp each, or a few numbers a thread
-MOST = tl.constexpr(8)  # tiles of a run: longer ones spread what the device reads at a time over more of its memory
+WIDEST = tl.constexpr(CHUNKS[-1])
 STAGES = tl.constexpr(1)
 
 
@@ -56,37 +55,30 @@ def each_tile(
         run(tl.program_id(0), zero, zero, rows, *arguments)
     else:
         place = tl.arange(0, CHUNK)
-        _, count = _rows(num_rows_ptr, ends_ptr, place, experts, rows, ALIGNMENT)
-        ends = tl.cumsum(_tiles(count, PAIRS, BLOCK), 0)  # where the tiles of each expert end
-        last = tl.max(ends, 0)
-        total = last
-        for begin in tl.range(CHUNK, experts, CHUNK):
+        looked_at = CHUNK if CHUNK < WIDEST else experts
+        total = experts * 0
+        for begin in tl.range(0, looked_at, CHUNK):
             _, count = _rows(num_rows_ptr, ends_ptr, begin + place, experts, rows, ALIGNMENT)
             total += tl.sum(_tiles(count, PAIRS, BLOCK), 0)
         programs = tl.num_programs(0)
-        turns = tl.maximum(tl.cdiv(total, programs * MOST), 1)
-        length = tl.cdiv(total, programs * turns)  # of a run
-        tile = tl.program_id(0) * length
-        chunk = experts * 0  # the first expert of those looked at
-        before_chunk = last * 0
-        while tile < total:
-            stop = tl.minimum(tile + length, total)
-            while tile < stop:
-                while tile >= last:
-                    chunk += CHUNK
-                    before_chunk = last
-                    _, count = _rows(num_rows_ptr, ends_ptr, chunk + place, experts, rows, ALIGNMENT)
-                    ends = before_chunk + tl.cumsum(_tiles(count, PAIRS, BLOCK), 0)
-                    last = tl.max(ends, 0)
-                expert = chunk + tl.sum((ends <= tile).to(tl.int32), 0)
-                before = tl.max(tl.where(ends <= tile, ends, before_chunk), 0)
-                first, valid = _rows(num_rows_ptr, ends_ptr, expert, experts, rows, ALIGNMENT)
-                end = tl.minimum(before + _tiles(valid, PAIRS, BLOCK), stop)
-                own = zero if num_rows_ptr is None else expert.to(tl.int64)
-                for i in tl.range(0, end - tile, num_stages=STAGES):
-                    run(tile - before + i, own, first, valid, *arguments)
-                tile = end
-            tile += (programs - 1) * length
+        most = tl.where(total <= programs, 1, tl.cdiv(total, tl.maximum(programs - experts, 1)))
+        program = tl.program_id(0)
+        expert = experts * 0
+        before = experts * 0
+        taken = experts * 0
+        for begin in tl.range(0, looked_at, CHUNK):
+            _, count = _rows(num_rows_ptr, ends_ptr, begin + place, experts, rows, ALIGNMENT)
+            ends = taken + tl.cumsum(tl.cdiv(_tiles(count, PAIRS, BLOCK), most), 0)
+            expert += tl.sum((ends <= program).to(tl.int32), 0)
+            before = tl.maximum(before, tl.max(tl.where(ends <= program, ends, 0), 0))
+            taken = tl.max(ends, 0)
+        first, valid = _rows(num_rows_ptr, ends_ptr, expert, experts, rows, ALIGNMENT)  # none, past the last expert
+        tiles = _tiles(valid, PAIRS, BLOCK)
+        step = tl.maximum(tl.cdiv(tiles, most), 1)
+        start = program - before
+        own = zero if num_rows_ptr is None else expert.to(tl.int64)
+        for i in tl.range(0, tl.cdiv(tl.maximum(tiles - start, 0), step), num_stages=STAGES):
+            run(start + i * step, own, first, valid, *arguments)
 
 
 class Shares(NamedTuple):
@@ -106,7 +98,7 @@ def share_out(
         tiles = min(tiles + ends, rows * pairs) if ends else 0
         experts = ends
     if masked or ends is not None:
-        tiles = min(tiles, _most_programs(device))
+        tiles = min(tiles, _most_programs(device) + experts)
     return Shares(tiles, experts, next((chunk for chunk in CHUNKS if experts <= chunk), CHUNKS[-1]))
 
 
