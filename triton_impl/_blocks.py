@@ -11,10 +11,11 @@ import triton
 from polyfuse.spec.block_quant import FLOAT4, QMAX, scale_floor, scale_form
 from polyfuse.triton_impl._common import INTERPRETED
 
-# (up to this many bytes of one operand, bytes of it per program, per thread), of groups from 128 columns on, and
-# smaller. A program takes at least one group. Few rows need many programs, each of which loads 16 bytes at a time.
-TILES = ((2**18, 512, 16), (2**63, 2048, 32))
-SMALL_GROUP_TILES = ((2**18, 512, 16), (2**63, 4096, 32))
+# (up to this many bytes that are read, bytes of them per program, per thread), of groups from 128 columns on, and
+# smaller. A program takes at least one group. Few rows need many programs; of many rows, each thread has 32 bytes or
+# more under way.
+TILES = ((2**19, 1024, 32), (2**63, 4096, 64))
+SMALL_GROUP_TILES = ((2**19, 1024, 32), (2**63, 8192, 64))
 WIDEST_GROUP = 2**15
 WIDE_PAIRS = 2**31  # from here on pairs are numbered in 64 bits
 
@@ -144,7 +145,7 @@ def _converts(device: torch.device, quant_dtype: str) -> bool:
 
 
 def tile(group: int, itemsize: int, elements: int) -> tuple[int, int]:
-    """How many groups and warps a program has."""
+    """How many groups and warps a program has, if `itemsize` bytes are read for each element of the result."""
     columns = triton.next_power_of_2(group)
     tiles = TILES if group >= 128 else SMALL_GROUP_TILES
     tile_bytes, thread_bytes = next(t[1:] for t in tiles if elements * itemsize <= t[0])

@@ -1,7 +1,7 @@
 """How programs share out the rows of experts, whose numbers only the device knows.
 
-A program takes tiles of one expert, for which it looks once. An expert has as many programs as it takes for each to have
-no more tiles than are left to each if all programs share out all tiles, whichever experts the rows belong to.
+A program adds up the rows of all experts once, to find the one expert whose tiles it takes. An expert has the more
+programs the more valid rows it has, so that none has many more tiles than others; one without rows has none.
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 PROGRAMS = 16  # of one multiprocessor, and one more for each expert, as the last program of each may have few tiles
-CHUNKS = (32, 256, 1024)  # experts that a program looks at together: a warp each, or a few numbers a thread
+CHUNKS = (32, 256, 1024)  # experts that a program looks at together: one warp alone can, or in a few registers
 WIDEST = tl.constexpr(CHUNKS[-1])
 STAGES = tl.constexpr(1)
 
@@ -49,7 +49,10 @@ def each_tile(
     PAIRS: tl.constexpr,  # of a row
     BLOCK: tl.constexpr,  # pairs of a tile
 ):
-    """Calls `run` for the tiles of this program. The expert is 0 where experts' rows lie in one array."""
+    """Calls `run` for the tiles of this program. The expert is 0 where experts' rows lie in one array.
+
+    Inside the loop over them nothing is left of the search, so that they take no more registers than a single tile.
+    """
     zero = tl.full([], 0, tl.int64)
     if num_rows_ptr is None and ends_ptr is None:
         run(tl.program_id(0), zero, zero, rows, *arguments)
@@ -61,6 +64,7 @@ def each_tile(
             _, count = _rows(num_rows_ptr, ends_ptr, begin + place, experts, rows, ALIGNMENT)
             total += tl.sum(_tiles(count, PAIRS, BLOCK), 0)
         programs = tl.num_programs(0)
+        # Tiles of a program, at most. The last program of each expert may have few: there are `experts` more for them.
         most = tl.where(total <= programs, 1, tl.cdiv(total, tl.maximum(programs - experts, 1)))
         program = tl.program_id(0)
         expert = experts * 0

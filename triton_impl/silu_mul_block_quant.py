@@ -29,48 +29,14 @@ CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cp
 
 @triton.jit
 def _tile(
-    tile,
-    expert,
-    first,  # row, of the expert's array
-    valid,  # rows
-    x_ptr,
-    up_ptr,
-    weight_ptr,
-    global_scale_ptr,
-    q_ptr,
-    scale_ptr,
-    scale_ub,
-    limit,
-    alpha,
-    up_offset,
-    rows,
-    scale_expert,
-    scale_row,
-    scale_group,
-    x_expert,
-    x_row,
-    x_column,
-    up_expert,
-    up_row,
-    up_column,
-    weight_expert,
-    weight_row,
-    D: tl.constexpr,
-    GROUP: tl.constexpr,
-    DTYPE: tl.constexpr,
-    QMAX: tl.constexpr,
-    FLOOR: tl.constexpr,
-    FORMAT: tl.constexpr,
-    SWIZZLED: tl.constexpr,
-    PADDING: tl.constexpr,
-    RECIPROCAL: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMIT_ON: tl.constexpr,
-    MATERIALIZE: tl.constexpr,
-    WIDE: tl.constexpr,
+    tile, expert, first, valid, x_ptr, up_ptr, weight_ptr, global_scale_ptr, q_ptr, scale_ptr, scale_ub, limit, alpha,
+    up_offset, rows, scale_expert, scale_row, scale_group, x_expert, x_row, x_column, up_expert, up_row, up_column,
+    weight_expert, weight_row, D: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, QMAX: tl.constexpr,
+    FLOOR: tl.constexpr, FORMAT: tl.constexpr, SWIZZLED: tl.constexpr, PADDING: tl.constexpr, RECIPROCAL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, LIMIT_ON: tl.constexpr, MATERIALIZE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    """One tile of an expert."""
+):  # fmt: skip
+    """One tile of an expert: a row is its row `first` or later."""
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     COLUMNS: tl.constexpr = triton.next_power_of_2(GROUP)
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.uint32
@@ -245,7 +211,7 @@ def _plan(
         lead, width, device, masked, ends is not None, group, quant_dtype, scale_format, scale_layout, scale_min,
         reciprocal, fill,
     )  # fmt: skip
-    block, warps = _blocks.tile(group, dtype.itemsize, experts * rows * width)
+    block, warps = _blocks.tile(group, 2 * dtype.itemsize, experts * rows * width)
     shares = share_out(device, experts, rows, masked, ends, groups, block)
 
     def three(given: tuple[int, ...] | None, names: int) -> tuple[int | None, ...]:
