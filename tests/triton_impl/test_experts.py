@@ -1,6 +1,7 @@
 """Programs share out the tiles of experts: each tile has one program, and no program many more than others."""
 
 from math import ceil
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ def _kernel(
     PAIRS: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     each_tile(
-        _note, (taken_ptr, first_ptr, valid_ptr, by_ptr, LIMIT), num_rows_ptr, ends_ptr, rows, experts, ALIGNMENT,
+        _note,  # pyright: ignore[reportArgumentType]
+        (taken_ptr, first_ptr, valid_ptr, by_ptr, LIMIT), num_rows_ptr, ends_ptr, rows, experts, ALIGNMENT,
         CHUNK, PAIRS, BLOCK,
     )  # fmt: skip
 
@@ -44,7 +46,8 @@ def run(
     by = torch.zeros(shares.programs, dtype=torch.int32, device=DEVICE)
     given = [x if x is None else torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (num_rows, ends)]
     outputs = taken, first, valid, by
-    _kernel[shares.programs,](*given, *outputs, rows, shares.experts, limit, PAIRS, BLOCK, alignment, shares.chunk)
+    kernel: Any = _kernel
+    kernel[shares.programs,](*given, *outputs, rows, shares.experts, limit, PAIRS, BLOCK, alignment, shares.chunk)
     assert taken.max() <= 1
     noted = {divmod(i, limit): (int(first[i]), int(valid[i])) for i in taken.nonzero().flatten().tolist()}
     return noted, by.tolist()
@@ -85,7 +88,8 @@ def test_experts_behind_one_another(ends: list[int], alignment: int, monkeypatch
     if not ends:
         assert shares.programs == 0
         return
-    want, before = {}, 0
+    want: dict[tuple[int, int], tuple[int, int]] = {}
+    before = 0
     for end in ends:
         first = -(-before // alignment) * alignment
         count = max(0, min(end, rows) - first)
