@@ -1,21 +1,21 @@
-"""What the quantising ops share on the host, and how their programs share out the rows of experts."""
+"""What the quantising ops share on the host."""
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import log2, prod
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from polyfuse.spec.block_quant import FLOAT4, QMAX, scale_floor, scale_form
 from polyfuse.triton_impl._common import INTERPRETED
 
-# (up to this many bytes of one operand, bytes of it per program, per thread), of groups from 128 columns on, and
-# smaller. A program takes at least one group. Few rows need many programs, each of which loads 16 bytes at a time.
-TILES = ((2**18, 512, 16), (2**63, 2048, 32))
-SMALL_GROUP_TILES = ((2**18, 512, 16), (2**63, 4096, 32))
+# (up to this many bytes that are read, bytes of them per program, per thread), of groups from 128 columns on, and
+# smaller. A program takes at least one group. Few rows need many programs; of many rows, each thread has 32 bytes or
+# more under way.
+TILES = ((2**19, 1024, 32), (2**63, 4096, 64))
+SMALL_GROUP_TILES = ((2**19, 1024, 32), (2**63, 8192, 64))
 WIDEST_GROUP = 2**15
 WIDE_PAIRS = 2**31  # from here on pairs are numbered in 64 bits
 
@@ -24,39 +24,6 @@ ANY_VALUE = [
     *("num_rows_ptr", "ends_ptr", "global_scale_ptr"),
     *("rows", "experts", "scale_expert", "scale_row", "scale_group"),
 ]
-CHUNK = tl.constexpr(256)  # experts that a program looks at together
-PROGRAMS = 16  # of one multiprocessor, that share out the rows of experts; each takes one tile after another
-
-
-@triton.jit
-def expert_rows(num_rows_ptr, ends_ptr, expert, experts, rows, ALIGNMENT: tl.constexpr):
-    """The first row and the number of rows of each expert [CHUNK]; none of those past the last."""
-    known = expert < experts
-    if num_rows_ptr is not None:
-        count = tl.minimum(tl.load(num_rows_ptr + expert, mask=known, other=0), rows)
-        return expert * 0, tl.maximum(count, 0)
-    else:
-        before = tl.load(ends_ptr + expert - 1, mask=known & (expert > 0), other=0).to(tl.int64)
-        first = tl.maximum((before + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT, 0)
-        end = tl.minimum(tl.load(ends_ptr + expert, mask=known, other=0), rows)
-        return first, tl.maximum(end - first, 0)
-
-
-@triton.jit
-def tile_ends(count, PAIRS_PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
-    """How many tiles of BLOCK pairs there are up to the end of each expert [CHUNK]."""
-    return tl.cumsum(((count.to(tl.int64) * PAIRS_PER_ROW + BLOCK - 1) // BLOCK).to(tl.int32), 0)
-
-
-@triton.jit
-def of_tile(tile, ends, values):
-    """The place of the expert that a tile belongs to, the number of its tile in it, and the values [CHUNK] there."""
-    place = tl.sum((ends <= tile).to(tl.int32), 0)
-    before = tl.max(tl.where(ends <= tile, ends, 0), 0)
-    chosen = tl.arange(0, CHUNK) == place
-    first, count = values
-    zero = tl.zeros_like(first)
-    return place, tile - before, tl.sum(tl.where(chosen, first, zero), 0), tl.sum(tl.where(chosen, count, zero), 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,23 +145,9 @@ def _converts(device: torch.device, quant_dtype: str) -> bool:
 
 
 def tile(group: int, itemsize: int, elements: int) -> tuple[int, int]:
-    """How many groups and warps a program has."""
+    """How many groups and warps a program has, if `itemsize` bytes are read for each element of the result."""
     columns = triton.next_power_of_2(group)
     tiles = TILES if group >= 128 else SMALL_GROUP_TILES
     tile_bytes, thread_bytes = next(t[1:] for t in tiles if elements * itemsize <= t[0])
     groups = max(1, tile_bytes // itemsize // columns)
     return groups, min(32, max(4, groups * columns * itemsize // thread_bytes // 32))
-
-
-def programs(device: torch.device, tiles: int) -> int:
-    """How many programs share out at most so many tiles of experts."""
-    return min(tiles, _most_programs(device))
-
-
-@cache
-def _most_programs(device: torch.device) -> int:
-    if device.type not in ("cuda", "xpu"):
-        return 3
-    properties: Any = torch.get_device_module(device).get_device_properties(device)
-    units = properties.multi_processor_count if device.type == "cuda" else properties.gpu_subslice_count
-    return int(units) * PROGRAMS

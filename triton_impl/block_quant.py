@@ -9,8 +9,9 @@ import triton.language as tl
 
 from polyfuse.spec import Capability, Unsupported
 from polyfuse.triton_impl import _blocks
-from polyfuse.triton_impl._blocks import CHUNK, Results, expert_rows, of_tile, tile_ends
+from polyfuse.triton_impl._blocks import ANY_VALUE, Results
 from polyfuse.triton_impl._common import widen
+from polyfuse.triton_impl._experts import each_tile, share_out
 from polyfuse.triton_impl._launch import Launcher, Plan, Plans
 from polyfuse.triton_impl._quantise import store_groups
 
@@ -21,12 +22,12 @@ CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cp
 
 @triton.jit
 def _tile(
-    tile, valid, first, x_ptr, global_scale_ptr, q_ptr, scale_ptr, scale_ub, scale_row, scale_group, x_row, x_column,
-    D: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, QMAX: tl.constexpr, FLOOR: tl.constexpr,
-    FORMAT: tl.constexpr, SWIZZLED: tl.constexpr, PADDING: tl.constexpr, RECIPROCAL: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    tile, expert, first, valid, x_ptr, global_scale_ptr, q_ptr, scale_ptr, scale_ub, rows, scale_expert, scale_row,
+    scale_group, x_expert, x_row, x_column, D: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+    QMAX: tl.constexpr, FLOOR: tl.constexpr, FORMAT: tl.constexpr, SWIZZLED: tl.constexpr, PADDING: tl.constexpr,
+    RECIPROCAL: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of an expert, or of all rows: `first` is the row of all that is the expert's row 0, or None."""
+    """One tile of an expert: a row is its row `first` or later."""
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     COLUMNS: tl.constexpr = triton.next_power_of_2(GROUP)
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.uint32
@@ -40,29 +41,17 @@ def _tile(
     inside = lane < GROUP
     if D % GROUP != 0:
         inside = inside & (column < D)
-    source = x_ptr + row.to(tl.int64)[:, None] * x_row + column * x_column
+    source = x_ptr + (expert * x_expert + first * x_row) + row.to(tl.int64)[:, None] * x_row + column * x_column
     y = widen(tl.load(source, mask=inside, other=0.0, eviction_policy="evict_first"))
-    if first is not None:
-        pair = pair.to(tl.int64) + first * GROUPS
-        row = row.to(tl.int64) + first
+    STORED: tl.constexpr = D // 2 if DTYPE == "float4_e2m1" else D
     store_groups(
-        y, pair, row, group, live, q_ptr, scale_ptr, global_scale_ptr, scale_ub, scale_row, scale_group, D, GROUP,
+        y, pair.to(tl.int64) + first * GROUPS, row.to(tl.int64) + first, group, live, q_ptr + expert * rows * STORED,
+        scale_ptr + expert * scale_expert, global_scale_ptr, scale_ub, scale_row, scale_group, D, GROUP,
         DTYPE, QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL,
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_rows_ptr",
-        "ends_ptr",
-        "global_scale_ptr",
-        "rows",
-        "experts",
-        "scale_expert",
-        "scale_row",
-        "scale_group",
-    ]
-)
+@triton.jit(do_not_specialize=ANY_VALUE)
 def _kernel(
     x_ptr,  # [experts, rows, D]
     num_rows_ptr,  # [experts], or None
@@ -91,39 +80,17 @@ def _kernel(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-    STORED: tl.constexpr = D // 2 if DTYPE == "float4_e2m1" else D
-    tile = tl.program_id(0)
-    if num_rows_ptr is None and ends_ptr is None:
-        _tile(
-            tile, rows, None, x_ptr, global_scale_ptr, q_ptr, scale_ptr, scale_ub, scale_row, scale_group, x_row,
-            x_column, D, GROUP, DTYPE, QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, WIDE, BLOCK,
-        )  # fmt: skip
-    else:
-        step = tl.num_programs(0)
-        begin = experts * 0  # the chunk's first expert
-        while begin < experts:
-            first, count = expert_rows(num_rows_ptr, ends_ptr, begin + tl.arange(0, CHUNK), experts, rows, ALIGNMENT)
-            ends = tile_ends(count, GROUPS, BLOCK)
-            tiles = tl.max(ends, 0)
-            while tile < tiles:
-                place, number, first_row, valid = of_tile(tile, ends, (first.to(tl.int64), count.to(tl.int64)))
-                x, q, scale = x_ptr, q_ptr, scale_ptr
-                if num_rows_ptr is not None:
-                    expert = (begin + place).to(tl.int64)
-                    x += expert * x_expert
-                    q += expert * rows * STORED
-                    scale += expert * scale_expert
-                else:
-                    x += first_row * x_row
-                _tile(
-                    number, valid, first_row, x, global_scale_ptr, q, scale, scale_ub, scale_row, scale_group, x_row,
-                    x_column, D, GROUP, DTYPE, QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, WIDE, BLOCK,
-                )  # fmt: skip
-                tile += step
-            tile -= tiles
-            begin += CHUNK
+    each_tile(
+        _tile,
+        (
+            x_ptr, global_scale_ptr, q_ptr, scale_ptr, scale_ub, rows, scale_expert, scale_row, scale_group, x_expert,
+            x_row, x_column, D, GROUP, DTYPE, QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, WIDE, BLOCK,
+        ),
+        num_rows_ptr, ends_ptr, rows, experts, ALIGNMENT, CHUNK, GROUPS, BLOCK,
+    )  # fmt: skip
 
 
 _launch = Launcher(NAME, _kernel)
@@ -140,15 +107,12 @@ def _plan(
     experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
     groups = -(-width // group)
     block, warps = _blocks.tile(group, x.itemsize, experts * rows * width)
-    tiles = experts * -(-rows * groups // block)
-    if ends is not None:
-        tiles = min(tiles + len(ends), rows * groups)
-    if masked or ends is not None:
-        tiles = _blocks.programs(x.device, tiles)
+    shares = share_out(x.device, experts, rows, masked, None if ends is None else len(ends), groups, block)
     strides = x.stride() if masked else (0, *x.stride())
-    fixed = (*strides, *results.fixed, rows * groups >= _blocks.WIDE_PAIRS, block, alignment)
-    numbers = scale_ub, rows, experts if ends is None else len(ends), *results.numbers
-    return Plan(_launch, (tiles, 1, 1), inputs, numbers, fixed, warps, contiguous=(1, 2))
+    wide = rows * groups >= _blocks.WIDE_PAIRS
+    fixed = (*strides, *results.fixed, wide, block, alignment, shares.chunk)
+    numbers = scale_ub, rows, shares.experts, *results.numbers
+    return Plan(_launch, (shares.programs, 1, 1), inputs, numbers, fixed, warps, contiguous=(1, 2))
 
 
 _plans = Plans(_plan)

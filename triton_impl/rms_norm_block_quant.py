@@ -2,7 +2,6 @@
 
 A program takes ROWS whole rows as a tile [ROWS * groups, group_size], padded to powers of two: summed over a row it
 gives the norm, and its lines are the groups. The sum is a tree over neighbours, so that no tile shape changes a bit.
-Where rows belong to experts, programs take the tiles of valid rows in turn, as those of `silu_mul_block_quant` do.
 """
 
 from math import prod
@@ -14,8 +13,9 @@ import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl import _blocks
-from polyfuse.triton_impl._blocks import ANY_VALUE, CHUNK, Results, expert_rows, of_tile, tile_ends
+from polyfuse.triton_impl._blocks import ANY_VALUE, Results
 from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._experts import each_tile, share_out
 from polyfuse.triton_impl._gdn import sum_of_squares
 from polyfuse.triton_impl._launch import Launcher, Plan, Plans
 from polyfuse.triton_impl._quantise import store_groups
@@ -35,12 +35,13 @@ ROWS_WITH_EXPERTS = 4  # at most, of which an expert may have fewer
 
 @triton.jit
 def _tile(
-    tile, valid, first, x_ptr, residual_ptr, weight_ptr, global_scale_ptr, q_ptr, scale_ptr, sum_ptr, eps, offset,
-    scale_ub, scale_row, scale_group, x_row, x_column, residual_row, residual_column, D: tl.constexpr,
-    GROUP: tl.constexpr, DTYPE: tl.constexpr, QMAX: tl.constexpr, FLOOR: tl.constexpr, FORMAT: tl.constexpr,
-    SWIZZLED: tl.constexpr, PADDING: tl.constexpr, RECIPROCAL: tl.constexpr, ROWS: tl.constexpr,
+    tile, expert, first, valid, x_ptr, residual_ptr, weight_ptr, global_scale_ptr, q_ptr, scale_ptr, sum_ptr, eps,
+    offset, scale_ub, rows, scale_expert, scale_row, scale_group, x_expert, x_row, x_column, residual_expert,
+    residual_row, residual_column, D: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, QMAX: tl.constexpr,
+    FLOOR: tl.constexpr, FORMAT: tl.constexpr, SWIZZLED: tl.constexpr, PADDING: tl.constexpr,
+    RECIPROCAL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of an expert, or of all: `first` is the row of all that is the expert's row 0, or None."""
+    """One tile of an expert: a row is its row `first` or later."""
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     LINES: tl.constexpr = triton.next_power_of_2(GROUPS)
     LANES: tl.constexpr = triton.next_power_of_2(GROUP)
@@ -48,30 +49,31 @@ def _tile(
     row = tile.to(tl.int64) * ROWS + line // LINES  # [ROWS * LINES]
     group = line % LINES
     live = (row < valid) & (group < GROUPS)
-    source = tl.minimum(row, valid.to(tl.int64) - 1)[:, None]  # past the last row it is read again
+    source = first + tl.minimum(row, valid.to(tl.int64) - 1)[:, None]  # past the last row it is read again
     lane = tl.arange(0, LANES)[None, :]
     column = (group * GROUP)[:, None] + lane
     inside = (lane < GROUP) & (column < D)
-    x = tl.load(x_ptr + source * x_row + column * x_column, mask=inside, other=0.0, eviction_policy="evict_first")
+    places = x_ptr + expert * x_expert + source * x_row + column * x_column
+    x = tl.load(places, mask=inside, other=0.0, eviction_policy="evict_first")
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     dtype: tl.constexpr = x.dtype
     h = widen(x)
     if residual_ptr is not None:
-        places = residual_ptr + source * residual_row + column * residual_column
+        places = residual_ptr + expert * residual_expert + source * residual_row + column * residual_column
         h = h + widen(tl.load(places, mask=inside, other=0.0, eviction_policy="evict_first"))
         rounded = round_to(h, dtype)
-        tl.store(sum_ptr + (row * D)[:, None] + column, rounded, mask=live[:, None] & inside)
+        own = sum_ptr + (expert * rows + first) * D
+        tl.store(own + (row * D)[:, None] + column, rounded, mask=live[:, None] & inside)
         h = widen(rounded)
     total = sum_of_squares(tl.reshape(h, [ROWS, 1, LINES * LANES]))  # [ROWS, 1]
     inverse = tl.rsqrt(tl.fma(total, 1.0 / D, eps))
     inverse = tl.reshape(tl.broadcast_to(inverse, [ROWS, LINES]), [ROWS * LINES])[:, None]
     y = tl.where(inside, h * inverse * (widen(weight) + offset), 0.0)
-    pair = row * GROUPS + group
-    if first is not None:
-        pair += first * GROUPS
-        row += first
+    row += first
+    STORED: tl.constexpr = D // 2 if DTYPE == "float4_e2m1" else D
     store_groups(
-        y, pair, row, group, live, q_ptr, scale_ptr, global_scale_ptr, scale_ub, scale_row, scale_group, D, GROUP,
+        y, row * GROUPS + group, row, group, live, q_ptr + expert * rows * STORED, scale_ptr + expert * scale_expert,
+        global_scale_ptr, scale_ub, scale_row, scale_group, D, GROUP,
         DTYPE, QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL,
     )  # fmt: skip
 
@@ -112,46 +114,17 @@ def _kernel(
     RECIPROCAL: tl.constexpr,
     ROWS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    STORED: tl.constexpr = D // 2 if DTYPE == "float4_e2m1" else D
-    tile = tl.program_id(0)
-    if num_rows_ptr is None and ends_ptr is None:
-        _tile(
-            tile, rows, None, x_ptr, residual_ptr, weight_ptr, global_scale_ptr, q_ptr, scale_ptr, sum_ptr, eps,
-            offset, scale_ub, scale_row, scale_group, x_row, x_column, residual_row, residual_column, D, GROUP, DTYPE,
-            QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, ROWS,
-        )  # fmt: skip
-    else:
-        step = tl.num_programs(0)
-        begin = experts * 0  # the chunk's first expert
-        while begin < experts:
-            first, count = expert_rows(num_rows_ptr, ends_ptr, begin + tl.arange(0, CHUNK), experts, rows, ALIGNMENT)
-            ends = tile_ends(count, 1, ROWS)
-            tiles = tl.max(ends, 0)
-            while tile < tiles:
-                place, number, first_row, valid = of_tile(tile, ends, (first.to(tl.int64), count.to(tl.int64)))
-                x, residual, q, scale, total = x_ptr, residual_ptr, q_ptr, scale_ptr, sum_ptr
-                if num_rows_ptr is not None:
-                    expert = (begin + place).to(tl.int64)
-                    x += expert * x_expert
-                    q += expert * rows * STORED
-                    scale += expert * scale_expert
-                    if residual_ptr is not None:
-                        residual += expert * residual_expert
-                        total += expert * rows * D
-                else:
-                    x += first_row * x_row
-                    if residual_ptr is not None:
-                        residual += first_row * residual_row
-                        total += first_row * D
-                _tile(
-                    number, valid, first_row, x, residual, weight_ptr, global_scale_ptr, q, scale, total, eps, offset,
-                    scale_ub, scale_row, scale_group, x_row, x_column, residual_row, residual_column, D, GROUP, DTYPE,
-                    QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, ROWS,
-                )  # fmt: skip
-                tile += step
-            tile -= tiles
-            begin += CHUNK
+    each_tile(
+        _tile,
+        (
+            x_ptr, residual_ptr, weight_ptr, global_scale_ptr, q_ptr, scale_ptr, sum_ptr, eps, offset, scale_ub, rows,
+            scale_expert, scale_row, scale_group, x_expert, x_row, x_column, residual_expert, residual_row,
+            residual_column, D, GROUP, DTYPE, QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, ROWS,
+        ),
+        num_rows_ptr, ends_ptr, rows, experts, ALIGNMENT, CHUNK, 1, ROWS,
+    )  # fmt: skip
 
 
 _launch = Launcher(NAME, _kernel)
@@ -177,19 +150,15 @@ def _plan(
     tile_rows = max(1, elements // padded)
     if masked or ends is not None:
         tile_rows = min(tile_rows, ROWS_WITH_EXPERTS)
-    tiles = experts * -(-rows // tile_rows)
-    if ends is not None:
-        tiles = min(tiles + len(ends), rows)
-    if masked or ends is not None:
-        tiles = _blocks.programs(x.device, tiles)
+    shares = share_out(x.device, experts, rows, masked, None if ends is None else len(ends), 1, tile_rows)
     strides = [
         (None,) * 3 if tensor is None else tensor.stride() if masked else (0, *tensor.stride())
         for tensor in (x, residual)
     ]
-    fixed = (*strides[0], *strides[1], *results.fixed, tile_rows, alignment)
-    sizes = rows, experts if ends is None else len(ends), *results.numbers
+    fixed = (*strides[0], *strides[1], *results.fixed, tile_rows, alignment, shares.chunk)
+    sizes = rows, shares.experts, *results.numbers
     warps = min(32, max(1, tile_rows * padded // WARP_ELEMENTS))
-    return Plan(_launch, (tiles, 1, 1), inputs, (*numbers, *sizes), fixed, warps, contiguous=(2, 3, 4))
+    return Plan(_launch, (shares.programs, 1, 1), inputs, (*numbers, *sizes), fixed, warps, contiguous=(2, 3, 4))
 
 
 _plans = Plans(_plan)

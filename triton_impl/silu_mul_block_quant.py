@@ -1,8 +1,7 @@
 """The Triton backend of `silu_mul_block_quant`: one launch, each element read once.
 
 The (row, group) pairs of an expert, or of all rows, are numbered through; a program takes BLOCK consecutive ones as a
-tile [BLOCK, group_size]. A group never spans programs, so that no tile shape changes a bit. Where rows belong to
-experts, programs take the tiles of valid rows in turn: they add up the experts' rows on the device to find them.
+tile [BLOCK, group_size]. A group never spans programs, so that no tile shape changes a bit.
 """
 
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ import triton.language as tl
 
 from polyfuse.spec import Capability, Unsupported
 from polyfuse.triton_impl import _blocks
-from polyfuse.triton_impl._blocks import ANY_VALUE, CHUNK, Results, expert_rows, of_tile, tile_ends
+from polyfuse.triton_impl._blocks import ANY_VALUE, Results
 from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._experts import each_tile, share_out
 from polyfuse.triton_impl._launch import Launch, Launcher
 from polyfuse.triton_impl._quantise import store_groups
 from polyfuse.triton_impl._silu_mul import activated
@@ -29,42 +29,14 @@ CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cp
 
 @triton.jit
 def _tile(
-    tile,
-    valid,  # rows
-    first,  # row of all that is the expert's row 0, or None
-    x_ptr,
-    up_ptr,
-    weight_ptr,
-    global_scale_ptr,
-    q_ptr,
-    scale_ptr,
-    scale_ub,
-    limit,
-    alpha,
-    up_offset,
-    scale_row,
-    scale_group,
-    x_row,
-    x_column,
-    up_row,
-    up_column,
-    weight_row,
-    D: tl.constexpr,
-    GROUP: tl.constexpr,
-    DTYPE: tl.constexpr,
-    QMAX: tl.constexpr,
-    FLOOR: tl.constexpr,
-    FORMAT: tl.constexpr,
-    SWIZZLED: tl.constexpr,
-    PADDING: tl.constexpr,
-    RECIPROCAL: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMIT_ON: tl.constexpr,
-    MATERIALIZE: tl.constexpr,
-    WIDE: tl.constexpr,
+    tile, expert, first, valid, x_ptr, up_ptr, weight_ptr, global_scale_ptr, q_ptr, scale_ptr, scale_ub, limit, alpha,
+    up_offset, rows, scale_expert, scale_row, scale_group, x_expert, x_row, x_column, up_expert, up_row, up_column,
+    weight_expert, weight_row, D: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, QMAX: tl.constexpr,
+    FLOOR: tl.constexpr, FORMAT: tl.constexpr, SWIZZLED: tl.constexpr, PADDING: tl.constexpr, RECIPROCAL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, LIMIT_ON: tl.constexpr, MATERIALIZE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    """One tile of an expert, or of all rows."""
+):  # fmt: skip
+    """One tile of an expert: a row is its row `first` or later."""
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     COLUMNS: tl.constexpr = triton.next_power_of_2(GROUP)
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.uint32
@@ -75,7 +47,7 @@ def _tile(
     row = tl.minimum(row, valid.to(INDEX) - 1)  # past the last row it is read again: cheaper than a mask
     lane = tl.arange(0, COLUMNS)[None, :]
     column = (group * GROUP).to(tl.int64)[:, None] + lane  # [BLOCK, COLUMNS]
-    source = x_ptr + row.to(tl.int64)[:, None] * x_row
+    source = x_ptr + (expert * x_expert + first * x_row) + row.to(tl.int64)[:, None] * x_row
     inside = lane < GROUP
     if D % GROUP != 0:
         inside = inside & (column < D)
@@ -92,27 +64,27 @@ def _tile(
         if up_ptr is None:
             ups = source + (column + D) * x_column
         else:
-            ups = up_ptr + row.to(tl.int64)[:, None] * up_row + column * up_column
+            ups = up_ptr + (expert * up_expert + first * up_row)
+            ups += row.to(tl.int64)[:, None] * up_row + column * up_column
         up = tl.load(ups, mask=inside, other=0.0, eviction_policy="evict_first")
     dtype: tl.constexpr = gate.dtype
     y = activated(widen(gate), widen(up), alpha, up_offset, limit, dtype, LIMIT_ON, MATERIALIZE)
     if weight_ptr is not None:
-        y = y * widen(tl.load(weight_ptr + row.to(tl.int64) * weight_row))[:, None]
+        weights = weight_ptr + (expert * weight_expert + first * weight_row)
+        y = y * widen(tl.load(weights + row.to(tl.int64) * weight_row))[:, None]
         if MATERIALIZE:
             y = widen(round_to(y, dtype))
         if GROUP != COLUMNS or D % GROUP != 0:
             y = tl.where(inside, y, 0.0)  # 0 times an infinite weight
-    if first is not None:
-        pair = pair.to(tl.int64) + first * GROUPS
-        row = row.to(tl.int64) + first
+    STORED: tl.constexpr = D // 2 if DTYPE == "float4_e2m1" else D
     store_groups(
         y,
-        pair,
-        row,
+        pair.to(tl.int64) + first * GROUPS,
+        row.to(tl.int64) + first,
         group,
         live,
-        q_ptr,
-        scale_ptr,
+        q_ptr + expert * rows * STORED,
+        scale_ptr + expert * scale_expert,
         global_scale_ptr,
         scale_ub,
         scale_row,
@@ -171,49 +143,19 @@ def _kernel(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-    STORED: tl.constexpr = D // 2 if DTYPE == "float4_e2m1" else D
-    tile = tl.program_id(0)
-    if num_rows_ptr is None and ends_ptr is None:
-        _tile(
-            tile, rows, None, x_ptr, up_ptr, weight_ptr, global_scale_ptr, q_ptr, scale_ptr, scale_ub, limit, alpha,
-            up_offset, scale_row, scale_group, x_row, x_column, up_row, up_column, weight_row, D, GROUP, DTYPE, QMAX,
-            FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, INTERLEAVED, LIMIT_ON, MATERIALIZE, WIDE, BLOCK,
-        )  # fmt: skip
-    else:
-        step = tl.num_programs(0)
-        begin = experts * 0  # the chunk's first expert
-        while begin < experts:
-            first, count = expert_rows(num_rows_ptr, ends_ptr, begin + tl.arange(0, CHUNK), experts, rows, ALIGNMENT)
-            ends = tile_ends(count, GROUPS, BLOCK)
-            tiles = tl.max(ends, 0)
-            while tile < tiles:
-                place, number, first_row, valid = of_tile(tile, ends, (first.to(tl.int64), count.to(tl.int64)))
-                x, up, weight, q, scale = x_ptr, up_ptr, weight_ptr, q_ptr, scale_ptr
-                if num_rows_ptr is not None:
-                    expert = (begin + place).to(tl.int64)
-                    x += expert * x_expert
-                    q += expert * rows * STORED
-                    scale += expert * scale_expert
-                    if up_ptr is not None:
-                        up += expert * up_expert
-                    if weight_ptr is not None:
-                        weight += expert * weight_expert
-                else:
-                    x += first_row * x_row
-                    if up_ptr is not None:
-                        up += first_row * up_row
-                    if weight_ptr is not None:
-                        weight += first_row * weight_row
-                _tile(
-                    number, valid, first_row, x, up, weight, global_scale_ptr, q, scale, scale_ub, limit, alpha,
-                    up_offset, scale_row, scale_group, x_row, x_column, up_row, up_column, weight_row, D, GROUP, DTYPE,
-                    QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL, INTERLEAVED, LIMIT_ON, MATERIALIZE, WIDE, BLOCK,
-                )  # fmt: skip
-                tile += step
-            tile -= tiles
-            begin += CHUNK
+    each_tile(
+        _tile,
+        (
+            x_ptr, up_ptr, weight_ptr, global_scale_ptr, q_ptr, scale_ptr, scale_ub, limit, alpha, up_offset, rows,
+            scale_expert, scale_row, scale_group, x_expert, x_row, x_column, up_expert, up_row, up_column,
+            weight_expert, weight_row, D, GROUP, DTYPE, QMAX, FLOOR, FORMAT, SWIZZLED, PADDING, RECIPROCAL,
+            INTERLEAVED, LIMIT_ON, MATERIALIZE, WIDE, BLOCK,
+        ),
+        num_rows_ptr, ends_ptr, rows, experts, ALIGNMENT, CHUNK, GROUPS, BLOCK,
+    )  # fmt: skip
 
 
 _launch = Launcher(NAME, _kernel)
@@ -269,12 +211,8 @@ def _plan(
         lead, width, device, masked, ends is not None, group, quant_dtype, scale_format, scale_layout, scale_min,
         reciprocal, fill,
     )  # fmt: skip
-    block, warps = _blocks.tile(group, dtype.itemsize, experts * rows * width)
-    tiles = experts * -(-rows * groups // block)
-    if ends is not None:
-        tiles = min(tiles + ends, rows * groups) if ends else 0
-    if masked or ends is not None:
-        tiles = _blocks.programs(device, tiles)
+    block, warps = _blocks.tile(group, 2 * dtype.itemsize, experts * rows * width)
+    shares = share_out(device, experts, rows, masked, ends, groups, block)
 
     def three(given: tuple[int, ...] | None, names: int) -> tuple[int | None, ...]:
         return (None,) * names if given is None else given if masked else (0, *given)
@@ -290,12 +228,13 @@ def _plan(
         rows * groups >= _blocks.WIDE_PAIRS,
         block,
         alignment,
+        shares.chunk,
     )
     return _Plan(
         results=form,
         plain=not form.codes and form.scale_dtype is not torch.float8_e4m3fn,
-        grid=(tiles if width else 0, 1, 1),
-        numbers=(rows, experts if ends is None else ends, *form.numbers),
+        grid=(shares.programs if width else 0, 1, 1),
+        numbers=(rows, shares.experts, *form.numbers),
         fixed=fixed,
         warps=warps,
     )

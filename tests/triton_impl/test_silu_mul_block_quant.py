@@ -307,10 +307,11 @@ from polyfuse.triton_impl.silu_mul_block_quant import _kernel
 ABSENT = "up_ptr up_expert up_row up_column weight_ptr weight_expert weight_row num_rows_ptr ends_ptr global_scale_ptr"
 ABSENT = dict.fromkeys([*ABSENT.split(), "scale_ub", "limit", "alpha", "up_offset"])
 FLAGS = dict(SWIZZLED=False, PADDING=0, RECIPROCAL=False, INTERLEAVED=False, LIMIT_ON="input", MATERIALIZE=False)
-FLAGS |= dict(WIDE=False, ALIGNMENT=1, x_column=1, D=2048, DTYPE="float8_e4m3fn", QMAX=448.0, FLOOR=1 / (448 * 512))
+FLAGS |= dict(WIDE=False, ALIGNMENT=1, CHUNK=256, x_column=1)
+FLAGS |= dict(D=2048, DTYPE="float8_e4m3fn", QMAX=448.0, FLOOR=1 / (448 * 512))
 
 def compiled(group, scale_format, scale, given={}, q="*fp8e4nv", **flags):
-    block, warps = tile(group, 2, 2**30)
+    block, warps = tile(group, 4, 2**30)
     types = {n: "i32" for n in _kernel.arg_names} | {"x_ptr": "*bf16", "q_ptr": q, "scale_ptr": scale} | given
     constants = ABSENT | FLAGS | dict(GROUP=group, FORMAT=scale_format, BLOCK=block) | flags
     constants = {name: value for name, value in constants.items() if name not in given}
@@ -346,7 +347,7 @@ def test_compiles_for_hopper_with_16_byte_accesses(run_uninterpreted: Callable[[
     assert run_uninterpreted(COMPILE) == [
         "ld v4.b32, ld v4.b32, st v2.b32, st b32, 4, []",
         "gate and up apart, True, []",
-        "ld v4.b32, ld v4.b32, ld v4.b32, ld v4.b32, st v4.b32, st b8, 8, []",
+        "ld v4.b32, ld v4.b32, ld v4.b32, ld v4.b32, st v2.b32, st v2.b32, st b8, 8, []",
         "gate and up apart, True, []",
         "num_rows, True, []",
         "expert_ends, True, []",
