@@ -185,6 +185,15 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One step of what an op fuses, in words, with the arrays that it is the first to read, and those that it gives."""
+
+    does: str
+    reads: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """The definition of one op.
 
@@ -192,7 +201,7 @@ class OpSpec:
     further dims and dtypes that the outputs are written in. `rows` is the first dimension of the arguments
     that grow with the batch; in an `independent` op the results of a row, or of a packed sequence, or of an image, are
     the same bits whatever lies beside it in the call. `core` names the conformance cases without which a backend does
-    not have the op.
+    not have the op. `steps` is what the op fuses, for its picture; a backend may compute it in another order.
     """
 
     name: str
@@ -211,6 +220,7 @@ class OpSpec:
     check: Callable[[Call], None] = lambda call: None
     derive: Callable[[Call], Mapping[str, Any]] = lambda call: {}
     independent: bool = False
+    steps: tuple[Step, ...] = ()
 
     @property
     def positional(self) -> tuple[str, ...]:

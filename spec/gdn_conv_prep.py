@@ -34,7 +34,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from polyfuse.spec._pools import POOL_ARGUMENTS, check_pool
-from polyfuse.spec._types import FLOATS, INTS, AttrSpec, Call, Cost, ErrorBound, OpSpec, OutputSpec, TensorSpec
+from polyfuse.spec._types import FLOATS, INTS, AttrSpec, Call, Cost, ErrorBound, OpSpec, OutputSpec, Step, TensorSpec
 from polyfuse.spec._validate import fail, itemsize
 from polyfuse.spec.gdn_post_conv import (
     BETA_REASON,
@@ -222,4 +222,15 @@ SPEC = OpSpec(
     check=_check,
     derive=_derive,
     cost=_cost,
+    steps=(
+        Step(
+            "inputs before the first row: zeros, or a state",
+            ("initial_state", "state_pool", "state_indices", "has_initial_state", "cu_seqlens"),
+        ),
+        Step("causal conv over W rows, SiLU", ("x", "weight", "bias"), ("v",)),
+        Step("L2 norm of each head", (), ("q", "k")),
+        Step("-exp(A_log) * softplus(a + dt_bias)", ("a", "A_log", "dt_bias"), ("g",)),
+        Step("sigmoid(b)", ("b",), ("beta",)),
+        Step("keep the last inputs", (), ("final_state", "state_pool")),
+    ),
 )
