@@ -60,7 +60,7 @@ generate: $(DEV)
 docs: generate
 	@$(BIN)/python -m polyfuse.bench.page
 	@$(BIN)/python -m polyfuse.bench.compatibility
-	@$(BIN)/python -m polyfuse.bench.limits
+	@$(BIN)/python -m polyfuse.bench.plots
 
 SITE := $(VENV)/.docs
 $(SITE): $(DEV)
