@@ -32,7 +32,14 @@ def _project(
 ) -> torch.Tensor:
     """One result, the columns of the weight that follows after those of the first."""
     if following is None:
-        return linear(x, weight, bias)
+        return _product(x, weight, bias)
     sizes = [len(weight), len(following)]
     biases = (None, None) if bias is None else bias.split(sizes)
-    return torch.cat([linear(x, weight, biases[0]), linear(x, following, biases[1])], dim=-1)
+    return torch.cat([_product(x, weight, biases[0]), _product(x, following, biases[1])], dim=-1)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight.T + bias, rounded once: of 16-bit arrays `linear` may round the product before it adds the bias."""
+    if bias is None or x.dtype == torch.float32:
+        return linear(x, weight, bias)
+    return linear(x.float(), weight.float(), bias.float()).to(x.dtype)
