@@ -39,7 +39,5 @@ def _project(
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x @ weight.T + bias, rounded once: of 16-bit arrays `linear` may round the product before it adds the bias."""
-    if bias is None or x.dtype == torch.float32:
-        return linear(x, weight, bias)
-    return linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    """x @ weight.T + bias, rounded once: `linear` adds the bias before it rounds where x is a matrix, else it may not."""
+    return linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
