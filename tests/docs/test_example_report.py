@@ -1,4 +1,4 @@
-"""The committed report of the Numba example: what it says, that it was made as its README says, and what it keeps quiet."""
+"""The committed report of the Numba example: that it is as its README says, and what it keeps quiet."""
 
 import re
 from pathlib import Path

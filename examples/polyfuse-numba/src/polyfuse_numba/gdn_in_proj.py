@@ -39,5 +39,5 @@ def _project(
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x @ weight.T + bias, rounded once: `linear` adds the bias before it rounds where x is a matrix, else it may not."""
+    """x @ weight.T + bias, rounded once: where x is no matrix, `linear` may round before it adds the bias."""
     return linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
