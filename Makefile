@@ -16,7 +16,7 @@ help:
 	@echo "make test-transformers VERSION=5.24.0   the tests of the integrations with that version"
 	@echo "make check   install, then run ruff, mypy, pyright and import-linter"
 	@echo "make generate   write the public functions and docs/ops from the specs"
-	@echo "make docs    the same, docs/benchmarks.md and docs/compatibility.md"
+	@echo "make docs    the same, the figures, docs/benchmarks.md and docs/compatibility.md"
 	@echo "make docs-site   build the site of the documentation into build/site; a warning is an error"
 	@echo "make docs-browser   install the browser that the site's test opens it with"
 	@echo "make dist    build the sdist and the wheel, and check them as a release is checked"
@@ -60,7 +60,7 @@ generate: $(DEV)
 docs: generate
 	@$(BIN)/python -m polyfuse.bench.page
 	@$(BIN)/python -m polyfuse.bench.compatibility
-	@$(BIN)/python -m polyfuse.bench.limits
+	@$(BIN)/python -m polyfuse.bench.plots
 
 SITE := $(VENV)/.docs
 $(SITE): $(DEV)

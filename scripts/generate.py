@@ -1,10 +1,10 @@
-"""Write what the repository holds of generated text: the public functions, and the ops' pages in docs."""
+"""Write what the repository holds of generated text: the public functions, and the ops' pages and pictures in docs."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-from polyfuse.spec import FORMER_NAMES, OPS, op_page, package_stub, public_module
+from polyfuse.spec import FORMER_NAMES, OPS, op_page, op_picture, package_stub, public_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,7 +15,8 @@ def generated() -> dict[Path, str]:
         Path("src/polyfuse/_ops.py"): _formatted(public_module(OPS.values())),
         Path("src/polyfuse/__init__.pyi"): package_stub(OPS.values(), FORMER_NAMES),
     }
-    return files | {Path(f"docs/ops/{name}.md"): op_page(spec) for name, spec in OPS.items()}
+    files |= {Path(f"docs/ops/{name}.md"): op_page(spec) for name, spec in OPS.items()}
+    return files | {Path(f"docs/ops/{name}.svg"): op_picture(spec) for name, spec in OPS.items()}
 
 
 def _formatted(source: str) -> str:

@@ -11,6 +11,7 @@ from importlib import import_module
 
 from polyfuse.spec._errors import BackendError, SpecError, Unsupported
 from polyfuse.spec._extras import EXTRAS, how_to_install, not_installed
+from polyfuse.spec._picture import op_picture
 from polyfuse.spec._render import docstring, op_page
 from polyfuse.spec._source import literal, package_stub, parameters_source, public_module, result_names
 from polyfuse.spec._types import (
@@ -82,6 +83,7 @@ __all__ = [
     "literal",
     "not_installed",
     "op_page",
+    "op_picture",
     "package_stub",
     "parameters_source",
     "public_module",

@@ -56,6 +56,7 @@ def op_page(spec: OpSpec) -> str:
         f"# `{spec.name}`",
         spec.summary,
         f"Spec version {spec.version}. Source: {spec.source}.",
+        f"![{spec.name}: what it reads, its steps, and what it writes]({spec.name}.svg)",
         f"```text\n{definition}\n```",
         "## Arguments",
         _table(("array", "shape", "dtype", "meaning"), inputs),

@@ -200,6 +200,15 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One step of what an op fuses, in words, with the arrays that it is the first to read, and those that it gives."""
+
+    does: str
+    reads: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """The definition of one op.
 
@@ -208,7 +217,8 @@ class OpSpec:
     that grow with the batch; in an `independent` op the results of a row, or of a packed sequence, or of an image, are
     the same bits whatever lies beside it in the call. `groups` are the dimensions that count groups of rows, such as
     experts or sequences: an argument that begins with one has an element for each. `core` names the conformance cases
-    without which a backend does not have the op.
+    without which a backend does not have the op. `steps` is what the op fuses, for its picture; a backend may compute
+    it in another order.
     """
 
     name: str
@@ -228,6 +238,7 @@ class OpSpec:
     derive: Callable[[Call], Mapping[str, Any]] = lambda call: {}
     independent: bool = False
     groups: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
 
     @property
     def boundaries(self) -> TensorSpec | None:

@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from math import frexp, isfinite, prod
 from typing import Any, NamedTuple
 
-from polyfuse.spec._types import FLOATS, AttrSpec, Boundaries, Call, Cost, ErrorBound, OpSpec, OutputSpec, TensorSpec
+from polyfuse.spec._types import (
+    FLOATS,
+    AttrSpec,
+    Boundaries,
+    Call,
+    Cost,
+    ErrorBound,
+    OpSpec,
+    OutputSpec,
+    Step,
+    TensorSpec,
+)
 from polyfuse.spec._validate import fail, itemsize
 
 NAME = "block_quant"
@@ -239,6 +250,10 @@ QUANTISER_ATTRS = (
     AttrSpec("expert_alignment", "int", 1, "a multiple of it is where each expert of expert_ends begins", minimum=1),
     AttrSpec("fill", "float", None, "what scales of no valid row or group hold; a power of two if they are ue8m0"),
 )
+QUANTISER_STEPS = (
+    Step("the scale of each group, from its largest |y|", ("num_rows", "expert_ends", "global_scale"), ("scale",)),
+    Step("y / scale, clamped and rounded", (), ("q",)),
+)
 QUANTISER_OUTPUTS = (
     OutputSpec("q", ("...", "Q"), "quant_dtype", "quantised values; Q is D, or D / 2 pairs of float4_e2m1"),
     OutputSpec(
@@ -317,4 +332,8 @@ SPEC = OpSpec(
     check=check_quantiser,
     derive=derive_quantiser,
     cost=_cost,
+    steps=(
+        Step("a row in fp32", ("x",)),
+        *QUANTISER_STEPS,
+    ),
 )

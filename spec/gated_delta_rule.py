@@ -56,6 +56,7 @@ from polyfuse.spec._types import (
     ErrorBound,
     OpSpec,
     OutputSpec,
+    Step,
     TensorSpec,
 )
 from polyfuse.spec._validate import fail, itemsize
@@ -242,4 +243,15 @@ SPEC = OpSpec(
     check=_check,
     derive=_derive,
     cost=_cost,
+    steps=(
+        Step(
+            "S begins as a state, or as zero",
+            ("initial_state", "state_pool", "state_indices", "has_initial_state", "cu_seqlens"),
+        ),
+        Step("per row: S = exp(g) * S", ("g",)),
+        Step("d = beta * (v - S^T k)", ("k", "v", "beta")),
+        Step("S = S + k d^T"),
+        Step("o = scale * S^T q", ("q",), ("o",)),
+        Step("keep the last S", (), ("final_state", "state_pool")),
+    ),
 )

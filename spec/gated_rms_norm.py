@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from math import isfinite, prod, sqrt
 from typing import Any
 
-from polyfuse.spec._types import FLOATS, AttrSpec, Call, Cost, ErrorBound, OpSpec, OutputSpec, TensorSpec
+from polyfuse.spec._types import FLOATS, AttrSpec, Call, Cost, ErrorBound, OpSpec, OutputSpec, Step, TensorSpec
 from polyfuse.spec._validate import fail, itemsize
 
 NAME = "gated_rms_norm"
@@ -116,4 +116,9 @@ SPEC = OpSpec(
     ),
     check=_check,
     cost=_cost,
+    steps=(
+        Step("RMS norm of each row", ("x",)),
+        Step("times the weight", ("weight",)),
+        Step("times SiLU of the gate", ("gate",), ("y",)),
+    ),
 )

@@ -44,6 +44,7 @@ from polyfuse.spec._types import (
     ErrorBound,
     OpSpec,
     OutputSpec,
+    Step,
     TensorSpec,
 )
 from polyfuse.spec._validate import fail, itemsize
@@ -239,4 +240,15 @@ SPEC = OpSpec(
     check=_check,
     derive=_derive,
     cost=_cost,
+    steps=(
+        Step(
+            "inputs before the first row: zeros, or a state",
+            ("initial_state", "state_pool", "state_indices", "has_initial_state", "cu_seqlens"),
+        ),
+        Step("causal conv over W rows, SiLU", ("x", "weight", "bias"), ("v",)),
+        Step("L2 norm of each head", (), ("q", "k")),
+        Step("-exp(A_log) * softplus(a + dt_bias)", ("a", "A_log", "dt_bias"), ("g",)),
+        Step("sigmoid(b)", ("b",), ("beta",)),
+        Step("keep the last inputs", (), ("final_state", "state_pool")),
+    ),
 )

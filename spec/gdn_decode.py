@@ -57,6 +57,7 @@ from polyfuse.spec._types import (
     ErrorBound,
     OpSpec,
     OutputSpec,
+    Step,
     TensorSpec,
 )
 from polyfuse.spec._validate import fail, itemsize
@@ -311,4 +312,17 @@ SPEC = OpSpec(
     ),
     check=_check,
     cost=_cost,
+    steps=(
+        Step(
+            "conv of the token and the inputs that were kept, SiLU",
+            ("x", "conv_weight", "conv_bias", "conv_state", "state_indices", "num_accepted"),
+            ("conv_state",),
+        ),
+        Step("L2 norm of the heads of q and k"),
+        Step("decay g and write strength beta", ("a", "b", "A_log", "dt_bias")),
+        Step("S = exp(g) * S", ("recurrent_state",)),
+        Step("S = S + k d^T, with d = beta * (v - S^T k)", (), ("recurrent_state",)),
+        Step("o = scale * S^T q"),
+        Step("RMS norm, weight, times SiLU of z", ("norm_weight", "z"), ("out",)),
+    ),
 )

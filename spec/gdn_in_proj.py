@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from polyfuse.spec._types import FLOATS, AttrSpec, Call, Cost, ErrorBound, OpSpec, OutputSpec, TensorSpec
+from polyfuse.spec._types import FLOATS, AttrSpec, Call, Cost, ErrorBound, OpSpec, OutputSpec, Step, TensorSpec
 from polyfuse.spec._validate import fail, itemsize
 
 NAME = "gdn_in_proj"
@@ -119,4 +119,8 @@ SPEC = OpSpec(
         "four_weights-float32-auto",
     ),
     cost=_cost,
+    steps=(
+        Step("x @ [w_qkvz | w_z].T + bias", ("x", "w_qkvz", "w_z", "bias_qkvz"), ("qkvz",)),
+        Step("x @ [w_ba | w_a].T + bias", ("w_ba", "w_a", "bias_ba"), ("ba",)),
+    ),
 )

@@ -27,6 +27,7 @@ from polyfuse.spec._types import (
     ErrorBound,
     OpSpec,
     OutputSpec,
+    Step,
     TensorSpec,
 )
 from polyfuse.spec._validate import fail, itemsize
@@ -142,4 +143,10 @@ SPEC = OpSpec(
         "gates_wide_line-g_exp_False",
     ),
     cost=_cost,
+    steps=(
+        Step("split the row into q, k and v", ("conv_out",), ("v",)),
+        Step("L2 norm of each head", (), ("q", "k")),
+        Step("-exp(A_log) * softplus(a + dt_bias)", ("a", "A_log", "dt_bias"), ("g",)),
+        Step("sigmoid(b)", ("b",), ("beta",)),
+    ),
 )

@@ -36,6 +36,7 @@ from polyfuse.spec._types import (
     ErrorBound,
     OpSpec,
     OutputSpec,
+    Step,
     TensorSpec,
 )
 from polyfuse.spec._validate import fail, itemsize
@@ -171,4 +172,9 @@ SPEC = OpSpec(
     check=_check,
     derive=_derive,
     cost=_cost,
+    steps=(
+        Step("taps and weights of each patch", ("grid_thw",)),
+        Step("weighted sum of 4 or 16 vectors of the table", ("table",)),
+        Step("add base, round once", ("base",), ("out",)),
+    ),
 )

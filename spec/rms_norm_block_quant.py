@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from math import isfinite, prod, sqrt
 from typing import Any
 
-from polyfuse.spec._types import FLOATS, AttrSpec, Call, Cost, ErrorBound, OpSpec, OutputSpec, TensorSpec
+from polyfuse.spec._types import FLOATS, AttrSpec, Call, Cost, ErrorBound, OpSpec, OutputSpec, Step, TensorSpec
 from polyfuse.spec._validate import fail, itemsize
 from polyfuse.spec.block_quant import (
     QUANTISER,
@@ -20,6 +20,7 @@ from polyfuse.spec.block_quant import (
     QUANTISER_EDGE_CASES,
     QUANTISER_ERRORS,
     QUANTISER_OUTPUTS,
+    QUANTISER_STEPS,
     QUANTISER_TENSORS,
     bytes_of_results,
     check_quantiser,
@@ -124,4 +125,9 @@ SPEC = OpSpec(
     check=_check,
     derive=_derive,
     cost=_cost,
+    steps=(
+        Step("add the residual", ("x", "residual"), ("sum",)),
+        Step("RMS norm, times the weight", ("weight",)),
+        *QUANTISER_STEPS,
+    ),
 )

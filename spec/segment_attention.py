@@ -30,6 +30,7 @@ from polyfuse.spec._types import (
     ErrorBound,
     OpSpec,
     OutputSpec,
+    Step,
     TensorSpec,
 )
 from polyfuse.spec._validate import fail, itemsize
@@ -184,4 +185,9 @@ SPEC = OpSpec(
         "trailing_nan",
     ),
     cost=_cost,
+    steps=(
+        Step("scores inside a segment: scale * q k^T", ("q", "k", "cu_seqlens")),
+        Step("softmax over the segment"),
+        Step("weighted sum of v", ("v",), ("out",)),
+    ),
 )

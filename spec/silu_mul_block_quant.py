@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from math import isfinite, prod
 from typing import Any
 
-from polyfuse.spec._types import FLOATS, AttrSpec, Call, Cost, ErrorBound, OpSpec, TensorSpec
+from polyfuse.spec._types import FLOATS, AttrSpec, Call, Cost, ErrorBound, OpSpec, Step, TensorSpec
 from polyfuse.spec._validate import fail, itemsize
 from polyfuse.spec.block_quant import (
     QUANTISER,
@@ -27,6 +27,7 @@ from polyfuse.spec.block_quant import (
     QUANTISER_EDGE_CASES,
     QUANTISER_ERRORS,
     QUANTISER_OUTPUTS,
+    QUANTISER_STEPS,
     QUANTISER_TENSORS,
     bytes_of_results,
     check_quantiser,
@@ -155,4 +156,9 @@ SPEC = OpSpec(
     check=_check,
     derive=derive_quantiser,
     cost=_cost,
+    steps=(
+        Step("SiLU of the gate, times up", ("x", "up")),
+        Step("times the row's weight", ("row_weight",)),
+        *QUANTISER_STEPS,
+    ),
 )

@@ -73,14 +73,19 @@ def pages(site: Path) -> list[str]:
 def test_every_page_fits_and_loads_its_pictures(site: Path, address: str, browser: Any, width: int) -> None:
     tab = browser.new_page(viewport={"width": width, "height": 900})
     wrong = []
+    shown: dict[str, set[str]] = {}
     for page in pages(site):
         tab.goto(f"{address}{page}/".replace("/./", "/"))
         tab.wait_for_load_state("load")
         over = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         broken = tab.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)")
+        shown[page] = set(tab.evaluate("[...document.images].map(i => i.src.split('/').pop())"))
         if over > 0 or broken:
             wrong.append((page, over, broken))
     assert not wrong
+    assert all(f"{op}.svg" in shown[f"docs/ops/{op}"] for op in OPS)
+    assert shown["docs/benchmarks"] >= {path.name for path in ROOT.glob("benchmarks/plots/*.svg")}
+    assert "conformance_report.png" in shown["docs/porting"]
     assert len(pages(site)) > len(OPS) + 10
 
 
@@ -108,6 +113,7 @@ def test_no_link_is_broken(site: Path, address: str, browser: Any) -> None:
 def test_the_search_finds_an_op(address: str, browser: Any, op: str) -> None:
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
     tab.goto(address)
+    tab.wait_for_load_state("networkidle")  # what is written before the search has its script goes unseen
     tab.fill(".md-search__input", op)
     found = tab.locator(f".md-search-result__link[href*='ops/{op}']").first
-    found.wait_for(state="attached", timeout=10_000)
+    found.wait_for(state="attached", timeout=30_000)

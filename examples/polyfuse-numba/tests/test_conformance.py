@@ -46,3 +46,12 @@ def test_an_infinite_up_of_a_far_negative_gate_is_infinite():
     q, scale = polyfuse.silu_mul_block_quant(x, group_size=32, backend="numba")
     assert scale.item() == torch.inf
     assert q.float().isnan().tolist() == [[True] + [False] * 31]
+
+
+def test_a_gate_of_one_head_may_have_any_stride():
+    wide = torch.randn(1, 2, generator=torch.Generator().manual_seed(0))
+    conv_out, a, one = torch.ones(1, 12), wide[:, ::2], torch.ones(1)  # strides (2, 2), and contiguous
+    sizes = {"num_k_heads": 1, "head_k_dim": 4, "head_v_dim": 4}
+    strided = polyfuse.gdn_post_conv(conv_out, a, a, one, one, **sizes, backend="numba")
+    plain = polyfuse.gdn_post_conv(conv_out, a.clone(), a.clone(), one, one, **sizes, backend="numba")
+    assert all(torch.equal(x, y) for x, y in zip(strided, plain, strict=True))

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from polyfuse.bench.page import Result, read, table
+from polyfuse.bench.measured import Result, read
+from polyfuse.bench.page import table
 from polyfuse.configs import model_configs
 from polyfuse.integrations.transformers._gated_delta_net_checks import LAYERS
 from polyfuse.integrations.transformers._graphs import ENCODERS

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: the committed results as tables.
+"""docs/benchmarks.md: the committed results as figures and tables.
 
 `python -m polyfuse.bench.page` writes the page from `benchmarks/results/*.json` and the text around the tables in
 `benchmarks/page.md.j2`. A result names the command, the commit and the date that it was made with under `made`, which
@@ -6,30 +6,19 @@ is added by hand when the file is committed: a new run drops it, and the page is
 A conformance report with a schema number says so itself.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from polyfuse.bench.baseline import compare, size_of, variants_of
-from polyfuse.conformance.report import read as read_report
-from polyfuse.spec import fail
+from polyfuse.bench.measured import Result, bytes_us, named_versions, read, short
+from polyfuse.bench.plots import charts_of, origin_of
+from polyfuse.bench.plots.chart import embedded
+from polyfuse.bench.plots.labels import case_label, model_label
+from polyfuse.bench.plots.limit import LIMIT, RESULTS, limit_chart
 
 TEMPLATE = "page.md.j2"
-FIGURE = "limit_h200.svg"  # drawn by `polyfuse.bench.limits`; the others by `polyfuse bench plot`
-NAMED_VERSIONS = {
-    "torch": "PyTorch",
-    "triton": "Triton",
-    "jax": "JAX",
-    "transformers": "Transformers",
-    "flash-linear-attention": "FLA",
-    "flash-qla": "FlashQLA",
-    "causal-conv1d": "causal-conv1d",
-}
-
-Result = Mapping[str, Any]
 Cells = Sequence[object]
 
 
@@ -44,7 +33,9 @@ def render(benchmarks: Path) -> str:
     )
     tables: dict[str, Callable[..., str]] = {
         "caption": lambda name: caption(name, results[name]),
-        "ops": lambda *names: ops([results[name] for name in names]),
+        "limit": lambda: embedded(limit_chart([results[name] for name in RESULTS]), LIMIT, origin_of(results["h200"])),
+        "figures": lambda name, *parts: figures(name, results[name], parts),
+        "ops": lambda *names: ops({name: results[name] for name in names}),
         "jax": lambda *names: jax([results[name] for name in names]),
         "dispatch": lambda name: dispatch(results[name]),
         "tower": lambda name: tower(results[name]),
@@ -57,30 +48,14 @@ def render(benchmarks: Path) -> str:
         "conv": lambda name: conv(results[name]),
         "conformance": lambda: conformance(results),
     }
-    figures = sorted(path.name for path in (benchmarks / "plots").glob("*.svg") if path.name != FIGURE)
     template = environment.from_string((benchmarks / TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(tables, results=results, figures=figures)
-
-
-def read(path: Path) -> Result:
-    """One file of results. Raises `SpecError` if it does not say how it was made."""
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if "schema" in data:
-        report = read_report(path)
-        by = "; ".join(report.command.splitlines())
-        data["made"] = {"by": by, "commit": report.commit, "date": report.started.partition("T")[0]}
-    made = data.get("made", {})
-    missing = [key for key in ("by", "commit", "date") if not made.get(key)]
-    if missing:
-        fail("page", f"{path.name}: made", "the keys by, commit and date", f"none of {', '.join(missing)}")
-    return data
+    return template.render(tables, results=results)
 
 
 def caption(name: str, data: Result) -> str:
     """What a result was made with: file, command, commit, date, device and versions."""
-    made, found = data["made"], data["versions"]
-    versions = [f"{title} {found[key]}" for key, title in NAMED_VERSIONS.items() if key in found]
-    said = [f"`{made['by']}` at {made['commit']}", made["date"], data["device"], *versions]
+    made = data["made"]
+    said = [f"`{made['by']}` at {made['commit']}", made["date"], data["device"], *named_versions(data)]
     note = f"; {made['note']}" if "note" in made else ""
     return f"[{name}.json](../benchmarks/results/{name}.json): {', '.join(said)}{note}."
 
@@ -91,22 +66,6 @@ def table(columns: Sequence[str], rows: Iterable[Cells], texts: int = 1) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def short(value: float | None) -> str:
-    """A number with the digits that count, or a dash for none."""
-    if value is None:
-        return "-"
-    if value >= 100:
-        return f"{value:,.0f}"
-    if value >= 10:
-        return f"{value:.1f}"
-    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.1g}"
-
-
-def bytes_us(row: Result, ceiling_gb_s: float) -> float:
-    """The time that the bytes of a call need at the stream speed of the run."""
-    return float(row["device_us"] * row["gigabytes_per_s"] / ceiling_gb_s)
-
-
 def _by_case(data: Result) -> dict[tuple[str, str, str], dict[str, Result]]:
     """(op, model, case) to its rows by backend."""
     found: dict[tuple[str, str, str], dict[str, Result]] = {}
@@ -115,25 +74,35 @@ def _by_case(data: Result) -> dict[tuple[str, str, str], dict[str, Result]]:
     return found
 
 
-def ops(results: Sequence[Result]) -> str:
-    """Each case in Triton beside its bytes' time, `torch.compile` and eager PyTorch, a table for each op."""
+def figures(name: str, data: Result, parts: Sequence[str] = ()) -> str:
+    """The figures of a file of results, or those of some parts, each with its caption."""
+    charts = [chart for chart in charts_of(data) if not parts or chart.part in parts]
+    return "\n\n".join(embedded(chart, name, origin_of(data)) for chart in charts)
+
+
+def ops(results: Mapping[str, Result]) -> str:
+    """Each case in Triton beside its bytes' time, `torch.compile` and eager PyTorch; figure and table of each op."""
     lines: dict[str, list[Cells]] = {}
-    for data in results:
+    files: dict[str, str] = {}
+    for name, data in results.items():
         for (op, model, case), rows in _by_case(data).items():
             ours = rows["triton"]
             us = ours["device_us"]
             compiled = us * ours["compile_ratio"] if ours["compile_ratio"] else None
             times = (bytes_us(ours, data["ceiling_gb_s"]), us, compiled, us * ours["eager_ratio"])
-            lines.setdefault(op, []).append((f"{model} {case}", *map(short, times), short(ours["host_us"])))
+            files[op] = name
+            label = f"{model_label(model)}, {case_label(case)}"
+            lines.setdefault(op, []).append((label, *map(short, times), short(ours["host_us"])))
     columns = ("case", "limit by bytes, us", "triton, us", "torch.compile, us", "eager PyTorch, us", "host, us")
-    beside = peers(results)
+    beside = peers(results.values())
     parts = []
     for op, rows in lines.items():
-        parts += [f"### {op}", table(columns, rows), *([beside[op]] if op in beside else [])]
+        shown = figures(files[op], results[files[op]], [op])
+        parts += [f"### {op}", shown, table(columns, rows), *([beside[op]] if op in beside else [])]
     return "\n\n".join(parts)
 
 
-def peers(results: Sequence[Result]) -> dict[str, str]:
+def peers(results: Iterable[Result]) -> dict[str, str]:
     """What other packages took on the same inputs in the same run, a table for each op that has such results."""
     lines: dict[str, list[Cells]] = {}
     for row in (row for data in results for row in data.get("peers", ())):
@@ -141,7 +110,8 @@ def peers(results: Sequence[Result]) -> dict[str, str]:
             continue
         ratios = ("-" if value is None else f"{value:.2f}x" for value in (row["ratio"], row["cold_ratio"]))
         times = short(row["device_us"]), short(row["cold_us"])
-        texts = f"{row['model']} {row['case']}", f"{row['peer']} {row['version']}", row["status"]
+        label = f"{model_label(row['model'])}, {case_label(row['case'])}"
+        texts = label, f"{row['peer']} {row['version']}", row["status"]
         lines.setdefault(row["op"], []).append((*texts, *times, *ratios))
     columns = ("case", "peer", "by the oracle", "us", "cold, us", "times ours", "cold, times ours")
     return {op: table(columns, rows, texts=3) for op, rows in lines.items()}
@@ -154,7 +124,7 @@ def jax(results: Sequence[Result]) -> str:
         cases = sorted(_by_case(data).items(), key=lambda item: bytes_us(item[1]["jax"], data["ceiling_gb_s"]))
         for (op, model, case), rows in cases:
             times = (bytes_us(rows["jax"], data["ceiling_gb_s"]), rows["pallas"]["device_us"], rows["jax"]["device_us"])
-            largest[op] = (op, f"{model} {case}", *map(short, times))
+            largest[op] = (op, f"{model_label(model)}, {case_label(case)}", *map(short, times))
     return table(("op", "case", "limit by bytes, us", "pallas, us", "jax, us"), largest.values(), texts=2)
 
 

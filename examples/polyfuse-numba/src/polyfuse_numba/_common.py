@@ -49,9 +49,9 @@ def rows_of(x: torch.Tensor) -> tuple[NDArray[np.uint16], int, int]:
     if x.stride(1) != 1:
         x = x.contiguous()
     stride, kind = x.stride(0) * (x.element_size() // 2), KINDS[x.dtype]
-    if not x.is_contiguous():
-        x = x.as_strided(((x.shape[0] - 1) * x.stride(0) + x.shape[1],), (1,))
-    return bits(x), stride, kind
+    # As flat memory, also where it is contiguous: a dimension of one element may then have any stride.
+    span = (x.shape[0] - 1) * x.stride(0) + x.shape[1] if x.numel() else 0
+    return bits(x.as_strided((span,), (1,))), stride, kind
 
 
 def chunks_for(rows: int) -> int:

@@ -32,7 +32,12 @@ def _project(
 ) -> torch.Tensor:
     """One result, the columns of the weight that follows after those of the first."""
     if following is None:
-        return linear(x, weight, bias)
+        return _product(x, weight, bias)
     sizes = [len(weight), len(following)]
     biases = (None, None) if bias is None else bias.split(sizes)
-    return torch.cat([linear(x, weight, biases[0]), linear(x, following, biases[1])], dim=-1)
+    return torch.cat([_product(x, weight, biases[0]), _product(x, following, biases[1])], dim=-1)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight.T + bias, rounded once: where x is no matrix, `linear` may round before it adds the bias."""
+    return linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])

@@ -1,42 +1,58 @@
-"""Panels of `polyfuse bench`."""
+"""Charts of `polyfuse bench`: the latency of each op's cases beside the limit and the peers."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from polyfuse.bench.plots.figure import Panels, Rows, bar_offset
+from polyfuse.bench.measured import bytes_us
+from polyfuse.bench.plots.chart import Chart, Row, Section, Series
+from polyfuse.bench.plots.labels import case_label, model_label
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Times = dict[str, dict[str, float]]  # microseconds by case and backend
-
-
-def op_panels(data: Mapping[str, Any]) -> Panels:
-    """A panel for each op: device time of each case, one bar for each backend."""
-    rows: Rows = data["rows"]
-    backends = list(dict.fromkeys(row["backend"] for row in rows))
-    times: dict[str, Times] = {}
-    for row in rows:
-        cases = times.setdefault(row["op"], {})
-        cases.setdefault(f"{row['model']}, {row['case']}", {})[row["backend"]] = row["device_us"]
-    panels = Panels()
-    for op, cases in times.items():
-        panels.draws.append(partial(_draw, op=op, times=cases, backends=backends))
-        panels.heights.append(1.1 + 0.42 * len(cases))
-    return panels
+LIMIT = Series("limit by bytes", "limit")
+NOTE = "The limit is each byte once, as fast as a large copy; below the axis it is not drawn."
+# By the name of the ratio that a row has of each.
+PEERS = {"compile": Series("torch.compile", "peer"), "eager": Series("eager PyTorch", "plain")}
+# Backends of JAX arrays, whose times are not device times alone.
+JAX = ("pallas", "jax")
+ROLES = {"triton": "ours", "pallas": "ours", "jax": "peer"}
 
 
-def _draw(axis: "Axes", op: str, times: Times, backends: Sequence[str]) -> None:
-    for i, backend in enumerate(backends):
-        places, found = [], []
-        for place, case in enumerate(times.values()):
-            if backend in case:
-                places.append(place + bar_offset(i, len(backends)))
-                found.append(case[backend])
-        axis.barh(places, found, 0.8 / len(backends), label=backend, color=f"C{i}")
-    axis.set_yticks(range(len(times)), list(times))
-    axis.invert_yaxis()
-    axis.set(title=op, xlabel="device time per call (µs)", xscale="log")
-    axis.grid(visible=False, axis="y")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+def op_charts(data: Mapping[str, Any]) -> list[Chart]:
+    """A chart for each op: a section for PyTorch tensors, and one for JAX arrays."""
+    by_op: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
+    for row in data["rows"]:
+        label = f"{model_label(row['model'])}, {case_label(row['case'])}"
+        by_op.setdefault(row["op"], {}).setdefault(label, {})[row["backend"]] = row
+    charts = []
+    for op, cases in by_op.items():
+        backends = list(dict.fromkeys(name for rows in cases.values() for name in rows))
+        sections = [_torch(cases, data["ceiling_gb_s"], [name for name in backends if name not in (*JAX, "torch")])]
+        if arrays := [name for name in JAX if name in backends]:
+            sections.append(_jax(cases, data["ceiling_gb_s"], arrays))
+        kept = [section for section in sections if section.rows]
+        charts.append(Chart(op, op, "time of a call, µs", kept, NOTE))
+    return charts
+
+
+def _series(names: Sequence[str]) -> list[Series]:
+    return [Series(name, ROLES.get(name, "other")) for name in names]
+
+
+def _torch(cases: Mapping[str, Mapping[str, Any]], ceiling: float, backends: Sequence[str]) -> Section:
+    rows = []
+    for label, found in cases.items():
+        tensors = [row for name, row in found.items() if name not in JAX]
+        if tensors:
+            base = found.get("triton", tensors[0])
+            own = [found[name]["device_us"] if name in found else None for name in backends]
+            peers = [base["device_us"] * ratio if (ratio := base[f"{key}_ratio"]) else None for key in PEERS]
+            rows.append(Row(label, [bytes_us(base, ceiling), *own, *peers]))
+    return Section("PyTorch tensors, device time", [LIMIT, *_series(backends), *PEERS.values()], rows)
+
+
+def _jax(cases: Mapping[str, Mapping[str, Any]], ceiling: float, backends: Sequence[str]) -> Section:
+    rows = []
+    for label, found in cases.items():
+        if arrays := [found[name] for name in backends if name in found]:
+            own = [found[name]["device_us"] if name in found else None for name in backends]
+            rows.append(Row(label, [bytes_us(arrays[0], ceiling), *own]))
+    return Section("JAX arrays, wall time of calls in a row", [LIMIT, *_series(backends)], rows)

@@ -21,4 +21,5 @@ def command(files: tuple[Path, ...], out: Path, kind: str) -> None:
     from polyfuse.bench.plots import plot
 
     for path in files:
-        console().print(f"written: {plot(path, out, kind)}", soft_wrap=True)
+        for figure in plot(path, out, kind):
+            console().print(f"written: {figure}", soft_wrap=True)
