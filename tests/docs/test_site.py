@@ -113,11 +113,5 @@ def test_no_link_is_broken(site: Path, address: str, browser: Any) -> None:
 def test_the_search_finds_an_op(address: str, browser: Any, op: str) -> None:
     with browser.new_page(viewport={"width": 1280, "height": 900}) as tab:
         tab.goto(address)
-        found = tab.locator(f".md-search-result__link[href*='ops/{op}']")
-        for _ in range(20):  # what is written before the search has its script and its index goes unseen
-            tab.fill(".md-search__input", "")
-            tab.fill(".md-search__input", op)
-            tab.wait_for_timeout(2_000)
-            if found.count():
-                break
-        assert found.count()
+        tab.locator(".md-search__input").press_sequentially(op)  # it looks at keys, not at what is filled in
+        tab.locator(f".md-search-result__link[href*='ops/{op}']").first.wait_for(state="attached", timeout=60_000)
