@@ -43,8 +43,8 @@ def accelerate(
       for bit as the model does.
     - "fp8_experts": the experts of MoE layers with FP8 weights. Inference then quantises each token once, and the rest
       as in an MLP; the products are block-scaled GEMMs, one expert after the other, and not captured in a graph.
-    - "torchao_mlp": MLPs with torchao's MXFP8 or MXFP4 weights, and NVFP4 ones if `parts` names this kind. Inference then
-      quantises their input once, and the activation in one kernel with SiLU and product, for torchao's own GEMMs.
+    - "torchao_mlp": MLPs with torchao's MXFP8 or MXFP4 weights, and NVFP4 ones if `parts` names this kind. Inference
+      then quantises their input once, and the activation in one kernel with SiLU and product, for torchao's own GEMMs.
 
     No parameter is copied or moved. A part whose first call runs as before logs a line, a warning if `parts` named it.
     Raises `SpecError` if there is nothing to patch, with what was found, or for bad settings.

@@ -16,7 +16,8 @@ from polyfuse.integrations.transformers._parts import KINDS, find
 class Part:
     """How one part of a model stands. `reason` says why a plain inference call of it would not run fused now.
 
-    `gemm` says of a part with quantised weights what multiplies them by what it quantises, on the device where they are.
+    `gemm` says of a part with quantised weights what multiplies them, on the device where they are, by what it
+    quantises.
     """
 
     name: str
