@@ -39,7 +39,7 @@ def is_nvfp4(weight: Any) -> bool:
 
 def gemm_of(weight: Any) -> str:
     """What torchao multiplies by this weight on the device where it is; "" if that device has no such GEMM."""
-    if not is_nvfp4(weight) and weight.kernel_preference.name == "EMULATED":
+    if not is_nvfp4(weight) and _preference(weight) == "EMULATED":
         return "torchao's emulated GEMM"
     device = weight.device
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < BLACKWELL:
@@ -103,6 +103,11 @@ def _fields(cls: Any) -> set[str]:
     return {field for name in (*names, *optional) for field in getattr(cls, name, ())}
 
 
+def _preference(weight: Any) -> str:
+    """The name of the GEMM that an MX weight asks for; "" for none."""
+    return getattr(getattr(weight, "kernel_preference", None), "name", "")
+
+
 def _odd_mx(weight: Any) -> str:
     asked = weight.act_quant_kwargs
     if weight.block_size != 32 or asked.block_size != 32:
@@ -111,8 +116,8 @@ def _odd_mx(weight: Any) -> str:
         return f"is for activations of {asked.elem_dtype}"
     if asked.scaling_mode.name != "RCEIL":
         return f"has scales of mode {asked.scaling_mode.name}, and only RCEIL is that of the op"
-    if asked.kernel_preference != weight.kernel_preference or weight.kernel_preference.name not in ("AUTO", "EMULATED"):
-        return f"prefers the GEMM {weight.kernel_preference.name}"
+    if asked.kernel_preference != weight.kernel_preference or _preference(weight) not in ("AUTO", "EMULATED"):
+        return f"prefers the GEMM {_preference(weight)}"
     return ""
 
 
