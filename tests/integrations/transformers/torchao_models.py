@@ -12,6 +12,8 @@ from torchao.quantization import quantize_
 from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
+from polyfuse.integrations.transformers import report
+
 HIDDEN, INTERMEDIATE = 96, 160  # neither fills blocks of 128 rows by 4 scales
 MXFP8, MXFP4 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -91,3 +93,14 @@ def recorded(calls: list[Any]) -> Callable[..., torch.Tensor]:
         return scaled_mm(a, b, scale_a, *args, **options)
 
     return call
+
+
+def run(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = mlp(x)
+    return out
+
+
+def part_of(mlp: Any) -> Any:
+    (part,) = report(mlp).parts
+    return part
