@@ -10,6 +10,7 @@ import pytest
 import torch
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.mx_tensor import to_mx
+from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
 
 import polyfuse
 from polyfuse.dispatch import to_numpy
@@ -18,6 +19,7 @@ from polyfuse.dispatch import to_numpy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 BACKENDS = ["torch", "triton"]
+FLOAT4 = torch.float4_e2m1fn_x2
 POWERS_OF_TWO = [
     *product(["ue8m0", "ue8m0_packed"], ["row_major", "col_major", "col_major_tma"]),
     ("ue8m0", "swizzled_128x4"),
@@ -82,7 +84,7 @@ def test_microscaling_formats_are_those_of_torchao(quant_dtype: str, qmax: int, 
     x = torch.from_numpy(blocks_of(amax[(mantissa == 1) | (mantissa > 1 + 2.0**-18)]))
     assert len(x) > 1900
     swizzled = layout == "swizzled_128x4"
-    dtype = torch.float8_e4m3fn if quant_dtype == "float8_e4m3fn" else torch.float4_e2m1fn_x2
+    dtype = torch.float8_e4m3fn if quant_dtype == "float8_e4m3fn" else FLOAT4
     want_scale, want_q = to_mx(x, dtype, 32, ScaleCalculationMode.RCEIL, is_swizzled_scales=swizzled)
     q, scale = polyfuse.block_quant(
         x, group_size=32, quant_dtype=quant_dtype, scale_format="ue8m0", scale_layout=layout, backend=backend
@@ -90,6 +92,26 @@ def test_microscaling_formats_are_those_of_torchao(quant_dtype: str, qmax: int, 
     exponents = scale if swizzled else scale.to(torch.float8_e8m0fnu).view(torch.uint8)
     assert torch.equal(exponents.flatten(), want_scale.view(torch.uint8).flatten())
     assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("dtype", "quant_dtype"), [(torch.float8_e4m3fn, "float8_e4m3fn"), (FLOAT4, "float4_e2m1")])
+def test_every_amax_of_bfloat16_is_as_in_torchao(dtype: torch.dtype, quant_dtype: str) -> None:
+    """From 2**-118 on, and with the product that a GPU computes for the division.
+
+    An exact quotient is a power of two or 2**-8 away from one at least: no logarithm in float32 mistakes it.
+    """
+    amax = torch.arange(0x0480, 0x7F80, dtype=torch.int16).view(torch.bfloat16)
+    assert (amax[0], len(amax)) == (2.0**-118, 31488)
+    x = (torch.rand(len(amax), 32, generator=torch.Generator().manual_seed(0)) * 2 - 1).double()
+    x = (x * amax.double()[:, None]).bfloat16()
+    x[:, 5] = -amax
+    want_scale, want_q = to_mx(x, dtype, 32, ScaleCalculationMode.RCEIL)
+    for reciprocal in (False, True):
+        q, scale = polyfuse.block_quant(
+            x, group_size=32, quant_dtype=quant_dtype, scale_format="ue8m0", reciprocal=reciprocal, backend="torch"
+        )
+        assert torch.equal(scale.to(torch.float8_e8m0fnu).view(torch.uint8), want_scale.view(torch.uint8))
+        assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8))
 
 
 def nvfp4(x: Any, global_scale: float) -> tuple[Any, Any]:
@@ -140,6 +162,27 @@ def test_nvfp4_is_that_of_an_independent_packer(layout: str, backend: str) -> No
             assert memory[place] == want_scale.view(np.uint8)[r, c]
             used.add(place)
     assert not memory[[i for i in range(memory.size) if i not in used]].any()
+
+
+@pytest.mark.parametrize("factor", [None, 2.0**-9])
+def test_nvfp4_is_nearly_that_of_torchao(factor: float | None) -> None:
+    """Which multiplies by a reciprocal, so that ties go otherwise. A factor of None is amax / 2688."""
+    x = torch.from_numpy(normal(512, 2048) * np.exp(normal(512, 1))).bfloat16()
+    global_scale = x.abs().amax().float() / 2688 if factor is None else torch.tensor(factor)
+    want_scale, want_q = nvfp4_quantize(x, 16, global_scale)
+    q, scale = polyfuse.block_quant(
+        x,
+        group_size=16,
+        quant_dtype="float4_e2m1",
+        scale_format="e4m3",
+        global_scale=global_scale,
+        backend="torch",
+    )
+    assert torch.equal(scale.float(), want_scale.float())
+    codes, want_codes = (torch.stack([pairs & 15, pairs >> 4]).int() for pairs in (q, want_q))
+    distance = (codes - want_codes).abs()
+    assert distance.max() == 1
+    assert 1e-4 < distance.float().mean() < 2e-3
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:

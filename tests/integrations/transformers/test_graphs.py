@@ -258,7 +258,8 @@ def test_a_part_that_is_named_must_be_there() -> None:
     with pytest.raises(polyfuse.SpecError, match=r"expected a Gated DeltaNet layer in it, got Qwen3VLVisionModel of "):
         accelerate(build_tower(), parts=["vision", "gated_delta_net"])
     with pytest.raises(
-        polyfuse.SpecError, match=r"parts: expected a list of vision, gated_delta_net, fp8_mlp, fp8_experts, got"
+        polyfuse.SpecError,
+        match=r"parts: expected a list of vision, gated_delta_net, fp8_mlp, fp8_experts, torchao_mlp, got",
     ):
         accelerate(build_tower(), parts=["visoin"])
     with pytest.raises(polyfuse.SpecError, match=r"graphs: expected a mapping of settings"):

@@ -146,9 +146,15 @@ def test_an_identity_has_the_settings_and_the_earlier_pass_in_it() -> None:
             assert slots()[0].uuid() is None
 
 
-@pytest.mark.parametrize("argument", ["strict", "materialize"])
-def test_settings_are_booleans(argument: str) -> None:
-    with pytest.raises(SpecError, match=rf"^fusion\.enable: {argument}: expected True or False, got 'yes'$"):
+@pytest.mark.parametrize(
+    ("argument", "known"),
+    [
+        ("strict", "True, False or one of silu_mul_block_quant, rms_norm_block_quant, block_quant"),
+        ("materialize", "True or False"),
+    ],
+)
+def test_settings_are_what_is_known(argument: str, known: str) -> None:
+    with pytest.raises(SpecError, match=rf"^fusion\.enable: {argument}: expected {known}, got 'yes'$"):
         fusion.enable(**{argument: "yes"})
     assert slots() == (None, None)
 

@@ -57,6 +57,19 @@ def test_a_match_of_less_says_what_kept_it_from_more() -> None:
     assert graph.left == ("silu_mul_block_quant: up is clamped to (None, None), and the gate to at most 7.0",)
 
 
+def test_strict_may_name_the_op_that_a_graph_must_have() -> None:
+    x = rows(4)
+    text = (
+        r"^fusion\.enable: strict: expected silu_mul_block_quant in each graph, got block_quant "
+        r"\(silu_mul_block_quant: up is clamped to \(None, None\), and the gate to at most 7\.0\)"
+    )
+    with fusion.enable(strict="silu_mul_block_quant"):
+        with pytest.raises(fusion.NoMatch, match=text):
+            torch.compile(lambda x: quantise(silu(x.chunk(2, -1)[0].clamp(max=7.0)) * x.chunk(2, -1)[1]))(x)
+        torch.compile(lambda x: (*quantise(activated(x)), *quantise(x)))(x)
+    assert {match["op"] for match in fusion.report()[-1].matches} == {"silu_mul_block_quant", "block_quant"}
+
+
 def test_strict_raises_for_each_graph_with_no_match_and_says_what_was_left() -> None:
     x = rows(4)
     text = r"^fusion\.enable: strict: expected something to fuse in each graph, got none"

@@ -43,6 +43,8 @@ def accelerate(
       for bit as the model does.
     - "fp8_experts": the experts of MoE layers with FP8 weights. Inference then quantises each token once, and the rest
       as in an MLP; the products are block-scaled GEMMs, one expert after the other, and not captured in a graph.
+    - "torchao_mlp": MLPs with torchao's MXFP8 or MXFP4 weights, and NVFP4 ones if `parts` names this kind. Inference
+      then quantises their input once, and the activation in one kernel with SiLU and product, for torchao's own GEMMs.
 
     No parameter is copied or moved. A part whose first call runs as before logs a line, a warning if `parts` named it.
     Raises `SpecError` if there is nothing to patch, with what was found, or for bad settings.
@@ -64,10 +66,11 @@ def accelerate(
         name_of_part = name or type(model).__name__
         if why := fuse(kind, module, name, graphs, parts is not None):
             refused[name_of_part] = why
+            _patch.refuse(module, why)
         _patch.log.debug("accelerate: %s, %s: %s", name_of_part, kind, f"not patched: {why}" if why else "patched")
     if len(refused) == len(found):
         got = "; ".join(f"{name} {why}" for name, why in refused.items())
-        fail("accelerate", "model", "a part that nobody else has patched", got)
+        fail("accelerate", "model", "a part that can be patched", got)
     return model
 
 

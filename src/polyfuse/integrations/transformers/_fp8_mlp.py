@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from polyfuse.integrations.transformers import _patch
-from polyfuse.integrations.transformers._formula import formula
+from polyfuse.integrations.transformers._gated_mlp import is_gated, projections
 from polyfuse.integrations.transformers._plain import oddity
 from polyfuse.runtime.quantized.activation import QuantizedFormat, silu_mul_block_quantized
 from polyfuse.runtime.quantized.gemm import ALIGNED, BLOCK, block_scaled_mm, gemm_for
@@ -17,27 +17,13 @@ from polyfuse.runtime.quantized.gemm import ALIGNED, BLOCK, block_scaled_mm, gem
 FP8_LINEAR = "transformers.integrations.finegrained_fp8.FP8Linear"
 
 
-def _formulas() -> set[str]:
-    """What an MLP's `forward` may compute, as `formula` writes it: the factors of the product in either order."""
-    halves = "chunk(gate_up_proj(x), 2, dim=-1)"
-    two_projections = ("silu(gate_proj(x))", "up_proj(x)")
-    one_for_both_halves = (f"silu(getitem({halves}, 0))", f"getitem({halves}, 1)")
-    formulas = set()
-    for activated_gate, up in (two_projections, one_for_both_halves):
-        formulas.add(f"down_proj(mul({activated_gate}, {up}))")
-        formulas.add(f"down_proj(mul({up}, {activated_gate}))")
-    return formulas
-
-
-FORMULAS = _formulas()
-
 DOWN_FORMAT = QuantizedFormat(scale_layout="col_major")
 
 
 def fp8_mlps(model: nn.Module) -> dict[str, nn.Module]:
     """Every MLP in a model, itself included, that `fuse` fits or has already patched, by its name in the model.
 
-    Not the name of its class tells, but what its `forward` computes: traced, it is one of `FORMULAS`. Every projection
+    Not the name of its class tells, but what its `forward` computes: traced, `is_gated` is true of it. Every projection
     is an FP8Linear with blocks of 128 x 128, float32 scales, dynamic activation scales and no bias. What has another
     `forward` put in its place, or has a child with one or with hooks, is left out.
     """
@@ -46,7 +32,7 @@ def fp8_mlps(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether `forward` stands in for an MLP's own."""
-    return bool(_projections(module)) and _patch.is_installed(module)
+    return _patch.is_installed(module, forward)
 
 
 def fuse(module: nn.Module, name: str, by_request: bool) -> str:
@@ -86,7 +72,7 @@ def why_not(module: nn.Module) -> str:
     for name, child in module.named_children():
         if found := oddity(child):
             return f"{name} {found}"
-    if not all(map(_is_block_fp8, _projections(module))):
+    if not all(map(_is_block_fp8, projections(module))):
         return "its projections are not block-quantised FP8 layers"
     return ""
 
@@ -108,7 +94,7 @@ def _fused(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The MLP's result for x [..., K], in its dtype."""
     from transformers.integrations import finegrained_fp8
 
-    *first, down = _projections(module)
+    *first, down = projections(module)
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
     if count % ALIGNED:
@@ -130,17 +116,9 @@ def _fused(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _fits(module: nn.Module) -> bool:
     """Whether a module is an MLP that `forward` can stand in for, as `fp8_mlps` says."""
-    if not _projections(module) or why_not(module) or not _patch.own_forward(module, within_hooks=True):
+    if not projections(module) or why_not(module) or not _patch.own_forward(module, within_hooks=True):
         return False
-    return formula(module) in FORMULAS
-
-
-def _projections(module: nn.Module) -> list[Any]:
-    """Gate, up and down, or both halves and down; nothing if there are no such children."""
-    children = module._modules
-    first = ["gate_up_proj"] if "gate_up_proj" in children else ["gate_proj", "up_proj"]
-    names = [*first, "down_proj"]
-    return [children[name] for name in names] if all(name in children for name in names) else []
+    return is_gated(module)
 
 
 def _is_block_fp8(linear: Any) -> bool:

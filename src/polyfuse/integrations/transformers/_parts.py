@@ -6,7 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from polyfuse.integrations.transformers import _fp8_experts, _fp8_mlp, _gated_delta_net, _graphs, _patch
+from polyfuse.integrations.transformers import (
+    _fp8_experts,
+    _fp8_mlp,
+    _gated_delta_net,
+    _graphs,
+    _patch,
+    _torchao_mlp,
+)
 from polyfuse.integrations.transformers._gated_delta_net_checks import why_not
 
 
@@ -29,10 +36,14 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     "vision": Kind(f"a vision model ({', '.join(_graphs.ENCODERS)})", _graphs.vision_models, _graphs.why_not),
     "gated_delta_net": Kind("a Gated DeltaNet layer", _gated_delta_net.gated_delta_nets, why_not),
-    "fp8_mlp": Kind("an FP8 MLP", _fp8_mlp.fp8_mlps, _fp8_mlp.why_not, gemm=_fp8_mlp.gemm),
+    "fp8_mlp": Kind("an FP8 MLP", _fp8_mlp.fp8_mlps, _fp8_mlp.why_not, _fp8_mlp.is_fused, _fp8_mlp.gemm),
     "fp8_experts": Kind(
         *("FP8 experts", _fp8_experts.fp8_experts, _fp8_experts.why_not, _fp8_experts.is_fused, _fp8_experts.gemm),
         by_default=False,  # expert by expert is many launches where Transformers' own kernel from the hub is one
+    ),
+    "torchao_mlp": Kind(
+        "an MLP that torchao has quantised to MXFP8, MXFP4 or NVFP4",
+        *(_torchao_mlp.torchao_mlps, _torchao_mlp.why_not, _torchao_mlp.is_fused, _torchao_mlp.gemm),
     ),
 }
 
@@ -40,6 +51,7 @@ _FUSE: Mapping[str, Callable[[Any, str, bool], str]] = {
     "gated_delta_net": _gated_delta_net.fuse,
     "fp8_mlp": _fp8_mlp.fuse,
     "fp8_experts": _fp8_experts.fuse,
+    "torchao_mlp": _torchao_mlp.fuse,
 }
 
 

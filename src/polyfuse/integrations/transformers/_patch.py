@@ -30,12 +30,14 @@ class Calls:
 
     name: str
     by_request: bool = False  # the user named this kind of part
+    forward: Any = None  # what was put in place of the module's own, as `stand_in` marked it
     fused: int = 0
     unfused: Counter[str] = field(default_factory=Counter)
 
 
 _functions: list[Callable[..., Any]] = []
 _calls: WeakKeyDictionary[nn.Module, Calls] = WeakKeyDictionary()
+_refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def stand_in(function: Forward) -> Forward:
@@ -46,8 +48,7 @@ def stand_in(function: Forward) -> Forward:
 
 def is_ours(forward: object) -> bool:
     """Whether something found in the place of a `forward` is one that `stand_in` marked."""
-    kind = getattr(forward, "__func__", type(forward))
-    return any(kind is function for function in _functions)
+    return any(_marked(forward) is function for function in _functions)
 
 
 def own_forward(module: nn.Module, within_hooks: bool = False) -> bool:
@@ -69,18 +70,35 @@ def own_class_forward(cls: type[nn.Module]) -> bool:
     return bool(vars(definer)["forward"].__module__ == definer.__module__)
 
 
-def is_installed(module: nn.Module) -> bool:
-    """Whether a forward of ours takes the module's calls, itself or inside of somebody's wrapper."""
+def is_installed(module: nn.Module, forward: object = None) -> bool:
+    """Whether a forward of ours takes the module's calls, itself or inside of somebody's wrapper.
+
+    With `forward` it must be this one.
+    """
     if is_off(module):
         return False
-    if is_ours(vars(module).get("forward")) or is_ours(vars(module).get("_old_forward")):
-        return True
-    return module in _calls and not own_forward(module, within_hooks=True)
+    for placed in (vars(module).get("forward"), vars(module).get("_old_forward")):
+        if is_ours(placed):
+            return forward in (None, _marked(placed))
+    known = _calls.get(module)
+    if known is None or own_forward(module, within_hooks=True):
+        return False
+    return forward in (None, known.forward)
 
 
 def is_off(module: nn.Module) -> bool:
     """Whether a forward of ours that somebody has wrapped is to hand on every call."""
     return getattr(module, _OFF, False) is True
+
+
+def refuse(module: nn.Module, why: str) -> None:
+    """Keep the reason why a module has not been patched."""
+    _refused[module] = why
+
+
+def refusal(module: nn.Module) -> str:
+    """Why a module was not patched when that was last asked for; "" if it was, or never was asked for."""
+    return _refused.get(module, "")
 
 
 def not_inference(module: nn.Module, device: torch.device) -> str:
@@ -102,7 +120,8 @@ def install(module: nn.Module, forward: Callable[..., Any], name: str, by_reques
     setattr(module, _slot(module), forward)
     # A replica shares the instance's attributes, and ours would run it on the original's weights.
     setattr(module, _REPLICATE, MethodType(_replicate_for_data_parallel, module))
-    _calls[module] = Calls(name, by_request)
+    _calls[module] = Calls(name, by_request, _marked(forward))
+    _refused.pop(module, None)
 
 
 def remove(module: nn.Module) -> None:
@@ -150,6 +169,11 @@ def _has_idle_hook(module: nn.Module) -> bool:
         return True
     device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
     return all(weight.device == device for weight in module.parameters())
+
+
+def _marked(forward: object) -> object:
+    """What `stand_in` would have marked of a forward: a method's function, or the class of a callable."""
+    return getattr(forward, "__func__", type(forward))
 
 
 def _slot(module: nn.Module) -> str:

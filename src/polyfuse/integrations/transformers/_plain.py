@@ -26,20 +26,23 @@ def oddity(module: Any, kind: type[nn.Module] | None = None) -> str:
 
     With `kind` its class must be just that: adapters, quantised, parametrised and sharded layers have others.
     """
+    return odd_call(module, kind) or odd_weights(module)
+
+
+def odd_call(module: Any, kind: type[nn.Module] | None = None) -> str:
+    """`oddity` whatever the weights are."""
     if kind is not None and type(module) is not kind:
-        return f"is a {_class_name(type(module))}"
+        return f"is a {class_name(type(module))}"
     if _hooks(module):
         return "has hooks"
-    if not own_forward(module):
-        return "has another forward"
-    return odd_weights(module)
+    return "" if own_forward(module) else "has another forward"
 
 
 def odd_weights(module: nn.Module) -> str:
     """What makes the module's own weights more than parameters of its own that are loaded; "" for plain ones."""
     for weight in module._parameters.values():
         if weight is not None and type(weight) is not nn.Parameter:
-            return f"has a weight that is a {_class_name(type(weight))}"
+            return f"has a weight that is a {class_name(type(weight))}"
         if weight is not None and weight.is_meta:
             return "has weights that are not loaded"
     return ""
@@ -79,7 +82,7 @@ def _unknown(module: nn.Module, wanted: str) -> str:
     """What is unknown of a module in a model: its class, its mode, its attention, or functions that it calls."""
     cls = type(module)
     if not cls.__module__.startswith(_CLASSES) or not cls.__name__.endswith(wanted):
-        return f"is a {_class_name(cls)}"
+        return f"is a {class_name(cls)}"
     if not own_class_forward(cls):
         return "has another forward"
     if module.training and cls not in _MODELESS:
@@ -117,5 +120,5 @@ def _foreign_function(cls: type[nn.Module]) -> str:
     return ""
 
 
-def _class_name(cls: type) -> str:
+def class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"

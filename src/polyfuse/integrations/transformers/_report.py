@@ -16,7 +16,8 @@ from polyfuse.integrations.transformers._parts import KINDS, find
 class Part:
     """How one part of a model stands. `reason` says why a plain inference call of it would not run fused now.
 
-    `gemm` says of a part with FP8 weights what multiplies them by what it quantises, on the device where they are.
+    `gemm` says of a part with quantised weights what multiplies them, on the device where they are, by what it
+    quantises.
     """
 
     name: str
@@ -73,7 +74,7 @@ def _part(kind: str, name: str, module: Any) -> Part:
         reason = KINDS[kind].why_not(module)
     else:
         own = _patch.own_forward(module, within_hooks=True)
-        reason = "not accelerated" if own else "has another forward"
+        reason = _patch.refusal(module) or ("not accelerated" if own else "has another forward")
     calls = _patch.calls(module)
     gemm = KINDS[kind].gemm(module)
     part = Part(name, kind, installed and not reason, reason, calls.fused, dict(calls.unfused), gemm=gemm)

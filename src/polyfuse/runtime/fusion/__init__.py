@@ -37,6 +37,7 @@ from typing import Any
 from torch._dynamo.utils import counters
 
 from polyfuse.runtime.fusion._passes import COUNTER, NoMatch, Settings, configure
+from polyfuse.runtime.fusion._replace import NAMES
 from polyfuse.spec import fail
 
 __all__ = ["Enabled", "GraphReport", "NoMatch", "disable", "enable", "report"]
@@ -80,17 +81,20 @@ def _configure() -> None:
     configure(_in_force[-1].settings if _in_force else None)
 
 
-def enable(*, strict: bool = False, materialize: bool = True) -> Enabled:
+def enable(*, strict: bool | str = False, materialize: bool = True) -> Enabled:
     """Fuse in the graphs that torch.compile compiles from now on; as a with-block, to its end.
 
     `materialize=True` replaces only what an op computes bit for bit. With False y keeps its fp32 value: the op's
     results are then those of the spec, and differ from the unfused ones in the last bits. With `strict` a graph with
-    nothing to fuse raises `NoMatch` when it is compiled. Of several calls the last one holds. Passes that
-    `torch._inductor.config` already has run first. Raises `SpecError` for arguments that are not booleans.
+    nothing to fuse raises `NoMatch` when it is compiled, and with `strict` the name of an op one without that op:
+    where an activation is almost what `silu_mul_block_quant` computes, `block_quant` alone is a match too. Of several
+    calls the last one holds. Passes that `torch._inductor.config` already has run first. Raises `SpecError` for other
+    arguments.
     """
-    for name, value in (("strict", strict), ("materialize", materialize)):
-        if not isinstance(value, bool):
-            fail("fusion.enable", name, "True or False", repr(value))
+    if not isinstance(strict, bool) and strict not in NAMES:
+        fail("fusion.enable", "strict", f"True, False or one of {', '.join(NAMES)}", repr(strict))
+    if not isinstance(materialize, bool):
+        fail("fusion.enable", "materialize", "True or False", repr(materialize))
     return Enabled(Settings(strict, materialize))
 
 

@@ -28,7 +28,7 @@ _GRADIENTS = "the graph computes gradients, which the op has none of"
 
 
 class NoMatch(SpecError, ShortenTraceback):
-    """A graph compiled under `enable(strict=True)` has nothing to fuse; raised by the call that compiles it."""
+    """A graph compiled under a strict `enable` lacks what must match; raised by the call that compiles it."""
 
     def __init__(self, message: str) -> None:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)  # of the errors that torch does not wrap
@@ -38,7 +38,7 @@ class NoMatch(SpecError, ShortenTraceback):
 class Settings:
     """The arguments of `enable`."""
 
-    strict: bool
+    strict: bool | str
     materialize: bool
 
 
@@ -71,13 +71,16 @@ class FusePass(OurPass):
     """Fuses in a graph, and keeps in the meta of its module why near misses were left alone."""
 
     def run(self, graph: Graph) -> None:
-        matched, left = False, [_GRADIENTS]
+        ops, left = set[str](), [_GRADIENTS]
         if is_inference(graph):
             matches, near_misses = fuse(graph, self.settings.materialize)
-            matched, left = bool(matches), [near_miss.reason for near_miss in near_misses]
-        if self.settings.strict and not matched:
+            ops, left = {match.op for match in matches}, [near_miss.reason for near_miss in near_misses]
+        strict = self.settings.strict
+        if strict and (strict not in ops if isinstance(strict, str) else not ops):
+            wanted = strict if isinstance(strict, str) else "something to fuse"
             reasons = f" ({'; '.join(left)})" if left else ""
-            raise NoMatch(f"fusion.enable: strict: expected something to fuse in each graph, got none{reasons}")
+            got = ", ".join(sorted(ops)) or "none"
+            raise NoMatch(f"fusion.enable: strict: expected {wanted} in each graph, got {got}{reasons}")
         _module_meta(graph)[_LEFT] = left
 
 
