@@ -1,13 +1,16 @@
 """What all kernels share: whether they are interpreted, and conversions from and to fp32."""
 
+from contextlib import suppress
+
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 if INTERPRETED.value:
-    from polyfuse.triton_impl._interpreter import install
+    with suppress(ImportError, AttributeError, TypeError):  # a later Triton may be made differently: it is just slower
+        from polyfuse.triton_impl._interpreter import install
 
-    install()
+        install()
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
