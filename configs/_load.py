@@ -311,9 +311,14 @@ def encoder_config(**settings: Any) -> EncoderConfig:
     return _validate(EncoderConfig, data | settings, "encoder")
 
 
+def model_names() -> list[str]:
+    """The names of the model files."""
+    return _names("models")
+
+
 def model_configs() -> dict[str, ModelConfig]:
     """Every model file, by its name."""
-    return {name: _read(ROOT / "models" / f"{name}.yaml", ModelConfig) for name in _names("models")}
+    return {name: _read(ROOT / "models" / f"{name}.yaml", ModelConfig) for name in model_names()}
 
 
 @lru_cache(maxsize=16)

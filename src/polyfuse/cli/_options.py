@@ -5,11 +5,13 @@ from pathlib import Path
 
 import click
 
+from polyfuse.configs import model_names
 from polyfuse.spec import OPS, canonical
 
 ops_option = click.option(
     "--op", "op_names", multiple=True, help=f"An op; repeat for several. Default: all. One of {', '.join(OPS)}."
 )
+CONFIGURED = f"One of {', '.join(model_names())}."
 backends_option = click.option(
     "--backend",
     "backends",

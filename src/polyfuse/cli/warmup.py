@@ -6,7 +6,7 @@ import click
 from rich.table import Table
 
 from polyfuse.cli._device import default_device
-from polyfuse.cli._options import device_option, known_ops, ops_option, out_option
+from polyfuse.cli._options import CONFIGURED, device_option, known_ops, ops_option, out_option
 from polyfuse.cli._terminal import activity, console
 
 
@@ -18,7 +18,7 @@ def _workers() -> int:
 
 
 @click.command()
-@click.option("--model", required=True, help="A model file's name, such as qwen3_vl_8b.")
+@click.option("--model", required=True, help=f"The model whose shapes are meant. {CONFIGURED}")
 @ops_option
 @device_option
 @click.option(

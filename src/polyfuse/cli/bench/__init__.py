@@ -9,7 +9,15 @@ from rich.markup import escape
 
 from polyfuse.cli._device import chosen_device
 from polyfuse.cli._group import ModuleGroup
-from polyfuse.cli._options import backends_option, check_backends, device_option, known_ops, ops_option, out_option
+from polyfuse.cli._options import (
+    CONFIGURED,
+    backends_option,
+    check_backends,
+    device_option,
+    known_ops,
+    ops_option,
+    out_option,
+)
 from polyfuse.cli._terminal import activity, console
 
 if TYPE_CHECKING:
@@ -21,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--case", "cases", multiple=True, help="A case by its name, or a pattern as T1*; repeat for several.")
 @backends_option
 @device_option
-@click.option("--model", default=None, help="Only the cases of this model file.")
+@click.option("--model", default=None, help=f"Only the cases of this model. {CONFIGURED}")
 @click.option("--no-compile", is_flag=True, help="Leave out the comparison with torch.compile.")
 @click.option("--peers", is_flag=True, help="Time what is installed of other packages too, each checked first.")
 @click.option(
