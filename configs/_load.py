@@ -1,7 +1,8 @@
 """The schemas of the YAML files, and how they are read."""
 
 import os
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -316,7 +317,8 @@ def model_names() -> list[str]:
     return _names("models")
 
 
-def model_configs() -> dict[str, ModelConfig]:
+@cache
+def model_configs() -> Mapping[str, ModelConfig]:
     """Every model file, by its name."""
     return {name: _read(ROOT / "models" / f"{name}.yaml", ModelConfig) for name in model_names()}
 
