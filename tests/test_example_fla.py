@@ -152,6 +152,7 @@ def test_an_older_fla_is_refused(registered, monkeypatch):
         polyfuse.gated_delta_rule(**made(3), backend="fla")
 
 
+@pytest.mark.slow
 def test_it_is_conformant(fla):
     report = run([OP], ["fla"], level="quick", only=OPS[OP].core)
     assert report.ok, [(r.case, r.detail) for r in report.results if r.status == "failed"]

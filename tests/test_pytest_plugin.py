@@ -93,7 +93,14 @@ def test_ids_name_op_and_case_in_a_fixed_order(repository):
     ]
 
 
-@pytest.mark.parametrize("variables", [pytest.param({}, marks=pytest.mark.slow), {"CRASH": "1"}, {"STALE": "1"}])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"CRASH": "1"},
+        pytest.param({"STALE": "1"}, marks=pytest.mark.slow),
+    ],
+)
 def test_two_workers_find_what_a_conformance_run_finds(repository, variables):
     chosen = ("--op", OP, "--backend", "mychip", "--level", "quick", "-j", "2")
     repository("-m", "polyfuse", "conformance", *chosen, "--report", "report", status=1, **variables)

@@ -32,6 +32,7 @@ DTYPES = (
     *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
 )
 
+LONG = {"gated_delta_rule": pytest.mark.slow}
 COUNT = re.compile(r"\d+ of \d+ elements wrong")
 FIRST = re.compile(r"WRONG .*?: .*?: \d+ of \d+ elements wrong; at \[[\d, ]*\]")
 
@@ -131,7 +132,7 @@ def test_results_of_the_oracle_are_right(golden, tmp_path):
     assert not any(agreed(golden, tmp_path).values())
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [pytest.param(op, marks=LONG.get(op, ())) for op in OPS])
 def test_the_verdict_on_wrong_implementations_is_that_of_compare(golden, op, tmp_path):
     entries = [entry for entry in manifest(golden)["cases"] if entry["op"] == op]
     # Only this op's: the other cases have no outputs, which says nothing here.

@@ -33,6 +33,9 @@ def test_no_string_enters_the_schema():
     )
 
 
+LONG = {"gated_delta_rule": pytest.mark.slow}  # half a minute
+
+
 def can_be_checked(op, case):
     """opcheck takes NaN, and elements that are not written, for a difference, and its copies of arrays lie apart."""
     return (
@@ -42,7 +45,7 @@ def can_be_checked(op, case):
     )
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [pytest.param(op, marks=LONG.get(op, ())) for op in OPS])
 def test_opcheck(op):
     for case in islice((c for c in cases(op)[::9] if can_be_checked(op, c)), 8):
         values = arguments(op, case)

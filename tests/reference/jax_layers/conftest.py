@@ -198,6 +198,12 @@ def triton_kernels(lowered: Callable[..., str]) -> Callable[..., int]:
     return count
 
 
+@pytest.fixture(params=[0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))], ids="part{}".format)
+def part(request: pytest.FixtureRequest) -> Callable[[Sequence[Case]], Sequence[Case]]:
+    """The function that picks a fourth of an op's cases: `make test` takes the first one, `make test-all` each."""
+    return lambda cases: cases[request.param :: 4]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave the whole matrix of cases in Pallas' interpret mode to `make test-all`: it takes longest."""
     for item in items:

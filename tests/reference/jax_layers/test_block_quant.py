@@ -2,21 +2,14 @@
 
 from typing import Any
 
-import pytest
-
 from polyfuse.conformance import cases
 
 OP = "block_quant"
 CASES = [case for case in cases(OP) if case.repeat == 1]
 
 
-def test_one_case_in_six(jax_layer: Any) -> None:
-    assert jax_layer.problems(CASES[::6]) == {}
-
-
-@pytest.mark.slow
-def test_cases(jax_layer: Any) -> None:
-    assert jax_layer.problems(CASES) == {}
+def test_cases(jax_layer: Any, part: Any) -> None:
+    assert jax_layer.problems(part(CASES)) == {}
 
 
 def test_public_function(jax_layer: Any) -> None:

@@ -14,7 +14,7 @@ from polyfuse.conformance.cases import model_cases
 from polyfuse.spec import Unsupported
 
 OP = "gated_delta_rule"
-CASES = [*cases(OP), *model_cases(OP)]  # compiling each takes a third of a second
+CASES = [*cases(OP), *model_cases(OP)]
 USUAL = {"q": "unit", "k": "unit", "g": "decay", "beta": "gate", "cu_seqlens": "cu_seqlens"}
 PACKED: dict[str, Any] = {
     "dims": {"L": 25, "H": 2, "HV": 4, "K": 8, "V": 6, "N": 9, "S": 8},  # lengths 2, 0, 5, 3, 1, 6, 4, 2; two past them
@@ -24,14 +24,8 @@ PACKED: dict[str, Any] = {
 }
 
 
-def test_cases(jax_layer: Any) -> None:
-    assert jax_layer.problems(CASES[::4]) == {}
-
-
-@pytest.mark.slow
-def test_all_other_cases(jax_layer: Any) -> None:
-    del (others := list(CASES))[::4]
-    assert jax_layer.problems(others) == {}
+def test_cases(jax_layer: Any, part: Any) -> None:
+    assert jax_layer.problems(part(CASES)) == {}
 
 
 @pytest.mark.parametrize("name", ["bfloat16-h2-hv4", "float32-packed-int64-initial_state"])

@@ -27,8 +27,8 @@ def random_arguments(*lead: int, width: int = 24) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
 
 
-def test_cases(layer: Any, cpu_tiles: None) -> None:
-    assert layer.problems(list(CASES.values())) == {}
+def test_cases(layer: Any, part: Any, cpu_tiles: None) -> None:
+    assert layer.problems(part(list(CASES.values()))) == {}
 
 
 @pytest.mark.parametrize("name", ["bfloat16-silu-offset_1.0", "gate_sliced-bfloat16"])

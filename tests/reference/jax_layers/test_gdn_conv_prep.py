@@ -50,9 +50,9 @@ def compiled_op(function: Any) -> Any:
     return jax.jit(partial(op, function))
 
 
-def test_cases(layer: Any, cpu_tiles: None) -> None:
-    # They take up to half a second each, most of it compiling: `polyfuse conformance` runs them all.
-    assert layer.problems(CASES[:: 2 if layer.name == "jax" else 8]) == {}
+def test_cases(layer: Any, part: Any, cpu_tiles: None) -> None:
+    # Interpreted they take up to half a second each, most of it compiling: `polyfuse conformance` runs them all.
+    assert layer.problems(part(CASES[:: 1 if layer.name == "jax" else 8])) == {}
 
 
 @pytest.mark.parametrize("name", ["bfloat16-l2norm_True-g_exp_True", "width_3-bias-initial_state-int64"])

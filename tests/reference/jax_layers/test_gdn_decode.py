@@ -15,7 +15,7 @@ from polyfuse.conformance.cases import model_cases
 from polyfuse.spec import Unsupported
 
 OP = "gdn_decode"
-CASES = cases(OP)  # compiling each takes a third of a second
+CASES = cases(OP)
 HEADS = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 16}
 
 
@@ -27,14 +27,8 @@ def arrays(tested: Trial) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value) for name, value in tested.inputs()[0].items() if isinstance(value, np.ndarray)}
 
 
-def test_cases(jax_layer: Any) -> None:
-    assert jax_layer.problems(CASES[::4]) == {}
-
-
-@pytest.mark.slow
-def test_all_other_cases(jax_layer: Any) -> None:
-    del (others := list(CASES))[::4]
-    assert jax_layer.problems(others) == {}
+def test_cases(jax_layer: Any, part: Any) -> None:
+    assert jax_layer.problems(part(CASES)) == {}
 
 
 @pytest.mark.parametrize("name", ["bfloat16-bfloat16", "indices_int64-h2-hv4", "tokens_4-int32-accepted"])

@@ -31,8 +31,8 @@ def random_arguments(*lead: int) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
 
 
-def test_cases(layer: Any, cpu_tiles: None) -> None:
-    assert layer.problems(list(CASES.values())) == {}
+def test_cases(layer: Any, part: Any, cpu_tiles: None) -> None:
+    assert layer.problems(part(list(CASES.values()))) == {}
 
 
 @pytest.mark.parametrize("case", SUBNORMAL, ids=lambda case: case.name)

@@ -40,8 +40,8 @@ def weights(grid: tuple[tuple[int, int, int], ...], side: int = 6, **attrs: Any)
     return oracle(OP).intervals(np.eye(side * side, dtype=np.float32), grid, **attrs)["out"].value
 
 
-def test_cases(layer: Any, cpu_tiles: None) -> None:
-    assert layer.problems(CASES) == {}
+def test_cases(layer: Any, part: Any, cpu_tiles: None) -> None:
+    assert layer.problems(part(CASES)) == {}
 
 
 def test_public_function(layer: Any) -> None:

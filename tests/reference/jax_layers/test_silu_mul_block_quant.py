@@ -23,11 +23,11 @@ def random_x(*shape: int) -> Any:
     return jnp.asarray(np.random.default_rng(3).standard_normal(shape), jnp.bfloat16)
 
 
-def test_cases(layer: Any, cpu_tiles: None) -> None:
+def test_cases(layer: Any, part: Any, cpu_tiles: None) -> None:
     refusal = layer.module.CAPABILITY.refusal
     claimed = [case for case in CASES.values() if refusal(Trial(OP, case, 0).inputs()[1], "cpu") is None]
     assert len(claimed) > 200
-    assert layer.problems(claimed, joined="x") == {}
+    assert layer.problems(part(claimed), joined="x") == {}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
