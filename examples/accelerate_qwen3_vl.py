@@ -8,6 +8,7 @@ import skimage.data
 import torch
 from transformers import Qwen2VLImageProcessorPil, Qwen3VLVisionConfig, Qwen3VLVisionModel
 
+import polyfuse
 from polyfuse.integrations.transformers import accelerate, report
 
 PHOTOS = ("astronaut", "coffee")  # files of scikit-image itself: no download
@@ -35,7 +36,8 @@ def main() -> None:
     print("grids", grid.tolist(), "features", tuple(after.shape))
     # The untouched tower computes source coordinates in float32, ours are exact.
     print(f"the features moved by at most {(after - before).abs().max():.1e} of {before.abs().max():.2f}")
-    print(report(tower))
+    print("calls of ops:", polyfuse.call_counts())
+    print(report(tower))  # graphs, which a GPU has; the position embeddings above are the op's on every device
 
 
 if __name__ == "__main__":
