@@ -42,11 +42,11 @@ class Results:
 
     def allocate(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """New q and scale."""
-        q = torch.empty(self.q_shape, dtype=self.q_dtype, device=device)
+        q = torch.empty(*self.q_shape, dtype=self.q_dtype, device=device)  # a tuple takes longer
         if self.first is not None:
             return q, self._filled(device, self.first)
         if self.scale_strides is None:
-            return q, torch.empty(self.scale_shape, dtype=self.scale_dtype, device=device)
+            return q, torch.empty(*self.scale_shape, dtype=self.scale_dtype, device=device)
         return q, torch.empty_strided(self.scale_shape, self.scale_strides, dtype=self.scale_dtype, device=device)
 
     def writable(self, q: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import registry, to_numpy
 from polyfuse.triton_impl import gdn_decode as module
 from polyfuse.triton_impl._common import INTERPRETED
-from polyfuse.triton_impl._launch import Plan, Plans
+from polyfuse.triton_impl._plans import Plan, Plans
 from polyfuse.triton_impl.gdn_decode import gdn_decode
 from tests.triton_impl.helpers import DEVICE
 
@@ -163,7 +163,7 @@ def run_only(monkeypatch: pytest.MonkeyPatch, program: int) -> None:
 
     def planned(*call: Any) -> Plan:
         plan = module._plan(*call)
-        plan.grid = (1, 1, 1)
+        plan.steps[0].grid = (1, 1, 1)
         return plan
 
     steer(monkeypatch, [program])
