@@ -1,7 +1,6 @@
 """What the quantising ops share on the host."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import log2, prod
 from typing import Any
 
@@ -26,9 +25,9 @@ ANY_VALUE = [
 ]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Results:
-    """The results of calls of one kind, and what a kernel takes to write them; one object for each kind."""
+    """The results of calls of one kind, and what a kernel takes to write them."""
 
     q_shape: tuple[int, ...]
     q_dtype: torch.dtype
@@ -66,7 +65,6 @@ class Results:
         return buffer.view(self.scale_dtype).as_strided(self.scale_shape, strides)
 
 
-@lru_cache(maxsize=1024)
 def results(
     lead: tuple[int, ...],
     width: int,

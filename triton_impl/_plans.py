@@ -12,7 +12,7 @@ from torch._C._dynamo.guards import TensorGuards
 
 from polyfuse.triton_impl._launch import Grid, Inputs, Launcher, Numbers
 
-MOST_PLANS = 1024  # that an op remembers
+MOST_KINDS = 1024  # of calls that an op remembers
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 Addresses = list[Any]  # None for an input that is absent
@@ -139,6 +139,10 @@ class Plan:
         return self.direct
 
 
+# Settings and where the inputs begin; whether tensors are like the inputs; and the plan.
+Kind = tuple[tuple[tuple[Any, ...], list[int | None]], Callable[..., bool], Plan]
+
+
 class Plans:
     """The plans of an op's calls, found by what their tensors are like: `make(inputs, *settings)` is asked once a kind.
 
@@ -149,8 +153,8 @@ class Plans:
 
     def __init__(self, make: Callable[..., Plan], free: tuple[int, ...] = ()) -> None:
         self.make, self.free = make, free
-        self.plans: dict[tuple[Any, ...], Plan] = {}
-        self.last: tuple[Any, Any, Any] = None, None, None  # of a call: what it is like, its tensors' guard, its plan
+        self.kinds: dict[tuple[Any, ...], Kind] = {}
+        self.last: Any = None, None, None  # the kind of the last call
 
     def __call__(self, inputs: Inputs, *settings: Any) -> tuple[Plan, Addresses]:
         """The plan of a call, whose first input is there, and where its inputs begin."""
@@ -160,12 +164,11 @@ class Plans:
         last_like, same, last = self.last
         if (settings, begins) == last_like and same(*[x for x in inputs if x is not None]):  # as most calls are
             return last, addresses
-        plan = self._find(inputs, begins, settings)
-        self.last = (settings, begins), self._guard(inputs), plan
-        return plan, addresses
+        kind = self.last = self._find(inputs, begins, settings)  # another thread may replace the last one at once
+        return kind[2], addresses
 
-    def _find(self, inputs: Inputs, begins: list[int | None], settings: tuple[Any, ...]) -> Plan:
-        """The plan of a call, which is made if there is none."""
+    def _find(self, inputs: Inputs, begins: list[int | None], settings: tuple[Any, ...]) -> Kind:
+        """The kind of a call, whose plan is made if there is none."""
         key = (
             settings,
             inputs[0].device,  # type: ignore[union-attr]
@@ -175,12 +178,14 @@ class Plans:
                 for i, x in enumerate(inputs)
             ],
         )
-        plan = self.plans.get(key)
-        if plan is None:
-            if len(self.plans) >= MOST_PLANS:
-                self.plans.clear()
-            plan = self.plans[key] = self.make(inputs, *settings)
-        return plan
+        kind = self.kinds.get(key)
+        if kind is None:
+            if len(self.kinds) >= MOST_KINDS:
+                self.kinds.clear()
+            kind = self.kinds[key] = (settings, begins), self._guard(inputs), self.make(inputs, *settings)
+        elif kind is self.last:  # what PyTorch dispatches on is not what it was: to a kernel it is all one
+            kind = self.kinds[key] = kind[0], self._guard(inputs), kind[2]
+        return kind
 
     def _guard(self, inputs: Inputs) -> Callable[..., bool]:
         """Whether others are like these tensors in shape, strides, dtype, device and all that PyTorch dispatches on.

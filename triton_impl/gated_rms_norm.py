@@ -149,11 +149,15 @@ def _plan(inputs: tuple[Any, ...], eps: float, silu: bool, weight_offset: float,
 
     `forced` is what chooses the tiles in place of what was measured: with another one the same call has another plan.
     """
-    tile = TILES.choose(inputs[0].numel(), inputs[0].device)
+    elements, warps = TILES.choose(inputs[0].numel(), inputs[0].device)
     changes = {2: contiguous}
     taken = Taken(inputs, changes)
-    while (found := _rows(inputs[0].shape, *(x.stride() for x in taken.ready[:2]), silu, *tile)) is None:
-        changes |= dict.fromkeys(_to_copy(*taken.ready[:2]), contiguous)
+    while True:
+        x, gate, _ = taken.ready
+        found = _rows(x.shape, x.stride(), gate.stride(), silu, elements, warps)
+        if found is not None:
+            break
+        changes |= dict.fromkeys(_to_copy(x, gate), contiguous)
         taken = Taken(inputs, changes)
     programs, numbers, fixed, warps = found
     floats = max(eps, FP32_TINY), weight_offset  # a zero row must give zeros

@@ -149,7 +149,8 @@ def _plan(
     taken = Taken(inputs, {3: contiguous, 4: contiguous})
     conv_out, a, b, A_log, _ = taken.ready
     length, HV, strides = conv_out.shape[0], A_log.shape[0], conv_out.stride()
-    *tile, warps = _tile(*TILES.choose(length, conv_out.device), strides[1] != 1, H, K, HV, V)
+    elements, gates = TILES.choose(length, conv_out.device)
+    *tile, warps = _tile(elements, gates, strides[1] != 1, H, K, HV, V)
     tokens, heads, heads_v, gate_tokens = tile
     blocks = 2 * (H // heads) + HV // heads_v
     programs = -(-length // gate_tokens) + -(-length // tokens) * blocks

@@ -194,7 +194,7 @@ def test_plans_are_kept_apart() -> None:
     wanted = step(arguments()), step(arguments(norm_eps=0.5)), step(arguments(scale=2.0))
     assert len({*wanted}) == 3
     assert (step(arguments()), step(arguments(norm_eps=0.5)), step(arguments(scale=2.0))) == wanted
-    assert len({id(plan) for plan in module._plans.plans.values()}) == len(module._plans.plans)
+    assert len({id(plan) for _, _, plan in module._plans.kinds.values()}) == len(module._plans.kinds)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 20 GB of an accelerator's memory")

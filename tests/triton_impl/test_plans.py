@@ -291,11 +291,33 @@ def test_a_tensor_in_two_places_has_a_plan(plans: Plans, made: list[tuple[Any, .
 
 
 def test_plans_are_forgotten(plans: Plans, made: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_plans, "MOST_PLANS", 2)
+    monkeypatch.setattr(_plans, "MOST_KINDS", 2)
     for i in range(5):
         plans((X,), i)
-        assert len(plans.plans) <= 2
+        assert len(plans.kinds) <= 2
     assert made == [(i,) for i in range(5)]
+
+
+def test_calls_that_take_turns_find_their_guards(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And make another one where PyTorch dispatches on something else than before."""
+    other, recorded = torch.zeros(8, device=DEVICE), X.clone().requires_grad_()
+    for x in (X, other):
+        plans((x,))
+    made: list[Any] = []
+    guard = Plans._guard
+
+    def noted_guard(self: Plans, inputs: Any) -> Callable[..., bool]:
+        made.append(inputs)
+        return guard(self, inputs)
+
+    monkeypatch.setattr(Plans, "_guard", noted_guard)
+    for x in (X, other, X, X, other):
+        plans((x,))
+    assert made == []
+    for _ in range(3):
+        plans((other.requires_grad_(),))
+    assert len(made) == 1
+    assert plans((recorded,))[0] is plans((X,))[0]
 
 
 def test_a_first_dimension_may_be_free() -> None:
@@ -306,7 +328,7 @@ def test_a_first_dimension_may_be_free() -> None:
     assert plans((X, rows[4:]))[0] is plan
     assert plans((X[:8], rows))[0] is not plan
     assert plans((X, rows[:, :2]))[0] is not plan
-    assert len(plans.plans) == 3
+    assert len(plans.kinds) == 3
 
 
 def test_a_plan_passes_parts_and_copies_and_numbers_of_the_call(noted: list[Launched]) -> None:
