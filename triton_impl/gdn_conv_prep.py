@@ -14,6 +14,7 @@ import triton.language as tl
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._conv_state import begin_window, store_final_state, update_pool
+from polyfuse.triton_impl._conv_weights import as_one_number, read_weights
 from polyfuse.triton_impl._gdn import gate_layout, gate_tile, l2_normalise, new_outputs, silu
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Change, Plan, Plans, Step, Taken, adjacent, contiguous
@@ -56,41 +57,6 @@ def _place(cu_ptr, sequences, length, row):
 def _input(x_ptr, rows, x_row, mask):
     """The inputs of the row that is `rows` after the one of `x_ptr`, a tile over channels."""
     return tl.load(x_ptr + rows.to(tl.int64) * x_row, mask=mask, other=0.0)
-
-
-@triton.jit
-def _unpacked(bits, DTYPE: tl.constexpr):
-    """The 16-bit numbers in the lowest bits, in fp32."""
-    return widen(bits.to(tl.int16).to(DTYPE, bitcast=True))
-
-
-@triton.jit
-def _weights(weight_ptr, mask, stride, W: tl.constexpr, DTYPE: tl.constexpr):
-    """The conv's weights, the row's own first, as four tiles over channels, of which the first W count."""
-    if weight_ptr.dtype.element_ty == tl.int64:  # four of DTYPE in one: no thread needs those of another
-        packed = tl.load(weight_ptr, mask=mask, other=0)
-        return (
-            _unpacked(packed >> 48, DTYPE),
-            _unpacked(packed >> 32, DTYPE),
-            _unpacked(packed >> 16, DTYPE),
-            _unpacked(packed, DTYPE),
-        )
-    TAPS: tl.constexpr = triton.next_power_of_2(W)
-    tap = tl.arange(0, TAPS)[None, None, None, :]
-    inside = mask[:, :, :, None] & (tap < W)
-    weight = widen(tl.load(weight_ptr[:, :, :, None] + tap * stride, mask=inside, other=0.0))
-    if W == 2:
-        first, second = tl.split(weight)
-        taps = (second, first, first, first)
-    else:
-        even, odd = tl.split(tl.reshape(weight, [mask.shape[0], mask.shape[1], mask.shape[2], 2, 2]))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        if W == 3:
-            taps = (third, second, first, first)
-        else:
-            taps = (fourth, third, second, first)
-    return taps
 
 
 @triton.jit
@@ -139,7 +105,7 @@ def _strip(
     mask = lane < WIDTH
     column = (first_head + tl.arange(0, HEADS))[None, :, None] * WIDTH + lane  # [1, HEADS, PADDED], as all tiles here
     channel = (first_column + column).to(tl.int64)
-    weights = _weights(weight_ptr + channel * weight_channel, mask, weight_tap, W, x_ptr.dtype.element_ty)
+    weights = read_weights(weight_ptr + channel * weight_channel, mask, weight_tap, W, x_ptr.dtype.element_ty)
     if KEY_HEAD:
         head = first_head + tl.arange(0, HEADS)
         place = head // GROUP * KEY_HEAD + first_place + head % GROUP * WIDTH
@@ -326,11 +292,6 @@ def _columns_from(first: int) -> Change:
     return lambda pool: pool[:, :, first:]
 
 
-def _packed(weight: torch.Tensor) -> torch.Tensor:
-    """The weights of a channel as one number, if they lie as one does."""
-    return weight.view(torch.int64) if weight.is_contiguous() and weight.data_ptr() % 8 == 0 else weight
-
-
 def _plan(
     inputs: tuple[Any, ...],
     H: int,
@@ -355,7 +316,7 @@ def _plan(
     rows, *tile = _tile(length, sequences, *dims) if length else (1,)
     changes: dict[int, Change] = {0: adjacent, **dict.fromkeys((4, 5, 6, 8, 10), contiguous), 9: _as_bytes}
     if width == 4 and weight.dtype == x.dtype and weight.element_size() == 2:
-        changes[1] = _packed
+        changes[1] = as_one_number
     if rows > 1 and not pooled:  # a strip has the layout of rows
         changes[STATES] = _rows_first
     taken, steps = Taken(inputs, changes, [(STATES, _columns_from(states.shape[2] - width + 1))] if pooled else []), []
