@@ -1,7 +1,6 @@
 """What the quantising ops share on the host."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import log2, prod
 from typing import Any
 
@@ -26,9 +25,9 @@ ANY_VALUE = [
 ]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Results:
-    """The results of calls of one kind, and what a kernel takes to write them; one object for each kind."""
+    """The results of calls of one kind, and what a kernel takes to write them."""
 
     q_shape: tuple[int, ...]
     q_dtype: torch.dtype
@@ -42,11 +41,11 @@ class Results:
 
     def allocate(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """New q and scale."""
-        q = torch.empty(self.q_shape, dtype=self.q_dtype, device=device)
+        q = torch.empty(*self.q_shape, dtype=self.q_dtype, device=device)  # a tuple takes longer
         if self.first is not None:
             return q, self._filled(device, self.first)
         if self.scale_strides is None:
-            return q, torch.empty(self.scale_shape, dtype=self.scale_dtype, device=device)
+            return q, torch.empty(*self.scale_shape, dtype=self.scale_dtype, device=device)
         return q, torch.empty_strided(self.scale_shape, self.scale_strides, dtype=self.scale_dtype, device=device)
 
     def writable(self, q: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +65,6 @@ class Results:
         return buffer.view(self.scale_dtype).as_strided(self.scale_shape, strides)
 
 
-@lru_cache(maxsize=1024)
 def results(
     lead: tuple[int, ...],
     width: int,

@@ -1,11 +1,11 @@
 """The states of the conv of a Gated DeltaNet layer: what it looks back at, and what it leaves behind."""
 
-import torch
 import triton
 import triton.language as tl
 
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._plans import Step, Taken
 
 TILE = 2048  # elements of a pool per program
 
@@ -173,14 +173,13 @@ _update = Launcher("gdn_conv_prep", _update_pool)
 
 
 def update_pool(
-    x: torch.Tensor,
-    pool: torch.Tensor,
-    owners: tuple[torch.Tensor | None, torch.Tensor | None],
-    cu_seqlens: torch.Tensor | None,
-    dims: tuple[int, int, int, int],
-    interleaved: bool,
-) -> None:
-    """Writes the last inputs of each sequence into its slot. `owners` are the sequences' slots, and which are valid."""
+    taken: Taken, places: tuple[int, int, int, int, int], dims: tuple[int, int, int, int], interleaved: bool
+) -> Step:
+    """The launch that writes the last inputs of each sequence into its slot.
+
+    `places` are those of x, the pool, the sequences' slots, which of these are valid, and cu_seqlens among the inputs.
+    """
+    x, pool, _, _, cu_seqlens = taken.at(places)
     H, K, HV, V = dims
     values = max(1, HV // H) * V
     key_head = 2 * K + 2 * values if interleaved else 0
@@ -188,4 +187,4 @@ def update_pool(
     tile = min(triton.next_power_of_2(channels), max(1, TILE // triton.next_power_of_2(columns)))
     programs = (1 if cu_seqlens is None else len(cu_seqlens) - 1) * -(-channels // tile)
     fixed = x.stride(0), *pool.stride(), key_head, H, K, values, channels, columns, tile
-    _update((programs, 1, 1), (x, pool, *owners, cu_seqlens), (), (len(x), slots), fixed, warps=4)
+    return Step(_update, (programs, 1, 1), taken, (len(x), slots), fixed, warps=4, takes=places, gives=())

@@ -7,13 +7,10 @@ what Triton prepares for hooks where there are none, and with addresses in place
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
-from operator import or_
 from typing import Any
 
 import torch
 import triton
-from torch._C._dynamo.guards import TensorGuards
 from torch.accelerator import current_device_index
 
 from polyfuse.spec import Unsupported
@@ -27,7 +24,7 @@ STARTED_DIRECTLY = triton.__version__.startswith("3.6.") and torch.version.cuda 
 _HOOKS: Any = triton.knobs.runtime
 
 Grid = tuple[int, int, int]
-Inputs = tuple[torch.Tensor | None, ...]
+Inputs = Sequence[torch.Tensor | None]
 Numbers = tuple[int | float | None, ...]
 
 
@@ -127,95 +124,6 @@ class Launcher:
             launch = Launch(self.op, self.kernel, device, {"num_warps": warps, **self.options})
             self.launches[kind] = launch
         return launch
-
-
-class Plan:
-    """How the calls of one kind launch a kernel: on which grid, and with what behind their tensors.
-
-    `copied` are the places of inputs that the kernel takes only where their elements lie behind one another, and that
-    do not: they are copied first.
-    """
-
-    __slots__ = ("copied", "grid", "launch", "rest")
-
-    def __init__(
-        self,
-        launcher: Launcher,
-        grid: Grid,
-        inputs: Inputs,
-        numbers: Numbers,
-        fixed: tuple[Any, ...],
-        warps: int,
-        contiguous: tuple[int, ...] = (),
-    ) -> None:
-        """`contiguous` are the places of all inputs that have to be so."""
-        self.grid, self.rest = grid, (*numbers, *fixed)
-        self.copied = tuple(i for i in contiguous if (x := inputs[i]) is not None and not x.is_contiguous())
-        self.launch = launcher.find(self._ready(inputs), numbers, fixed, warps)
-
-    def __call__(self, inputs: Inputs, addresses: Sequence[int | None], outputs: tuple[torch.Tensor, ...]) -> None:
-        """Launch the kernel for a call of this kind, whose inputs begin at these addresses."""
-        if self.copied or self.launch.start is None:
-            self.launch(self.grid, *self._ready(inputs), *outputs, *self.rest)
-        else:
-            self.launch(self.grid, *addresses, *[x.data_ptr() for x in outputs], *self.rest)
-
-    def _ready(self, inputs: Inputs) -> Inputs:
-        return tuple(x.contiguous() if i in self.copied else x for i, x in enumerate(inputs))  # type: ignore[union-attr]
-
-
-class Plans:
-    """The plans of an op's calls, found by what their tensors are like: `make(inputs, settings)` is asked once a kind.
-
-    Calls are of one kind if their `settings` are equal, and their tensors in shape, strides, dtype, device, and in
-    whether they begin at a multiple of 16 bytes.
-    """
-
-    def __init__(self, make: Callable[..., Plan]) -> None:
-        self.make = make
-        self.plans: dict[tuple[Any, ...], Plan] = {}
-        self.last: tuple[Any, Any, Any] = None, None, None  # of a call: what it is like, its tensors' guard, its plan
-
-    def __call__(self, inputs: Inputs, outputs: tuple[torch.Tensor, ...], *settings: Any) -> None:
-        """Launch the kernel for a call, whose first input is there."""
-        addresses = [None if x is None else x.data_ptr() for x in inputs]
-        given = [x for x in inputs if x is not None]
-        aligned = reduce(or_, filter(None, addresses), 0) % 16 == 0
-        like = settings, [x is None for x in inputs], aligned
-        last_like, same, last = self.last
-        if like == last_like and same(*given):  # as most calls are
-            last(inputs, addresses, outputs)
-            return
-        plan = self._find(inputs, addresses, settings)
-        if aligned:
-            self.last = like, _same(given), plan
-        plan(inputs, addresses, outputs)
-
-    def _find(self, inputs: Inputs, addresses: Sequence[int | None], settings: tuple[Any, ...]) -> Plan:
-        """The plan of a call, which is made if there is none."""
-        key = (
-            settings,
-            inputs[0].device,  # type: ignore[union-attr]
-            *[x if x is None else (x.shape, x.stride(), x.dtype) for x in inputs],
-            *[x if x is None else x % 16 == 0 for x in addresses],
-        )
-        plan = self.plans.get(key)
-        if plan is None:
-            if len(self.plans) >= MOST_KINDS:
-                self.plans.clear()
-            plan = self.plans[key] = self.make(inputs, *settings)
-        return plan
-
-
-def _same(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
-    """Whether others are like these tensors in shape, strides, dtype, device and all that PyTorch dispatches on.
-
-    It is what guards PyTorch's compiled graphs, one call for all tensors: a quarter of the time that Python takes.
-    """
-    shapes: Any = [list(x.shape) for x in tensors]
-    strides: Any = [list(x.stride()) for x in tensors]
-    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
-    return check
 
 
 def _on_device(op: str, device: torch.device) -> AbstractContextManager[Any]:

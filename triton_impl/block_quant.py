@@ -9,10 +9,11 @@ import triton.language as tl
 
 from polyfuse.spec import Capability, Unsupported
 from polyfuse.triton_impl import _blocks
-from polyfuse.triton_impl._blocks import ANY_VALUE, Results
+from polyfuse.triton_impl._blocks import ANY_VALUE
 from polyfuse.triton_impl._common import widen
 from polyfuse.triton_impl._experts import each_tile, share_out
-from polyfuse.triton_impl._launch import Launcher, Plan, Plans
+from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._plans import Change, Plan, Plans, Step, Taken, contiguous, rows_together
 from polyfuse.triton_impl._quantise import store_groups
 
 NAME = "block_quant"
@@ -97,22 +98,44 @@ _launch = Launcher(NAME, _kernel)
 
 
 def _plan(
-    inputs: tuple[Any, ...], results: Results, lead: tuple[int, ...], scale_ub: float | None, group: int, alignment: int
+    inputs: tuple[Any, ...],
+    group: int,
+    quant_dtype: str,
+    scale_format: str,
+    scale_layout: str,
+    scale_ub: float | None,
+    scale_min: float | None,
+    reciprocal: bool,
+    alignment: int,
+    fill: float | None,
 ) -> Plan:
-    """How a call with these inputs, in the order of the kernel's parameters, is launched."""
+    """How a call with these inputs, in the order of the kernel's parameters, is launched.
+
+    Kept are the forms of the results.
+    """
+    x, num_rows, ends, _ = inputs
+    (*lead, width), masked, count = x.shape, num_rows is not None, None if ends is None else len(ends)
+    results = _blocks.results(
+        tuple(lead), width, x.device, masked, ends is not None, group, quant_dtype, scale_format, scale_layout,
+        scale_min, reciprocal, fill,
+    )  # fmt: skip
+    changes: dict[int, Change] = {1: contiguous, 2: contiguous}
+    if not masked:
+        changes[0] = rows_together
+    taken = Taken(inputs, changes)
+    if not prod(x.shape) or count == 0:
+        return Plan(taken, kept=results)
     if group > _blocks.WIDEST_GROUP:
         raise Unsupported(f"{NAME}: group_size={group}: a program takes whole groups of up to {_blocks.WIDEST_GROUP}")
-    x, num_rows, ends, _ = inputs
-    masked, width = num_rows is not None, x.shape[-1]
-    experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
+    experts, rows = lead if masked else (1, prod(lead))
     groups = -(-width // group)
     block, warps = _blocks.tile(group, x.itemsize, experts * rows * width)
-    shares = share_out(x.device, experts, rows, masked, None if ends is None else len(ends), groups, block)
-    strides = x.stride() if masked else (0, *x.stride())
+    shares = share_out(x.device, experts, rows, masked, count, groups, block)
+    strides = taken.ready[0].stride() if masked else (0, *taken.ready[0].stride())
     wide = rows * groups >= _blocks.WIDE_PAIRS
     fixed = (*strides, *results.fixed, wide, block, alignment, shares.chunk)
     numbers = scale_ub, rows, shares.experts, *results.numbers
-    return Plan(_launch, (shares.programs, 1, 1), inputs, numbers, fixed, warps, contiguous=(1, 2))
+    return Plan(taken, Step(_launch, (shares.programs, 1, 1), taken, numbers, fixed, warps), kept=results)
 
 
 _plans = Plans(_plan)
@@ -135,15 +158,11 @@ def block_quant(
     fill: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns q and scale, each rounded once."""
-    lead = tuple(x.shape[:-1])
-    if num_rows is None and len(lead) > 1:
-        x = x.flatten(0, -2)
-    results = _blocks.results(
-        lead, x.shape[-1], x.device, num_rows is not None, expert_ends is not None, group_size, quant_dtype,
-        scale_format, scale_layout, scale_min, reciprocal, fill,
-    )  # fmt: skip
-    q, scale = results.allocate(x.device)
-    if q.numel() and (expert_ends is None or len(expert_ends)):
-        inputs = x, num_rows, expert_ends, global_scale
-        _plans(inputs, results.writable(q, scale), results, lead, scale_ub, group_size, expert_alignment)
+    inputs = x, num_rows, expert_ends, global_scale
+    plan, addresses = _plans(
+        *(inputs, group_size, quant_dtype, scale_format, scale_layout, scale_ub, scale_min, reciprocal),
+        *(expert_alignment, fill),
+    )
+    q, scale = plan.kept.allocate(x.device)
+    plan(inputs, addresses, plan.kept.writable(q, scale))
     return q, scale

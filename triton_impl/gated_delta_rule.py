@@ -12,7 +12,7 @@ walks from chunk to chunk of a sequence, with a block of the value's columns. Ha
 too, the scan would have one product of five less, but more would be written and read than in all of it now.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +22,7 @@ from polyfuse.spec import Capability
 from polyfuse.spec import gated_delta_rule as spec
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, adjacent, contiguous
 from polyfuse.triton_impl._products import FP32, TO_BF16, dot, load_operand, rounded_operand, unit_inverse
 
 NAME = "gated_delta_rule"
@@ -283,6 +284,44 @@ def _operand(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous()
 
 
+CHANGES = {0: _operand, 1: _operand, 2: adjacent, **dict.fromkeys((5, 7, 8), contiguous)}
+
+
+def _plan(inputs: tuple[Any, ...], final: bool, pooled: bool, scale: float | None) -> Plan:
+    """How both kernels are launched for a call with q, k, v, g, beta, cu_seqlens, the states, slots and flags.
+
+    The outputs are t, p and the decay of `_prepare`, o, and the last states.
+    """
+    taken = Taken(inputs, CHANGES)
+    q, k, v, g, beta, cu_seqlens, first, _, _ = taken.ready
+    (length, key_heads, columns), (_, heads, V), K = q.shape, v.shape, inputs[0].shape[2]
+    sequences = 1 if cu_seqlens is None else len(cu_seqlens) - 1
+    tiling, dtype, steps = _tiling(K, V, v.element_size()), DTYPES[v.dtype], []
+    strides = *q.stride()[:2], *k.stride()[:2]
+    if length:
+        slots = -(-length // ROWS.value) if cu_seqlens is None else length // ROWS.value + sequences + 2
+        prepared = *strides, *g.stride(), *beta.stride(), key_heads, heads, columns, V, dtype
+        steps.append(
+            Step(
+                *(_launch_prepare, (slots * heads, 1, 1), taken, (length, sequences), prepared, tiling.prepare_warps),
+                takes=(0, 1, 3, 4, 5),
+                gives=range(4),
+            )
+        )
+    far = tl.int64 if max(x.stride(0) for x in (q, k, v)) * ROWS.value >= 2**31 else tl.int32
+    state_strides = (0, 0, 0, 0) if first is None else first.stride()
+    last_strides = state_strides if pooled else (heads * K * V, K * V, V, 1)
+    fixed = *strides, *v.stride()[:2], *state_strides, *last_strides, key_heads, heads, columns, K, V
+    numbers = length, len(first) if pooled else sequences, K**-0.5 if scale is None else scale
+    fixed = *fixed, tiling.block_v, final or pooled, dtype, far, tiling.stages
+    grid = sequences * heads * -(-V // tiling.block_v), 1, 1
+    steps.append(Step(_launch, grid, taken, numbers, fixed, tiling.warps, takes=(0, 1, 2, 5, 6, 7, 8)))
+    return Plan(taken, *steps)
+
+
+_plans = Plans(_plan)
+
+
 def gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -302,7 +341,7 @@ def gated_delta_rule(
 
     q, k or v is copied first if its last stride is not 1.
     """
-    (length, key_heads, K), (_, heads, V) = q.shape, v.shape
+    (length, _, K), (_, heads, V) = q.shape, v.shape
     sequences = 1 if cu_seqlens is None else len(cu_seqlens) - 1
     states = sequences if output_final_state else 0
     o = v.new_empty(length, heads, V)
@@ -311,36 +350,10 @@ def gated_delta_rule(
         final.copy_(initial_state) if initial_state is not None and states else final.zero_()
         if state_pool is None or not state_pool.numel():
             return o.zero_(), final
-    q, k, v = _operand(q), _operand(k), v if v.stride(2) == 1 else v.contiguous()
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    tiling = _tiling(K, V, v.element_size())
     t, p = (v.new_empty(heads, length, ROWS.value) for _ in range(2))
     decay = torch.empty(heads, length, 2, dtype=torch.float32, device=v.device)
-    made = t, p, decay
-    slots = -(-length // ROWS.value) if cu_seqlens is None else length // ROWS.value + sequences + 2
-    columns = q.shape[2]
-    dtype = DTYPES[v.dtype]
-    strides = *q.stride()[:2], *k.stride()[:2]
-    if length:
-        _launch_prepare(
-            (slots * heads, 1, 1),
-            (q, k, g, beta, cu_seqlens),
-            (*made, o),
-            (length, sequences),
-            (*strides, *g.stride(), *beta.stride(), key_heads, heads, columns, V, dtype),
-            tiling.prepare_warps,
-        )
     first, last = (initial_state, final) if state_pool is None else (state_pool, state_pool)
-    named = [x if x is None else x.contiguous() for x in (state_indices, has_initial_state)]
-    far = tl.int64 if max(x.stride(0) for x in (q, k, v)) * ROWS.value >= 2**31 else tl.int32
-    state_strides = (0, 0, 0, 0) if first is None else first.stride()
-    fixed = *strides, *v.stride()[:2], *state_strides, *last.stride(), key_heads, heads, columns, K, V
-    _launch(
-        (sequences * heads * -(-V // tiling.block_v), 1, 1),
-        (q, k, v, cu_seqlens, first, *named),
-        (*made, o, last),
-        (length, sequences if state_pool is None else last.shape[0], K**-0.5 if scale is None else scale),
-        (*fixed, tiling.block_v, output_final_state or state_pool is not None, dtype, far, tiling.stages),
-        tiling.warps,
-    )
+    inputs = q, k, v, g, beta, cu_seqlens, first, state_indices, has_initial_state
+    plan, addresses = _plans(inputs, output_final_state, state_pool is not None, scale)
+    plan(inputs, addresses, (t, p, decay, o, last))
     return o, final

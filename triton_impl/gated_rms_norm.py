@@ -4,8 +4,8 @@ Rows are numbered through; a program takes ROWS consecutive ones, whole. Their l
 strides of x and of the gate allow.
 """
 
-from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._gdn import fast_sigmoid, silu, sum_of_squares
 from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, contiguous
 from polyfuse.triton_impl._tuning import Ranges, Tiles
 
 NAME = "gated_rms_norm"
@@ -108,8 +109,7 @@ def _merged(shape: tuple[int, ...], x_strides: tuple[int, ...], gate_strides: tu
     return dims
 
 
-@lru_cache(maxsize=1024)
-def _plan(
+def _rows(
     shape: tuple[int, ...],
     x_strides: tuple[int, ...],
     gate_strides: tuple[int, ...],
@@ -119,7 +119,7 @@ def _plan(
 ) -> tuple[int, tuple[int, ...], tuple[int | bool, ...], int] | None:
     """The number of programs, what they take behind offset, that is numbers and fixed, and their warps.
 
-    None where `_copied` must come first.
+    None where inputs must be copied first.
     """
     *lead, width = shape
     dims = _merged(tuple(lead), x_strides[:-1], gate_strides[:-1])
@@ -135,16 +135,36 @@ def _plan(
     return -(-rows // tile_rows), numbers, fixed, max(warps, columns // WARP_ELEMENTS)
 
 
-def _copied(x: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and the gate, of which those whose rows are not of adjacent elements are contiguous; if none is so, both.
+def _to_copy(x: torch.Tensor, gate: torch.Tensor) -> list[int]:
+    """The places of x and the gate if their rows are not of adjacent elements; if none is so, of both.
 
     That is where their rows have more strides together than a program counts in.
     """
-    apart = [rows.shape[-1] > 1 and rows.stride(-1) != 1 for rows in (x, gate)]
-    x, gate = (
-        rows.contiguous() if alone or not any(apart) else rows for rows, alone in zip((x, gate), apart, strict=True)
-    )
-    return x, gate
+    apart = [i for i, rows in enumerate((x, gate)) if rows.shape[-1] > 1 and rows.stride(-1) != 1]
+    return apart or [0, 1]
+
+
+def _plan(inputs: tuple[Any, ...], eps: float, silu: bool, weight_offset: float, forced: Any) -> Plan:
+    """How a call with these inputs, in the order of the kernel's parameters, is launched.
+
+    `forced` is what chooses the tiles in place of what was measured: with another one the same call has another plan.
+    """
+    elements, warps = TILES.choose(inputs[0].numel(), inputs[0].device)
+    changes = {2: contiguous}
+    taken = Taken(inputs, changes)
+    while True:
+        x, gate, _ = taken.ready
+        found = _rows(x.shape, x.stride(), gate.stride(), silu, elements, warps)
+        if found is not None:
+            break
+        changes |= dict.fromkeys(_to_copy(x, gate), contiguous)
+        taken = Taken(inputs, changes)
+    programs, numbers, fixed, warps = found
+    floats = max(eps, FP32_TINY), weight_offset  # a zero row must give zeros
+    return Plan(taken, Step(_launch, (programs, 1, 1), taken, (*floats, *numbers), fixed, warps))
+
+
+_plans = Plans(_plan)
 
 
 def gated_rms_norm(
@@ -158,15 +178,8 @@ def gated_rms_norm(
 ) -> torch.Tensor:
     """Returns y [..., V], rounded once."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if y.numel() == 0:
-        return y
-    silu = activation == "silu"
-    tile = TILES.choose(y.numel(), x.device)
-    plan = _plan(x.shape, x.stride(), gate.stride(), silu, *tile)
-    while plan is None:
-        x, gate = _copied(x, gate)
-        plan = _plan(x.shape, x.stride(), gate.stride(), silu, *tile)
-    programs, numbers, fixed, warps = plan
-    floats = max(eps, FP32_TINY), weight_offset  # a zero row must give zeros
-    _launch((programs, 1, 1), (x, gate, weight.contiguous()), (y,), (*floats, *numbers), fixed, warps)
+    if y.numel():
+        inputs = x, gate, weight
+        plan, addresses = _plans(inputs, eps, activation == "silu", weight_offset, TILES.forced)
+        plan(inputs, addresses, (y,))
     return y

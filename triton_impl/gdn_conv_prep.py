@@ -4,8 +4,8 @@ The first programs compute the gates, the next ones the final states. Each of th
 some heads of q, k or v, and keeps the rows that the conv looks back at in registers.
 """
 
-from functools import lru_cache
 from math import gcd
+from typing import Any
 
 import torch
 import triton
@@ -14,8 +14,10 @@ import triton.language as tl
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._conv_state import begin_window, store_final_state, update_pool
+from polyfuse.triton_impl._conv_weights import as_one_number, read_weights
 from polyfuse.triton_impl._gdn import gate_layout, gate_tile, l2_normalise, new_outputs, silu
 from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._plans import Change, Plan, Plans, Step, Taken, adjacent, contiguous
 
 NAME = "gdn_conv_prep"
 
@@ -55,41 +57,6 @@ def _place(cu_ptr, sequences, length, row):
 def _input(x_ptr, rows, x_row, mask):
     """The inputs of the row that is `rows` after the one of `x_ptr`, a tile over channels."""
     return tl.load(x_ptr + rows.to(tl.int64) * x_row, mask=mask, other=0.0)
-
-
-@triton.jit
-def _unpacked(bits, DTYPE: tl.constexpr):
-    """The 16-bit numbers in the lowest bits, in fp32."""
-    return widen(bits.to(tl.int16).to(DTYPE, bitcast=True))
-
-
-@triton.jit
-def _weights(weight_ptr, mask, stride, W: tl.constexpr, DTYPE: tl.constexpr):
-    """The conv's weights, the row's own first, as four tiles over channels, of which the first W count."""
-    if weight_ptr.dtype.element_ty == tl.int64:  # four of DTYPE in one: no thread needs those of another
-        packed = tl.load(weight_ptr, mask=mask, other=0)
-        return (
-            _unpacked(packed >> 48, DTYPE),
-            _unpacked(packed >> 32, DTYPE),
-            _unpacked(packed >> 16, DTYPE),
-            _unpacked(packed, DTYPE),
-        )
-    TAPS: tl.constexpr = triton.next_power_of_2(W)
-    tap = tl.arange(0, TAPS)[None, None, None, :]
-    inside = mask[:, :, :, None] & (tap < W)
-    weight = widen(tl.load(weight_ptr[:, :, :, None] + tap * stride, mask=inside, other=0.0))
-    if W == 2:
-        first, second = tl.split(weight)
-        taps = (second, first, first, first)
-    else:
-        even, odd = tl.split(tl.reshape(weight, [mask.shape[0], mask.shape[1], mask.shape[2], 2, 2]))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        if W == 3:
-            taps = (third, second, first, first)
-        else:
-            taps = (fourth, third, second, first)
-    return taps
 
 
 @triton.jit
@@ -138,7 +105,7 @@ def _strip(
     mask = lane < WIDTH
     column = (first_head + tl.arange(0, HEADS))[None, :, None] * WIDTH + lane  # [1, HEADS, PADDED], as all tiles here
     channel = (first_column + column).to(tl.int64)
-    weights = _weights(weight_ptr + channel * weight_channel, mask, weight_tap, W, x_ptr.dtype.element_ty)
+    weights = read_weights(weight_ptr + channel * weight_channel, mask, weight_tap, W, x_ptr.dtype.element_ty)
     if KEY_HEAD:
         head = first_head + tl.arange(0, HEADS)
         place = head // GROUP * KEY_HEAD + first_place + head % GROUP * WIDTH
@@ -296,7 +263,6 @@ def _kernel(
 _launch = Launcher(NAME, _kernel)
 
 
-@lru_cache(maxsize=256)
 def _tile(length: int, sequences: int, H: int, K: int, HV: int, V: int) -> tuple[int, int, int, int, int]:
     """The rows of a strip; and of a program, its heads of q and k, heads of v, tokens of gates, channels of states."""
     step = STEP.value
@@ -307,6 +273,71 @@ def _tile(length: int, sequences: int, H: int, K: int, HV: int, V: int) -> tuple
     heads_v = gcd(HV, max(1, columns // triton.next_power_of_2(V)))
     gate_tokens = max(1, GATES[length > SHORT] // triton.next_power_of_2(HV or 1))
     return rows, heads, heads_v, gate_tokens, columns
+
+
+STATES = 7  # the place of the states, or the pool, among the inputs
+PART = 11  # that of the part of the pool which is read
+
+
+def _as_bytes(flags: torch.Tensor) -> torch.Tensor:
+    return flags.contiguous().view(torch.uint8)
+
+
+def _rows_first(state: torch.Tensor) -> torch.Tensor:
+    """The states, in the layout of rows of x."""
+    return state if state.stride(1) == 1 else state.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _columns_from(first: int) -> Change:
+    return lambda pool: pool[:, :, first:]
+
+
+def _plan(
+    inputs: tuple[Any, ...],
+    H: int,
+    K: int,
+    V: int,
+    l2norm: bool,
+    l2norm_eps: float,
+    g_exp: bool,
+    final: bool,
+    interleaved: bool,
+    activate: bool,
+    pooled: bool,
+) -> Plan:
+    """How a call with these inputs, in the order of the kernel's parameters, is launched.
+
+    If `pooled`, there is a pool in the place of the states.
+    """
+    x, weight, _, _, A_log, _, _, states, _, _, cu_seqlens = inputs
+    length, HV = x.shape[0], A_log.shape[0]
+    (channels, width), sequences = weight.shape, 1 if cu_seqlens is None else len(cu_seqlens) - 1
+    finals, dims = sequences if final else 0, (H, K, HV, V)
+    rows, *tile = _tile(length, sequences, *dims) if length else (1,)
+    changes: dict[int, Change] = {0: adjacent, **dict.fromkeys((4, 5, 6, 8, 10), contiguous), 9: _as_bytes}
+    if width == 4 and weight.dtype == x.dtype and weight.element_size() == 2:
+        changes[1] = as_one_number
+    if rows > 1 and not pooled:  # a strip has the layout of rows
+        changes[STATES] = _rows_first
+    taken, steps = Taken(inputs, changes, [(STATES, _columns_from(states.shape[2] - width + 1))] if pooled else []), []
+    if length:
+        takes = *range(STATES), PART if pooled else STATES, *range(STATES + 1, PART)
+        x, weight, a, b, _, _, _, before, *_ = taken.at(takes)
+        heads, heads_v, gate_tokens, state_channels = tile
+        blocks = 2 * (H // heads) + HV // heads_v
+        programs = -(-length // gate_tokens) + finals * -(-channels // state_channels) + -(-length // rows) * blocks
+        state_strides = (0, 0, 0) if before is None else before.stride()
+        strides = x.stride(0), *weight.stride(), *state_strides, *gate_layout(a, b, H, HV)
+        fixed = *strides, *dims, width, l2norm, g_exp, interleaved, activate, *tile
+        eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
+        numbers = length, sequences, finals, len(states) if pooled else 0, rows, eps
+        steps.append(Step(_launch, (programs, 1, 1), taken, numbers, fixed, warps=4, takes=takes))
+    if pooled:
+        steps.append(update_pool(taken, (0, STATES, 8, 9, 10), dims, interleaved))
+    return Plan(taken, *steps)
+
+
+_plans = Plans(_plan)
 
 
 def gdn_conv_prep(
@@ -334,45 +365,22 @@ def gdn_conv_prep(
     activation: str | None = "silu",
 ) -> tuple[torch.Tensor, ...]:
     """Returns q, k, v, g and beta, each rounded once, and final_state. Writes the pool."""
-    length, value_heads = x.shape[0], A_log.shape[0]
-    (channels, width), sequences = weight.shape, 1 if cu_seqlens is None else len(cu_seqlens) - 1
-    states = sequences if output_final_state else 0
-    q, k, v, g, beta = new_outputs(x, length, value_heads, num_k_heads, head_k_dim, head_v_dim)
-    dims = num_k_heads, head_k_dim, value_heads, head_v_dim
+    length, (channels, width) = x.shape[0], weight.shape
+    states = 0 if not output_final_state else 1 if cu_seqlens is None else len(cu_seqlens) - 1
+    outputs = new_outputs(x, length, A_log.shape[0], num_k_heads, head_k_dim, head_v_dim)
     state_dtype = x.dtype if initial_state is None else initial_state.dtype
     final_state = x.new_empty(states, width - 1, channels, dtype=state_dtype).transpose(1, 2)
-    results = q, k, v, g, beta, final_state
-    x = x if x.stride(1) == 1 else x.contiguous()
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    state, slots, owners = initial_state, 0, (None, None)
-    if state_pool is not None:
-        state, slots = state_pool[:, :, state_pool.shape[2] - (width - 1) :], len(state_pool)
-        owners = (
-            None if state_indices is None else state_indices.contiguous(),
-            None if has_initial_state is None else has_initial_state.contiguous().view(torch.uint8),
-        )
-    if length:
-        rows, *tile = _tile(length, sequences, *dims)
-        heads, heads_v, gate_tokens, state_channels = tile
-        if width == 4 and weight.is_contiguous() and weight.dtype == x.dtype and weight.element_size() == 2:
-            weight = weight.view(torch.int64) if weight.data_ptr() % 8 == 0 else weight
-        if initial_state is not None and rows > 1 and initial_state.stride(1) != 1:  # a strip has the layout of rows
-            state = initial_state.transpose(1, 2).contiguous().transpose(1, 2)
+    results = *outputs, final_state
+    if length or state_pool is not None:
         inputs = (
-            *(x, weight, a, b, A_log.contiguous(), dt_bias.contiguous()),
-            None if bias is None else bias.contiguous(),
-            *(state, *owners, cu_seqlens),
+            *(x, weight, a, b, A_log, dt_bias, bias, initial_state if state_pool is None else state_pool),
+            *(state_indices, has_initial_state, cu_seqlens),
         )
-        blocks = 2 * (num_k_heads // heads) + value_heads // heads_v
-        programs = -(-length // gate_tokens) + states * -(-channels // state_channels) + -(-length // rows) * blocks
-        eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
-        state_strides = (0, 0, 0) if state is None else state.stride()
-        strides = x.stride(0), *weight.stride(), *state_strides, *gate_layout(a, b, num_k_heads, value_heads)
-        fixed = *strides, *dims, width, l2norm, output_g_exp, interleaved, activation is not None, *tile
-        numbers = length, sequences, states, slots, rows, eps
-        _launch((programs, 1, 1), inputs, results, numbers, fixed, warps=4)
-    elif states:
+        plan, addresses = _plans(
+            *(inputs, num_k_heads, head_k_dim, head_v_dim, l2norm, l2norm_eps, output_g_exp, output_final_state),
+            *(interleaved, activation is not None, state_pool is not None),
+        )
+        plan(inputs, addresses, results)
+    if states and not length:
         final_state.copy_(initial_state) if initial_state is not None else final_state.zero_()
-    if state_pool is not None:
-        update_pool(x, state_pool, owners, cu_seqlens, dims, interleaved)
     return results

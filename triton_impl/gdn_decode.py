@@ -15,7 +15,8 @@ from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import INTERPRETED, round_to, widen
 from polyfuse.triton_impl._conv_step import conv_at, read, shifted, store_shifted
 from polyfuse.triton_impl._gdn import log_decay, sigmoid, silu
-from polyfuse.triton_impl._launch import Launcher, Plan, Plans
+from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, adjacent, contiguous
 
 NAME = "gdn_decode"
 
@@ -271,13 +272,14 @@ def gdn_decode(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Returns out, rounded once; both states are updated."""
-    out = torch.empty((*x.shape[:-1], A_log.shape[0] * head_v_dim), dtype=x.dtype, device=x.device)
+    out = x.new_empty(*x.shape[:-1], A_log.shape[0] * head_v_dim)
     if out.numel():
         inputs = (
             *(x, z, a, b, conv_weight, A_log, dt_bias, norm_weight, conv_state, recurrent_state),
             *(conv_bias, state_indices, num_accepted),
         )
-        _plans(inputs, (out,), num_k_heads, head_k_dim, head_v_dim, l2norm_eps, norm_eps, scale)
+        plan, addresses = _plans(inputs, num_k_heads, head_k_dim, head_v_dim, l2norm_eps, norm_eps, scale)
+        plan(inputs, addresses, (out,))
     return out
 
 
@@ -285,10 +287,9 @@ def _plan(
     inputs: tuple[Any, ...], H: int, K: int, V: int, l2norm_eps: float, norm_eps: float, scale: float | None
 ) -> Plan:
     """How a call with these inputs, in the order of the kernel's parameters, is launched."""
-    x, z, a, b, conv_weight, A_log, _, _, conv_state, recurrent_state, _, state_indices, _ = inputs
+    taken = Taken(inputs, {0: adjacent, 1: adjacent, **dict.fromkeys(VECTORS, contiguous)})
+    x, z, a, b, conv_weight, A_log, _, _, conv_state, recurrent_state, _, state_indices, _ = taken.ready
     lead, HV = x.shape[:-1], A_log.shape[0]
-    x, z = (part if part is None or part.stride(-1) == 1 else part.contiguous() for part in (x, z))
-    contiguous = [i for i, part in enumerate(inputs[:2]) if part is not None and part.stride(-1) != 1]
     *gate_strides, group = _gate_layout(a, b, lead, H, HV)
     eps = max(l2norm_eps, FP32_TINY), max(norm_eps, FP32_TINY)  # a zero vector must give zero
     numbers = K**-0.5 if scale is None else scale, *eps
@@ -302,8 +303,7 @@ def _plan(
         *recurrent_state.stride(),
         *(group, lead[1] if len(lead) == 2 else 1, H, K, HV, V, conv_weight.shape[1], conv_state.shape[2]),
     )
-    grid = lead[0] * H, 1, 1
-    return Plan(_launch, grid, inputs, numbers, fixed, WARPS, (*contiguous, *VECTORS))
+    return Plan(taken, Step(_launch, (lead[0] * H, 1, 1), taken, numbers, fixed, WARPS))
 
 
 _plans = Plans(_plan)

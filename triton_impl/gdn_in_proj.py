@@ -24,7 +24,8 @@ from polyfuse._torch.projections import (
 from polyfuse._torch.streams import execute_in_parallel
 from polyfuse.spec import Capability
 from polyfuse.triton_impl._common import INTERPRETED, round_to
-from polyfuse.triton_impl._launch import Launcher, Plan, Plans
+from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, adjacent, contiguous
 
 NAME = "gdn_in_proj"
 
@@ -122,29 +123,29 @@ BIASES = 5, 6  # their places among the inputs
 
 def fused(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
     """All products in one launch."""
-    lead, device = x.shape[:-1], x.device
-    qkvz = torch.empty((*lead, large.width), dtype=x.dtype, device=device)
-    ba = torch.empty((*lead, small.width), dtype=x.dtype, device=device)
+    lead = x.shape[:-1]
+    qkvz, ba = x.new_empty(*lead, large.width), x.new_empty(*lead, small.width)
     flat = x if len(lead) == 1 else x.flatten(0, -2)
     if flat.shape[0] and qkvz.shape[-1] + ba.shape[-1]:
         inputs = flat, large.weight, large.following, small.weight, small.following, large.bias, small.bias
-        _plans(inputs, (qkvz, ba))
+        plan, addresses = _plans(inputs)
+        plan(inputs, addresses, (qkvz, ba))
     return qkvz, ba
 
 
 def _plan(inputs: tuple[Any, ...]) -> Plan:
     """How a call with these inputs, in the order of the kernel's parameters, is launched."""
-    x, *weights, _, _ = inputs
+    taken = Taken(inputs, {0: adjacent, **dict.fromkeys(BIASES, contiguous)})
+    x, *weights, _, _ = taken.ready
     rows, hidden = x.shape
-    spread = x.stride(1) != 1
     sizes = [0 if w is None else w.shape[0] for w in weights]
     layouts = [(0, 0) if w is None else w.stride() for w in weights]
     block_rows = min(max(LEAST_ROWS, 1 << (rows - 1).bit_length()), MOST_ROWS)
     described = [number for size, layout in zip(sizes, layouts, strict=True) for number in (size, *layout)]
-    fixed = hidden, hidden if spread else x.stride(0), *described, block_rows, BLOCK_N, BLOCK_K
+    fixed = hidden, x.stride(0), *described, block_rows, BLOCK_N, BLOCK_K
     # Divided as Python does it: Triton's own cdiv takes microseconds on the host.
     grid = sum([-(-size // BLOCK_N) for size in sizes]), -(-rows // block_rows), 1
-    return Plan(_launch, grid, inputs, (rows,), fixed, WARPS, (0, *BIASES) if spread else BIASES)
+    return Plan(taken, Step(_launch, grid, taken, (rows,), fixed, WARPS))
 
 
 _plans = Plans(_plan)

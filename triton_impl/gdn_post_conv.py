@@ -3,8 +3,8 @@
 The first programs compute the gates; each of the others a tile of tokens x heads x width of q, k or v.
 """
 
-from functools import lru_cache
 from math import gcd
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +14,7 @@ from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._gdn import gate_layout, gate_tile, l2_normalise, new_outputs
 from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, contiguous
 from polyfuse.triton_impl._tuning import Ranges, Tiles
 
 NAME = "gdn_post_conv"
@@ -126,7 +127,6 @@ _launch = Launcher(NAME, _kernel)
 TILES = Tiles(_launch, ("elements", "gates"), RANGES, ((1024, 2048, 4096, 8192), (128, 256, 512)))
 
 
-@lru_cache(maxsize=256)
 def _tile(elements: int, gates: int, strided: bool, H: int, K: int, HV: int, V: int) -> tuple[int, int, int, int, int]:
     """What a program takes: tokens, heads of q and k, heads of v, tokens of gates; and its warps."""
     width, width_v = triton.next_power_of_2(K), triton.next_power_of_2(V)
@@ -137,6 +137,29 @@ def _tile(elements: int, gates: int, strided: bool, H: int, K: int, HV: int, V: 
     heads_v = gcd(HV, max(1, COLUMNS // width_v))
     tokens = max(1, elements // max(heads * width, heads_v * width_v))
     return tokens, heads, heads_v, gate_tokens, 4
+
+
+def _plan(
+    inputs: tuple[Any, ...], H: int, K: int, V: int, l2norm: bool, l2norm_eps: float, g_exp: bool, forced: Any
+) -> Plan:
+    """How a call with these inputs, in the order of the kernel's parameters, is launched.
+
+    `forced` is what chooses the tiles in place of what was measured: with another one the same call has another plan.
+    """
+    taken = Taken(inputs, {3: contiguous, 4: contiguous})
+    conv_out, a, b, A_log, _ = taken.ready
+    length, HV, strides = conv_out.shape[0], A_log.shape[0], conv_out.stride()
+    elements, gates = TILES.choose(length, conv_out.device)
+    *tile, warps = _tile(elements, gates, strides[1] != 1, H, K, HV, V)
+    tokens, heads, heads_v, gate_tokens = tile
+    blocks = 2 * (H // heads) + HV // heads_v
+    programs = -(-length // gate_tokens) + -(-length // tokens) * blocks
+    numbers = length, max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
+    fixed = *strides, *gate_layout(a, b, H, HV), H, K, HV, V, l2norm, g_exp, *tile
+    return Plan(taken, Step(_launch, (programs, 1, 1), taken, numbers, fixed, warps))
+
+
+_plans = Plans(_plan)
 
 
 def gdn_post_conv(
@@ -155,17 +178,10 @@ def gdn_post_conv(
 ) -> tuple[torch.Tensor, ...]:
     """Returns q, k, v, g and beta, each rounded once."""
     length, value_heads = conv_out.shape[0], A_log.shape[0]
-    q, k, v, g, beta = new_outputs(conv_out, length, value_heads, num_k_heads, head_k_dim, head_v_dim)
-    if length == 0:
-        return q, k, v, g, beta
-    inputs = conv_out, a, b, A_log.contiguous(), dt_bias.contiguous()
-    strides = conv_out.stride()
-    dims = num_k_heads, head_k_dim, value_heads, head_v_dim
-    *tile, warps = _tile(*TILES.choose(length, conv_out.device), strides[1] != 1, *dims)
-    tokens, heads, heads_v, gate_tokens = tile
-    blocks = 2 * (num_k_heads // heads) + value_heads // heads_v
-    programs = -(-length // gate_tokens) + -(-length // tokens) * blocks
-    eps = max(l2norm_eps, FP32_TINY)  # a zero vector must give zero
-    fixed = *strides, *gate_layout(a, b, num_k_heads, value_heads), *dims, l2norm, output_g_exp, *tile
-    _launch((programs, 1, 1), inputs, (q, k, v, g, beta), (length, eps), fixed, warps)
-    return q, k, v, g, beta
+    outputs = new_outputs(conv_out, length, value_heads, num_k_heads, head_k_dim, head_v_dim)
+    if length:
+        inputs = conv_out, a, b, A_log, dt_bias
+        settings = num_k_heads, head_k_dim, head_v_dim, l2norm, l2norm_eps, output_g_exp, TILES.forced
+        plan, addresses = _plans(inputs, *settings)
+        plan(inputs, addresses, outputs)
+    return outputs

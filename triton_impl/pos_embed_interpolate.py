@@ -10,7 +10,7 @@ that the host never waits for it, and a captured graph holds the images itself.
 from collections.abc import Sequence
 from functools import lru_cache
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,7 +19,8 @@ import triton.language as tl
 from polyfuse.spec import Capability
 from polyfuse.triton_impl._common import INTERPRETED, round_to, widen
 from polyfuse.triton_impl._launch import Launcher
-from polyfuse.triton_impl._tuning import Ranges, Tiles
+from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, adjacent
+from polyfuse.triton_impl._tuning import Ranges, Tiles, Values
 
 NAME = "pos_embed_interpolate"
 
@@ -248,7 +249,6 @@ _launch = Launcher(NAME, _kernel)
 TILES = Tiles(_launch, ("block_rows", "most_blocks"), RANGES, ((8, 16, 32, 64), (1, 2, 3, 6, 9)))
 
 
-@lru_cache(maxsize=64)
 def _blocks(width: int, itemsize: int, most: int) -> tuple[int, int]:
     """Columns per block, and blocks per program so that programs side by side do equal work."""
     block = min(BLOCK_BYTES // itemsize, triton.next_power_of_2(width))
@@ -300,6 +300,44 @@ def _pack(images: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
     return tuple(packed)
 
 
+def _plan(
+    inputs: tuple[Any, ...],
+    merge_size: int,
+    bicubic: bool,
+    align_corners: bool,
+    table_height: int | None,
+    tile: Values,
+    wide: tuple[bool, bool, bool],
+    single: bool,
+) -> Plan:
+    """How calls with such inputs, in the order of the kernel's parameters, are launched, whatever their images are.
+
+    `wide` says whether rows are numbered in 64 bits, and whether the numbers of all rows and of the used ones take as
+    many; `single` whether the images are no arguments of their own. Kept are the rows of a program, how many programs
+    lie side by side, and the strides of the grid.
+    """
+    taken = Taken(inputs, {0: adjacent, 2: adjacent})
+    table, grid, base, _ = taken.ready
+    cells, columns = table.shape
+    block_rows, most_blocks = tile
+    block_columns, blocks = _blocks(columns, table.element_size(), most_blocks)
+    side = isqrt(cells) if table_height is None else table_height
+    strides = (0, 0) if grid is None else grid.stride()
+    fixed = (
+        *(table.stride(0), 0 if base is None else base.stride(0), columns, side, cells // side, merge_size, bicubic),
+        *(align_corners, wide[0], block_rows, block_columns, blocks, BLOCK_IMAGES),
+    )
+    own, used = (2**31 if is_wide else 1 for is_wide in wide[1:])
+    numbers = own, 1, 1, used, 1, *strides, *[None if single else 2**ONE_AT.value] * ARGUMENTS.value
+    # Two rows of 16 taps a thread would take 200 registers.
+    step = Step(_launch, (1, 1, 1), taken, numbers, fixed, warps=8 if bicubic else 4)
+    return Plan(taken, step, kept=(block_rows, -(-columns // (block_columns * blocks)), strides))
+
+
+# The result is looked at as the inputs are: its dtype may be any of them, and a part of it begins anywhere.
+_plans = Plans(_plan, free=(1, 2, 3))
+
+
 def pos_embed_interpolate(
     table: torch.Tensor,
     grid_thw: Sequence[Sequence[int]] | torch.Tensor,
@@ -314,40 +352,29 @@ def pos_embed_interpolate(
 ) -> torch.Tensor:
     """Returns [rows, D], rounded once."""
     grid: torch.Tensor | None = None
-    images = image_stride = value_stride = base_stride = 0
+    images = 0
     if isinstance(grid_thw, torch.Tensor):
         grid = grid_thw
-        images, (image_stride, value_stride) = len(grid), grid.stride()
+        images = len(grid)
         pieces: tuple[_Piece, ...] = (_Piece(0, out_rows or 0),)
     else:
         pieces = _pieces(tuple((t, h, w) for t, h, w in grid_thw), out_rows)
     rows = pieces[-1].first + pieces[-1].rows
-    cells, columns = table.shape
-    like = table if base is None else base
-    dtype = getattr(torch, out_dtype) if out_dtype else like.dtype
-    out = torch.empty((rows, columns), dtype=dtype, device=table.device)
+    columns = table.shape[1]
+    dtype = getattr(torch, out_dtype) if out_dtype else (table if base is None else base).dtype
+    out = torch.empty(rows, columns, dtype=dtype, device=table.device)
     if rows == 0 or columns == 0:
         return out
-    if table.stride(1) != 1:
-        table = table.contiguous()
-    if base is not None:
-        base = base if base.stride(1) == 1 else base.contiguous()
-        base_stride = base.stride(0)
-    bicubic = mode == "bicubic"
-    strides = table.stride(0), base_stride
-    table_rows = isqrt(cells) if table_height is None else table_height
-    options = columns, table_rows, cells // table_rows, merge_size, bicubic, align_corners
-    # Two rows of 16 taps a thread would take 200 registers.
-    warps = 8 if bicubic else 4
+    settings = merge_size, mode == "bicubic", align_corners, table_height
     for first, own, height, width, used, packed in pieces:
-        block_rows, most_blocks = TILES.choose(own, table.device)
-        block_columns, blocks = _blocks(columns, table.element_size(), most_blocks)
-        programs = -(-own // block_rows) * -(-columns // (block_columns * blocks))
         part, part_base = out, base
         if len(pieces) > 1:
             part, part_base = out[first : first + own], base if base is None else base[first : first + own]
-        numbers = own, height, width, used, images, image_stride, value_stride, *packed
-        fixed = *strides, *options, own >= WIDE_ROWS, block_rows, block_columns, blocks, BLOCK_IMAGES
-        # The result is looked at as the inputs are: its dtype may be any of them, and a part of it begins anywhere.
-        _launch((programs, 1, 1), (table, grid, part_base, part), (), numbers, fixed, warps)
+        inputs = table, grid, part_base, part
+        wide = own >= WIDE_ROWS, own >= 2**31, used >= 2**31
+        plan, addresses = _plans(inputs, *settings, TILES.choose(own, table.device), wide, packed[0] is None)
+        block_rows, across, strides = plan.kept
+        programs = -(-own // block_rows) * across, 1, 1
+        numbers = own, height, width, used, images, *strides, *packed
+        plan(inputs, addresses, (), grid=programs, numbers=numbers)
     return out

@@ -13,11 +13,12 @@ import triton.language as tl
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.triton_impl import _blocks
-from polyfuse.triton_impl._blocks import ANY_VALUE, Results
+from polyfuse.triton_impl._blocks import ANY_VALUE
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._experts import each_tile, share_out
 from polyfuse.triton_impl._gdn import sum_of_squares
-from polyfuse.triton_impl._launch import Launcher, Plan, Plans
+from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._plans import Change, Plan, Plans, Step, Taken, contiguous, rows_together
 from polyfuse.triton_impl._quantise import store_groups
 
 NAME = "rms_norm_block_quant"
@@ -132,33 +133,51 @@ _launch = Launcher(NAME, _kernel)
 
 def _plan(
     inputs: tuple[Any, ...],
-    results: Results,
-    lead: tuple[int, ...],
-    numbers: tuple[float | None, ...],
+    eps: float,
+    weight_offset: float,
     group: int,
+    quant_dtype: str,
+    scale_format: str,
+    scale_layout: str,
+    scale_ub: float | None,
+    scale_min: float | None,
+    reciprocal: bool,
     alignment: int,
+    fill: float | None,
 ) -> Plan:
     """How a call with these inputs, in the order of the kernel's parameters, is launched.
 
-    `numbers` are eps, weight_offset and scale_ub.
+    Kept are the forms of q and scale, and the shape of the sum.
     """
     x, residual, _, num_rows, ends, _ = inputs
-    masked, width = num_rows is not None, x.shape[-1]
-    experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
+    (*lead, width), masked, count = x.shape, num_rows is not None, None if ends is None else len(ends)
+    results = _blocks.results(
+        tuple(lead), width, x.device, masked, ends is not None, group, quant_dtype, scale_format, scale_layout,
+        scale_min, reciprocal, fill,
+    )  # fmt: skip
+    kept = results, (0, width) if residual is None else x.shape
+    changes: dict[int, Change] = dict.fromkeys((2, 3, 4), contiguous)
+    if not masked:
+        changes |= dict.fromkeys((0, 1), rows_together)
+    taken = Taken(inputs, changes)
+    if not prod(x.shape) or count == 0:
+        return Plan(taken, kept=kept)
+    experts, rows = lead if masked else (1, prod(lead))
     padded = triton.next_power_of_2(-(-width // group)) * triton.next_power_of_2(group)
     elements = next(most[1] for most in TILES if experts * rows * width <= most[0])
     tile_rows = max(1, elements // padded)
     if masked or ends is not None:
         tile_rows = min(tile_rows, ROWS_WITH_EXPERTS)
-    shares = share_out(x.device, experts, rows, masked, None if ends is None else len(ends), 1, tile_rows)
+    shares = share_out(x.device, experts, rows, masked, count, 1, tile_rows)
     strides = [
         (None,) * 3 if tensor is None else tensor.stride() if masked else (0, *tensor.stride())
-        for tensor in (x, residual)
+        for tensor in taken.ready[:2]
     ]
     fixed = (*strides[0], *strides[1], *results.fixed, tile_rows, alignment, shares.chunk)
-    sizes = rows, shares.experts, *results.numbers
+    floats = max(eps, FP32_TINY), weight_offset, scale_ub  # a zero row must give zeros
+    numbers = *floats, rows, shares.experts, *results.numbers
     warps = min(32, max(1, tile_rows * padded // WARP_ELEMENTS))
-    return Plan(_launch, (shares.programs, 1, 1), inputs, (*numbers, *sizes), fixed, warps, contiguous=(2, 3, 4))
+    return Plan(taken, Step(_launch, (shares.programs, 1, 1), taken, numbers, fixed, warps), kept=kept)
 
 
 _plans = Plans(_plan)
@@ -185,19 +204,13 @@ def rms_norm_block_quant(
     fill: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns q, scale and the sum, each rounded once."""
-    lead, width = tuple(x.shape[:-1]), x.shape[-1]
-    total = x.new_empty((0, width) if residual is None else (*lead, width))
-    if num_rows is None and len(lead) > 1:
-        x = x.flatten(0, -2)
-        residual = residual if residual is None else residual.flatten(0, -2)
-    results = _blocks.results(
-        lead, width, x.device, num_rows is not None, expert_ends is not None, group_size, quant_dtype, scale_format,
-        scale_layout, scale_min, reciprocal, fill,
-    )  # fmt: skip
+    inputs = x, residual, weight, num_rows, expert_ends, global_scale
+    plan, addresses = _plans(
+        *(inputs, eps, weight_offset, group_size, quant_dtype, scale_format, scale_layout, scale_ub, scale_min),
+        *(reciprocal, expert_alignment, fill),
+    )
+    results, shape_of_total = plan.kept
+    total = x.new_empty(*shape_of_total)
     q, scale = results.allocate(x.device)
-    if q.numel() and (expert_ends is None or len(expert_ends)):
-        inputs = x, residual, weight, num_rows, expert_ends, global_scale
-        numbers = max(eps, FP32_TINY), weight_offset, scale_ub  # a zero row must give zeros
-        outputs = *results.writable(q, scale), total
-        _plans(inputs, outputs, results, lead, numbers, group_size, expert_alignment)
+    plan(inputs, addresses, (*results.writable(q, scale), total))
     return q, scale, total

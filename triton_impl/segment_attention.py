@@ -5,7 +5,7 @@ has a power of two of columns, so the head dim is split in two: 72 is computed a
 """
 
 from math import log2
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,6 +14,7 @@ import triton.language as tl
 from polyfuse.spec import Capability, Deferral
 from polyfuse.triton_impl._common import INTERPRETED, round_to
 from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._plans import Change, Plan, Plans, Step, Taken
 
 NAME = "segment_attention"
 
@@ -148,6 +149,31 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if whole and tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)
 
 
+def _boundaries(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Behind one another, and in the integers that a program counts its keys in."""
+    return cu_seqlens.to(torch.int32).contiguous()
+
+
+CHANGES: dict[int, Change] = {0: _aligned, 1: _aligned, 2: _aligned, 3: _boundaries}
+
+
+def _plan(inputs: tuple[Any, ...], scale: float | None) -> Plan:
+    """How a call with these inputs, in the order of the kernel's parameters, is launched."""
+    taken = Taken(inputs, CHANGES)
+    q, k, v, boundaries = taken.ready
+    (rows, heads, dim), segments = q.shape, len(boundaries) - 1
+    tiling = next(tiling for tiling in TILINGS if rows <= tiling.rows)
+    main, rest = _split(dim)
+    strides = [stride // 8 for tensor in (q, k, v) for stride in tensor.stride()[:2]]
+    grid = (rows // tiling.block_queries + segments, heads, 1)
+    numbers = (segments, (dim**-0.5 if scale is None else scale) * log2(torch.e))
+    sizes = (heads, dim, main, rest, triton.next_power_of_2(segments), tiling.block_queries, tiling.block_keys)
+    return Plan(taken, Step(_launches[tiling.stages], grid, taken, numbers, (*strides, *sizes), tiling.warps))
+
+
+_plans = Plans(_plan)
+
+
 def segment_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -162,18 +188,9 @@ def segment_attention(
     A tensor is copied first unless its last stride is 1, its others are multiples of 8, and it starts at a multiple of
     16 bytes. Nothing is read on the host, with or without `max_seqlen`.
     """
-    rows, heads, dim = q.shape
-    segments = len(cu_seqlens) - 1
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if not q.numel() or not segments:
-        return out
-    tiling = next(tiling for tiling in TILINGS if rows <= tiling.rows)
-    main, rest = _split(dim)
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    strides = [stride // 8 for tensor in (q, k, v) for stride in tensor.stride()[:2]]
-    grid = (rows // tiling.block_queries + segments, heads, 1)
-    inputs = (q, k, v, cu_seqlens.to(torch.int32).contiguous())
-    numbers = (segments, (dim**-0.5 if scale is None else scale) * log2(torch.e))
-    sizes = (heads, dim, main, rest, triton.next_power_of_2(segments), tiling.block_queries, tiling.block_keys)
-    _launches[tiling.stages](grid, inputs, (out,), numbers, (*strides, *sizes), tiling.warps)
+    out = q.new_empty(*q.shape)
+    if q.numel() and len(cu_seqlens) > 1:
+        inputs = q, k, v, cu_seqlens
+        plan, addresses = _plans(inputs, scale)
+        plan(inputs, addresses, (out,))
     return out

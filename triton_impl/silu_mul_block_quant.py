@@ -4,8 +4,6 @@ The (row, group) pairs of an expert, or of all rows, are numbered through; a pro
 tile [BLOCK, group_size]. A group never spans programs, so that no tile shape changes a bit.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -15,10 +13,11 @@ import triton.language as tl
 
 from polyfuse.spec import Capability, Unsupported
 from polyfuse.triton_impl import _blocks
-from polyfuse.triton_impl._blocks import ANY_VALUE, Results
+from polyfuse.triton_impl._blocks import ANY_VALUE
 from polyfuse.triton_impl._common import round_to, widen
 from polyfuse.triton_impl._experts import each_tile, share_out
-from polyfuse.triton_impl._launch import Launch, Launcher
+from polyfuse.triton_impl._launch import Launcher
+from polyfuse.triton_impl._plans import Change, Plan, Plans, Step, Taken, contiguous, rows_together
 from polyfuse.triton_impl._quantise import store_groups
 from polyfuse.triton_impl._silu_mul import activated
 
@@ -161,83 +160,64 @@ def _kernel(
 _launch = Launcher(NAME, _kernel)
 
 
-@dataclass(slots=True)
-class _Plan:
-    """What depends on a call's signature alone, and the launch for it, which the first call finds."""
-
-    results: Results
-    plain: bool  # the results are written in the dtypes that they have
-    grid: tuple[int, int, int]
-    numbers: tuple[int, ...]  # behind up_offset
-    fixed: tuple[Any, ...]
-    warps: int
-    launch: Launch | None = None
+def _one_row(row_weight: torch.Tensor) -> torch.Tensor:
+    return row_weight.flatten()
 
 
-@lru_cache(maxsize=1024)
 def _plan(
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    up_strides: tuple[int, ...] | None,
-    weight_strides: tuple[int, ...] | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    masked: bool,
-    ends: int | None,
+    inputs: tuple[Any, ...],
     interleaved: bool,
+    alpha: float,
+    up_offset: float,
+    limit: float | None,
     limit_on: str,
     materialize: bool,
     group: int,
     quant_dtype: str,
     scale_format: str,
     scale_layout: str,
+    scale_ub: float | None,
     scale_min: float | None,
     reciprocal: bool,
     alignment: int,
     fill: float | None,
-    *launched_by: Any,
-) -> _Plan:
-    """`strides` are those of x as [experts, rows, width] if `masked`, else as [rows, width]; `up_strides` those of up,
-    `weight_strides` those of row_weight. `ends` is the number of expert_ends.
+) -> Plan:
+    """How a call with these inputs, in the order of the kernel's parameters, is launched.
 
-    `launched_by` is what else tells one launch from another.
+    Kept are the forms of the results.
     """
     if group > _blocks.WIDEST_GROUP:
         raise Unsupported(f"{NAME}: group_size={group}: a program takes whole groups of up to {_blocks.WIDEST_GROUP}")
-    lead, width = tuple(shape[:-1]), shape[-1] // 2 if up_strides is None else shape[-1]
-    experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
-    groups = -(-width // group)
-    form = _blocks.results(
-        lead, width, device, masked, ends is not None, group, quant_dtype, scale_format, scale_layout, scale_min,
+    x, up, _, num_rows, ends, _ = inputs
+    lead, width = tuple(x.shape[:-1]), x.shape[-1] // 2 if up is None else x.shape[-1]
+    masked, count = num_rows is not None, None if ends is None else len(ends)
+    results = _blocks.results(
+        lead, width, x.device, masked, ends is not None, group, quant_dtype, scale_format, scale_layout, scale_min,
         reciprocal, fill,
     )  # fmt: skip
-    block, warps = _blocks.tile(group, 2 * dtype.itemsize, experts * rows * width)
-    shares = share_out(device, experts, rows, masked, ends, groups, block)
+    changes: dict[int, Change] = {3: contiguous, 4: contiguous}
+    if not masked:
+        changes |= {0: rows_together, 1: rows_together, 2: _one_row}
+    taken = Taken(inputs, changes)
+    if not prod(lead) * width or count == 0:
+        return Plan(taken, kept=results)
+    experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
+    groups = -(-width // group)
+    block, warps = _blocks.tile(group, 2 * x.itemsize, experts * rows * width)
+    shares = share_out(x.device, experts, rows, masked, count, groups, block)
+    strides = [
+        (None,) * names if tensor is None else tensor.stride() if masked else (0, *tensor.stride())
+        for tensor, names in zip(taken.ready, (3, 3, 2), strict=False)
+    ]
+    wide = rows * groups >= _blocks.WIDE_PAIRS
+    how = interleaved, limit_on, materialize, wide, block, alignment, shares.chunk
+    fixed = (*strides[0], *strides[1], *strides[2], *results.fixed, *how)
+    floats = scale_ub, limit, None if alpha == 1 else alpha, None if up_offset == 0 else up_offset
+    numbers = *floats, rows, shares.experts, *results.numbers
+    return Plan(taken, Step(_launch, (shares.programs, 1, 1), taken, numbers, fixed, warps), kept=results)
 
-    def three(given: tuple[int, ...] | None, names: int) -> tuple[int | None, ...]:
-        return (None,) * names if given is None else given if masked else (0, *given)
 
-    fixed = (
-        *three(strides, 3),
-        *three(up_strides, 3),
-        *three(weight_strides, 2),
-        *form.fixed,
-        interleaved,
-        limit_on,
-        materialize,
-        rows * groups >= _blocks.WIDE_PAIRS,
-        block,
-        alignment,
-        shares.chunk,
-    )
-    return _Plan(
-        results=form,
-        plain=not form.codes and form.scale_dtype is not torch.float8_e4m3fn,
-        grid=(shares.programs if width else 0, 1, 1),
-        numbers=(rows, shares.experts, *form.numbers),
-        fixed=fixed,
-        warps=warps,
-    )
+_plans = Plans(_plan)
 
 
 def silu_mul_block_quant(
@@ -265,52 +245,11 @@ def silu_mul_block_quant(
     fill: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns q and scale, each rounded once."""
-    shape = x.shape
-    if num_rows is None:
-        if len(shape) > 2:
-            x = x.flatten(0, -2)
-            up = up if up is None else up.flatten(0, -2)
-            row_weight = row_weight if row_weight is None else row_weight.flatten()
-    elif num_rows.stride(0) != 1:
-        num_rows = num_rows.contiguous()
-    if expert_ends is not None and expert_ends.stride(0) != 1:
-        expert_ends = expert_ends.contiguous()
-    plan = _plan(
-        shape,
-        x.stride(),
-        up if up is None else up.stride(),
-        row_weight if row_weight is None else row_weight.stride(),
-        x.dtype,
-        x.device,
-        num_rows is not None,
-        expert_ends if expert_ends is None else len(expert_ends),
-        interleaved,
-        limit_on,
-        materialize,
-        group_size,
-        quant_dtype,
-        scale_format,
-        scale_layout,
-        scale_min,
-        reciprocal,
-        expert_alignment,
-        fill,
-        scale_ub is None,
-        limit is None,
-        alpha == 1,
-        up_offset == 0,
-        x.data_ptr() % 16 == 0,
-        up is None or up.data_ptr() % 16 == 0,
-        row_weight is None or (row_weight.dtype, row_weight.data_ptr() % 16 == 0),
-        global_scale is None,
+    inputs = x, up, row_weight, num_rows, expert_ends, global_scale
+    plan, addresses = _plans(
+        *(inputs, interleaved, alpha, up_offset, limit, limit_on, materialize, group_size, quant_dtype, scale_format),
+        *(scale_layout, scale_ub, scale_min, reciprocal, expert_alignment, fill),
     )
-    q, scale = plan.results.allocate(x.device)
-    if plan.grid[0] == 0:
-        return q, scale
-    codes, scales = (q, scale) if plan.plain else plan.results.writable(q, scale)
-    tensors = x, up, row_weight, num_rows, expert_ends, global_scale, codes
-    numbers = scale_ub, limit, None if alpha == 1 else alpha, None if up_offset == 0 else up_offset, *plan.numbers
-    if plan.launch is None:
-        plan.launch = _launch.find(tensors, numbers, plan.fixed, plan.warps)
-    plan.launch(plan.grid, *tensors, scales, *numbers, *plan.fixed)
+    q, scale = plan.kept.allocate(x.device)
+    plan(inputs, addresses, plan.kept.writable(q, scale))
     return q, scale

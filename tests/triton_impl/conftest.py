@@ -12,6 +12,7 @@ import torch
 
 from polyfuse.triton_impl import _launch
 from polyfuse.triton_impl._common import INTERPRETED
+from polyfuse.triton_impl._plans import Plans
 from tests.triton_impl.helpers import POISON
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,32 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(_launch.Launch, "__call__", recording)
     return grids
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What each launch of any kernel passes, as they happen."""
+    seen, call = [], _launch.Launch.__call__
+
+    def recording(launch: _launch.Launch, grid: tuple[int, int, int], *arguments: Any) -> None:
+        seen.append(arguments)
+        call(launch, grid, *arguments)
+
+    monkeypatch.setattr(_launch.Launch, "__call__", recording)
+    return seen
+
+
+@pytest.fixture
+def forget_plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """For a test that changes what plans are made from: there are none of the op, and again none after each call."""
+    module = request.module.module
+    free = module._plans.free
+
+    def forget() -> None:
+        monkeypatch.setattr(module, "_plans", Plans(module._plan, free))
+
+    forget()
+    return forget
 
 
 @pytest.fixture

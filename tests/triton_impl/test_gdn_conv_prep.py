@@ -63,10 +63,10 @@ def test_cases(case: Case) -> None:
 
 
 @pytest.mark.parametrize("strips", [1, 5, 512])
+@pytest.mark.usefixtures("forget_plans")
 def test_packed_sequences_are_separate_ones(strips: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits from strips of 44, 8 and 4 rows, whose ends are not those of sequences, and from each alone."""
     monkeypatch.setattr(module, "STRIPS", strips)
-    module._tile.cache_clear()
     args = arguments()
     together = gdn_conv_prep(**args)
     for i in (0, 3, 4):
@@ -74,7 +74,6 @@ def test_packed_sequences_are_separate_ones(strips: int, monkeypatch: pytest.Mon
         part = [*(r[ENDS[i] : ENDS[i + 1]] for r in together[:5]), together[5][i : i + 1]]
         assert all(same(alone, part)), i
     assert bits(together[5][1]) == bits(args["initial_state"][1])
-    module._tile.cache_clear()
 
 
 @pytest.mark.parametrize("cut", [1, 3])
@@ -118,14 +117,12 @@ def test_interleaved_is_the_op_on_columns_in_order(case: Case, poisoned_memory: 
     assert all(same(*results))
 
 
-def test_gates_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gates_are_read_where_they_lie(passed: list[tuple[Any, ...]]) -> None:
     """x, and a and b as views of one projection, reach the kernel as they are."""
-    seen: list[Any] = []
-    monkeypatch.setattr(module, "_launch", lambda grid, inputs, *rest, **options: seen.append(inputs))
     x, ba = torch.zeros(3, 2 * (2 * 16 + 2 * 2 * 8), device=DEVICE), torch.zeros(3, 2, 2 * 2, device=DEVICE)
     a, b, heads = ba[..., 2:], ba[..., :2], torch.zeros(4, device=DEVICE)
     gdn_conv_prep(x, torch.zeros(96, 4, device=DEVICE), a, b, heads, heads, **HEADS, interleaved=True)
-    assert [seen[0][i].data_ptr() for i in (0, 2, 3)] == [x.data_ptr(), a.data_ptr(), b.data_ptr()]
+    assert [passed[0][i].data_ptr() for i in (0, 2, 3)] == [x.data_ptr(), a.data_ptr(), b.data_ptr()]
 
 
 @pytest.mark.parametrize("apart", [2**30, 2**31])

@@ -20,18 +20,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("strips", [1, 512])
 @pytest.mark.parametrize("columns", [3, 6])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("forget_plans")
 def test_a_pool_is_an_initial_and_a_final_state(
     dtype: str, columns: int, strips: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "STRIPS", strips)
-    module._tile.cache_clear()
     args = arguments(columns, dtype, DEVICE)
     none = dict.fromkeys(("state_pool", "state_indices", "has_initial_state"))
     state = args["state_pool"][SLOTS, :, columns - 3 :]
     state[[2, 4]] = 0
     *wanted, last = gdn_conv_prep(**args | none | {"initial_state": state, "output_final_state": True})
     *results, nothing = gdn_conv_prep(**args)
-    module._tile.cache_clear()
     assert nothing.shape == (0, 96, 3)
     for result, want in zip(results, wanted, strict=True):
         assert bits(result) == bits(want)
@@ -65,37 +64,29 @@ def test_a_sequence_in_parts_is_the_sequence(ends: list[int], columns: int) -> N
 
 
 @pytest.mark.parametrize("rows", [20, 0])
-def test_a_pool_is_read_and_written_where_it_lies(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_is_read_and_written_where_it_lies(rows: int, passed: list[tuple[Any, ...]]) -> None:
     """[slots, n, C] in memory, every second slot of a larger buffer: no copy, and one launch more."""
-    seen: list[Any] = []
-
-    def recorded(launcher: Launcher) -> Callable[..., None]:
-        def launch(grid: Any, inputs: Any, *rest: Any, **options: Any) -> None:
-            seen.append([x.data_ptr() if x is not None else 0 for x in inputs])
-            launcher(grid, inputs, *rest, **options)
-
-        return launch
-
-    monkeypatch.setattr(module, "_launch", recorded(module._launch))
-    monkeypatch.setattr(_conv_state, "_update", recorded(_conv_state._update))
     args = arguments(device=DEVICE)
     args |= {name: args[name][:rows] for name in ("x", "a", "b")}
     args["cu_seqlens"] = args["cu_seqlens"].clamp(max=rows)
     wide = torch.full((14, 5, 96), torch.nan, device=DEVICE).transpose(1, 2)
     wide[1::2] = args["state_pool"]
     gdn_conv_prep(**args)
-    del seen[:]
+    del passed[:]
     gdn_conv_prep(**args | {"state_pool": wide[1::2]})
-    assert [pointers[7 if len(pointers) > 5 else 1] for pointers in seen] == (
-        [wide[1::2][:, :, 2:].data_ptr()] if rows else []
-    ) + [wide[1::2].data_ptr()]
+    read = [passed[0][7].data_ptr()] if rows else []
+    assert read == [wide[1::2][:, :, 2:].data_ptr()] * len(read)
+    assert [arguments[1].data_ptr() for arguments in passed[len(read) :]] == [wide[1::2].data_ptr()]
     assert bits(wide[1::2]) == bits(args["state_pool"])
     assert wide[::2].isnan().all()
 
 
-def test_a_wide_pool_has_several_programs_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wide_pool_has_several_programs_a_sequence(
+    forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = arguments(device=DEVICE)
     gdn_conv_prep(**wanted)
+    forget_plans()
     kernel = RecordingKernel(_conv_state._update.kernel)
     monkeypatch.setattr(_conv_state, "_update", Launcher("gdn_conv_prep", kernel))
     monkeypatch.setattr(_conv_state, "TILE", 8 * 16)  # 16 of the 96 channels, 5 columns as 8

@@ -9,7 +9,7 @@ from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import registry, to_numpy
 from polyfuse.triton_impl import gdn_decode as module
 from polyfuse.triton_impl._common import INTERPRETED
-from polyfuse.triton_impl._launch import Plan, Plans
+from polyfuse.triton_impl._plans import Plan, Plans
 from polyfuse.triton_impl.gdn_decode import gdn_decode
 from tests.triton_impl.helpers import DEVICE
 
@@ -163,7 +163,7 @@ def run_only(monkeypatch: pytest.MonkeyPatch, program: int) -> None:
 
     def planned(*call: Any) -> Plan:
         plan = module._plan(*call)
-        plan.grid = (1, 1, 1)
+        plan.steps[0].grid = (1, 1, 1)
         return plan
 
     steer(monkeypatch, [program])
@@ -194,7 +194,7 @@ def test_plans_are_kept_apart() -> None:
     wanted = step(arguments()), step(arguments(norm_eps=0.5)), step(arguments(scale=2.0))
     assert len({*wanted}) == 3
     assert (step(arguments()), step(arguments(norm_eps=0.5)), step(arguments(scale=2.0))) == wanted
-    assert len({id(plan) for plan in module._plans.plans.values()}) == len(module._plans.plans)
+    assert len({id(plan) for _, _, plan in module._plans.kinds.values()}) == len(module._plans.kinds)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 20 GB of an accelerator's memory")

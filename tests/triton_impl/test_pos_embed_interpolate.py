@@ -73,13 +73,13 @@ def test_an_images_rows_do_not_depend_on_the_batch(mode: str) -> None:
 
 
 @pytest.fixture(params=[(16, 1), (32, 2), (32, 6)], ids=str)
-def other_tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def other_tile(
+    request: pytest.FixtureRequest, forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """The tiles of a GPU, also where the kernel is interpreted."""
     monkeypatch.setattr(module, "BLOCK_BYTES", 128)
-    module._blocks.cache_clear()
     with module.TILES.using(lambda rows: request.param):
         yield
-    module._blocks.cache_clear()
 
 
 @pytest.mark.parametrize(("grid", "width"), [(MIXED, 40), (((1, 4, 6),), 192)], ids=["tail_columns", "whole_blocks"])
@@ -88,7 +88,6 @@ def test_tiles_do_not_change_bits(grid: Any, width: int, other_tile: None, poiso
     values = make_inputs(SPEC, case)
     got = pos_embed_interpolate(**arguments(values))
     assert compare("out", to_numpy(got), exact(**values)["out"], "float32") is None
-    module._blocks.cache_clear()
     with pytest.MonkeyPatch.context() as patch, module.TILES.using(lambda rows: (64, 1)):
         patch.setattr(module, "BLOCK_BYTES", 1024)
         assert torch.equal(pos_embed_interpolate(**arguments(values)), got)
@@ -183,7 +182,8 @@ def test_only_padding() -> None:
         assert torch.equal(pos_embed_interpolate(normal(36, 8), grid, out_rows=4).cpu(), torch.zeros(4, 8))
 
 
-def test_every_image_is_an_argument_of_one_compiled_kernel(remembers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("remembers", "forget_plans")
+def test_every_image_is_an_argument_of_one_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the images are: an argument of 64 bits each, so that no batch is compiled for itself."""
     launcher = module._launch
     monkeypatch.setattr(module, "_launch", _launch.Launcher(launcher.op, kernel := CompilingKernel(launcher.kernel)))

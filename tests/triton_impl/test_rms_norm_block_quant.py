@@ -1,5 +1,6 @@
 """`rms_norm_block_quant` in Triton: right on every case, and no tile changes a bit."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import from_numpy, to_numpy
 from polyfuse.triton_impl import _common
 from polyfuse.triton_impl import rms_norm_block_quant as module
-from polyfuse.triton_impl._launch import Plans
 from polyfuse.triton_impl.rms_norm_block_quant import rms_norm_block_quant
 
 # The interpreter computes with NumPy, which reports what overflows or is invalid.
@@ -32,12 +32,12 @@ def test_equals_the_oracle(case: Case, poisoned_memory: None) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_tiles_do_not_change_bits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_do_not_change_bits(rows: int, forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     x, residual = torch.randn(2, 7, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     weight = torch.linspace(-1, 1, 96, device=DEVICE)
     options: Any = {"residual": residual, "group_size": 32, "weight_offset": 1.0}
     want = rms_norm_block_quant(x, weight, **options)
-    monkeypatch.setattr(module, "_plans", Plans(module._plan))
+    forget_plans()
     monkeypatch.setattr(module, "TILES", ((2**63, rows * 128),))
     for one, other in zip(rms_norm_block_quant(x, weight, **options), want, strict=True):
         assert to_numpy(one).tobytes() == to_numpy(other).tobytes()

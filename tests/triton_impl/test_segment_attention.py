@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def by_segment(q: Any, k: Any, v: Any, ends: Any) -> torch.Tensor:
 
 
 @pytest.fixture(params=[(64, 64), (64, 32), (32, 128)], ids="{0[0]}x{0[1]}".format)
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiles(request: pytest.FixtureRequest, forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TILINGS", (Tiling(2**31, *request.param, 4, 2),))
 
 

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -47,15 +47,7 @@ def assert_same_bits(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ..
 
 
 @pytest.fixture
-def fresh_plans() -> Iterator[None]:
-    """For a test that changes what plans are made from."""
-    module._plan.cache_clear()
-    yield
-    module._plan.cache_clear()
-
-
-@pytest.fixture
-def kernel(fresh_plans: None, remembers: None, monkeypatch: pytest.MonkeyPatch) -> CompilingKernel:
+def kernel(forget_plans: Callable[[], None], remembers: None, monkeypatch: pytest.MonkeyPatch) -> CompilingKernel:
     """The op's kernel, which notes how it is launched."""
     kernel = CompilingKernel(module._kernel)
     monkeypatch.setattr(module, "_launch", Launcher(NAME, kernel))
@@ -103,13 +95,13 @@ def test_a_row_does_not_depend_on_the_batch(group: int) -> None:
 @pytest.mark.parametrize(("constant", "value"), [("TILE", 64), ("TILE", 2**16), ("WIDE_PAIRS", 0)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_tiles_and_wide_numbers_do_not_change_bits(
-    constant: str, value: int, masked: bool, fresh_plans: None, monkeypatch: pytest.MonkeyPatch
+    constant: str, value: int, masked: bool, forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = normal(2, 5, 2 * 96)
     num_rows = torch.full((2,), 5, dtype=torch.int32, device=DEVICE) if masked else None
     options: Any = {"num_rows": num_rows, "group_size": 48, "scale_format": "ue8m0_packed"}
     want = silu_mul_block_quant(x, **options)
-    module._plan.cache_clear()
+    forget_plans()
     if constant == "TILE":
         for tiles in ("TILES", "SMALL_GROUP_TILES"):
             monkeypatch.setattr(_blocks, tiles, ((2**63, value, 32),))
@@ -152,19 +144,10 @@ def test_gate_and_up_of_experts_as_two_tensors(poisoned_memory: None) -> None:
     assert (q[1].view(torch.uint8) == POISON).all()
 
 
-def test_gate_and_up_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[int] = []
-    find = Launcher.find
-
-    def noted(self: Launcher, inputs: Any, *others: Any) -> Any:
-        launched[:] = [tensor.data_ptr() for tensor in inputs[:2]]
-        return find(self, inputs, *others)
-
-    monkeypatch.setattr(Launcher, "find", noted)
-    module._plan.cache_clear()
+def test_gate_and_up_are_read_in_place(passed: list[tuple[Any, ...]]) -> None:
     gate, up = column_slices(5)
     silu_mul_block_quant(gate, up=up, group_size=32)
-    assert launched == [gate.data_ptr(), up.data_ptr()]
+    assert [tensor.data_ptr() for tensor in passed[0][:2]] == [gate.data_ptr(), up.data_ptr()]
 
 
 def test_calls_that_differ_in_up_alone_have_plans_of_their_own(kernel: CompilingKernel) -> None:
@@ -223,7 +206,7 @@ def hard_values(quant_dtype: str) -> Floats:
 @pytest.mark.parametrize("quant_dtype", list(QMAX)[:4])
 @pytest.mark.parametrize("emulated", [True, *([] if INTERPRETED else [False])])
 def test_rounding_onto_the_grid(
-    quant_dtype: str, emulated: bool, fresh_plans: None, monkeypatch: pytest.MonkeyPatch
+    quant_dtype: str, emulated: bool, forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if emulated:
         monkeypatch.setattr(_blocks, "_converts", lambda *_: False)

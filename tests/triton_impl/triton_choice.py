@@ -43,6 +43,7 @@ import torch  # noqa: E402
 
 from polyfuse._torch.projections import Projection  # noqa: E402
 from polyfuse.triton_impl import _launch  # noqa: E402
+from polyfuse.triton_impl.block_quant import block_quant  # noqa: E402
 from polyfuse.triton_impl.gated_delta_rule import gated_delta_rule  # noqa: E402
 from polyfuse.triton_impl.gated_rms_norm import gated_rms_norm  # noqa: E402
 from polyfuse.triton_impl.gdn_conv_prep import gdn_conv_prep  # noqa: E402
@@ -50,6 +51,8 @@ from polyfuse.triton_impl.gdn_decode import gdn_decode  # noqa: E402
 from polyfuse.triton_impl.gdn_in_proj import fused  # noqa: E402
 from polyfuse.triton_impl.gdn_post_conv import gdn_post_conv  # noqa: E402
 from polyfuse.triton_impl.pos_embed_interpolate import pos_embed_interpolate  # noqa: E402
+from polyfuse.triton_impl.rms_norm_block_quant import rms_norm_block_quant  # noqa: E402
+from polyfuse.triton_impl.segment_attention import segment_attention  # noqa: E402
 from polyfuse.triton_impl.silu_mul_block_quant import silu_mul_block_quant  # noqa: E402
 
 Way = Callable[[torch.Tensor], torch.Tensor]
@@ -146,6 +149,28 @@ vary(
     interleaved=[True],
     expert_ends=[count, shifted(count)],
 )
+vary(
+    block_quant,
+    {"x": zeros(6, 256), "expert_ends": count},
+    {"x": matrix, "expert_ends": (shifted, spread)},
+    expert_ends=[None],
+    group_size=[64],
+    quant_dtype=["int8"],
+    scale_format=["ue8m0_packed"],
+    scale_ub=[1.0],
+    reciprocal=[True],
+)
+vary(
+    rms_norm_block_quant,
+    {"x": zeros(6, 256), "weight": zeros(256), "residual": zeros(6, 256)},
+    {"x": layouts, "weight": vector, "residual": layouts},
+    residual=[None],
+    group_size=[64],
+    eps=[0.5],
+    weight_offset=[1.0],
+    scale_ub=[1.0],
+    expert_ends=[count, shifted(count)],
+)
 heads = {"num_k_heads": 2, "head_k_dim": 16, "head_v_dim": 16}
 gates = {"a": zeros(7, 4), "b": zeros(7, 4), "A_log": zeros(4), "dt_bias": zeros(4)}
 gate_ways = {"a": matrix, "b": matrix, "A_log": vector, "dt_bias": vector}
@@ -234,6 +259,12 @@ vary(
     initial_state=[None],
     cu_seqlens=[None],
     output_final_state=[True],
+    scale=[0.5],
+)
+vary(
+    segment_attention,
+    {"q": zeros(40, 2, 24), "k": zeros(40, 2, 24), "v": zeros(40, 2, 24), "cu_seqlens": torch.tensor([0, 3, 40])},
+    {**dict.fromkeys(("q", "k", "v"), layouts), "cu_seqlens": (torch.Tensor.int, shifted, spread)},
     scale=[0.5],
 )
 vary(
