@@ -13,6 +13,7 @@ from inspect import ismodule
 from typing import Any
 
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
@@ -87,6 +88,38 @@ def known_shapes(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
+def known_promotions(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The type in which two others are computed, with what `original` has found of these before."""
+    known: dict[Any, Any] = {}
+
+    def promoted(self: Any, one: Any, one_is_scalar: bool, two: Any, two_is_scalar: bool, div_or_mod: bool) -> Any:
+        key = one.name, one_is_scalar, two.name, two_is_scalar, div_or_mod
+        if key not in known:
+            known[key] = original(self, one, one_is_scalar, two, two_is_scalar, div_or_mod)
+        return known[key]
+
+    return promoted
+
+
+def equal_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Whether two tuples are equal: `original` makes a third one first, for which there is no reason among integers."""
+
+    def equal(self: Any, other: Any) -> Any:
+        values = other.values if isinstance(other, tl.tuple) else other
+        if isinstance(values, list) and all(type(value) is int for value in values):
+            return tl.constexpr(self.values == values)
+        return original(self, other)
+
+    return equal
+
+
+def equal_dtypes(self: Any, other: Any) -> bool:
+    """Whether two types of elements are the same one."""
+    if isinstance(other, tl.constexpr):
+        other = other.value
+    return isinstance(other, tl.dtype) and self.name == other.name
+
+
 def equal_blocks(self: Any, other: Any) -> bool:
     """Whether two types of blocks are the same one, without a copy of their shapes."""
     same = isinstance(other, tl.block_type) and self.element_ty == other.element_ty
@@ -101,4 +134,7 @@ def install() -> None:
     interpreter._get_np_dtype = known_dtypes(interpreter._get_np_dtype)
     tl.block_type.__init__ = known_blocks(tl.block_type.__init__)
     tl.block_type.__eq__ = equal_blocks
+    tl.dtype.__eq__ = equal_dtypes
+    tl.tuple.__eq__ = equal_sizes(tl.tuple.__eq__)
+    TritonSemantic.computation_type_impl = known_promotions(TritonSemantic.computation_type_impl)
     tl.tensor.__init__ = known_shapes(tl.tensor.__init__)

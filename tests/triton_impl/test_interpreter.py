@@ -9,7 +9,13 @@ from triton.runtime import interpreter
 
 import polyfuse
 from polyfuse.triton_impl._common import INTERPRETED, widen
-from polyfuse.triton_impl._interpreter import call_once_replaced, known_blocks, known_dtypes, known_shapes
+from polyfuse.triton_impl._interpreter import (
+    call_once_replaced,
+    known_blocks,
+    known_dtypes,
+    known_promotions,
+    known_shapes,
+)
 
 pytestmark = pytest.mark.skipif(not INTERPRETED.value, reason="kernels are compiled here")
 X = torch.linspace(-3, 3, 64).view(2, 32)
@@ -96,3 +102,27 @@ def test_the_dtype_of_a_type_is_found_once() -> None:
     block = tl.block_type(tl.int8, [2])
     assert [find(tl.int8), find(block), find(tl.pointer_type(tl.int8))] == ["int8", "int8", "pointer<int8>"]
     assert asked == [tl.int8, tl.pointer_type(tl.int8)]
+
+
+def test_the_type_of_a_sum_is_found_once_for_each_pair() -> None:
+    asked: list[Any] = []
+    promoted = known_promotions(lambda semantic, *pair: asked.append(pair) or tl.float32)
+    sums = (tl.bfloat16, False, tl.int32, True, False)
+    assert promoted(None, *sums) is promoted(None, *sums) is tl.float32
+    promoted(None, *sums[:-1], True)
+    assert asked == [sums, (*sums[:-1], True)]
+
+
+@pytest.mark.parametrize("other", [[4, 2], tl.tuple([4, 2]), tl.tuple([tl.constexpr(4), 2]), (4, 2)])
+def test_sizes_are_compared_by_their_numbers(other: Any) -> None:
+    for sizes in ([4, 2], [tl.constexpr(4), tl.constexpr(2)]):
+        assert bool(tl.tuple(sizes) == other)
+        assert not bool(tl.tuple(sizes) != other)
+        assert not bool(tl.tuple([*sizes, 1]) == other)
+        assert not bool(tl.tuple([2, 4]) == other)
+
+
+def test_types_of_elements_are_compared_by_their_names() -> None:
+    assert tl.float32 == tl.constexpr(tl.dtype("fp32"))
+    assert tl.float32 != tl.float16
+    assert tl.int8 != "int8"
