@@ -13,8 +13,8 @@ from polyfuse.conformance.other import Inputs
 
 PROVES = (
     "Arguments with gaps between rows or elements, or dimensions in another order, give right values: all of them so "
-    "and, on core cases of a backend that is not emulated, each one alone, also expanded from one row or one element of "
-    "each row."
+    "and, on core cases of a backend that is not emulated, each one alone, also expanded from one row or one element "
+    "of each row."
 )
 
 # Every element in memory of its own; what lies between is NaN, or a number that is no index.
