@@ -98,7 +98,12 @@ def test_a_value_of_a_known_shape_keeps_nothing_of_another_one() -> None:
 
 def test_the_dtype_of_a_type_is_found_once() -> None:
     asked: list[Any] = []
-    find = known_dtypes(lambda kind: asked.append(kind) or str(kind))
+
+    def original(kind: Any) -> str:
+        asked.append(kind)
+        return str(kind)
+
+    find = known_dtypes(original)
     block = tl.block_type(tl.int8, [2])
     assert [find(tl.int8), find(block), find(tl.pointer_type(tl.int8))] == ["int8", "int8", "pointer<int8>"]
     assert asked == [tl.int8, tl.pointer_type(tl.int8)]
@@ -106,7 +111,12 @@ def test_the_dtype_of_a_type_is_found_once() -> None:
 
 def test_the_type_of_a_sum_is_found_once_for_each_pair() -> None:
     asked: list[Any] = []
-    promoted = known_promotions(lambda semantic, *pair: asked.append(pair) or tl.float32)
+
+    def original(semantic: Any, *pair: Any) -> Any:
+        asked.append(pair)
+        return tl.float32
+
+    promoted = known_promotions(original)
     sums = (tl.bfloat16, False, tl.int32, True, False)
     assert promoted(None, *sums) is promoted(None, *sums) is tl.float32
     promoted(None, *sums[:-1], True)
