@@ -57,7 +57,7 @@ def _as(array: Array, free: NDArray[np.bool_] | None) -> Array:
     """An array as the numbers for which `free` stands, in C order."""
     if free is None or free.shape == array.shape:
         return np.ascontiguousarray(array).reshape(array.shape)
-    halves = free.size > array.nbytes
+    halves = free.shape[-1] > array.shape[-1] * array.itemsize  # not of all elements, as there may be none
     return parts_of(array, HALF_BYTE if halves else "uint8")
 
 

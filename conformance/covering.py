@@ -231,8 +231,12 @@ class Covering:
         return sorted(others, key=lambda n: (distance.get(n, len(self.factors)), n))
 
     def _broken(self, chosen: Mapping[int, int]) -> Clause | None:
-        found = (_among(self._by_last.get(item, ()), chosen) for item in chosen.items())
-        return next(filter(None, found), None)
+        for item in chosen.items():
+            clauses = self._by_last.get(item)
+            clause = _among(clauses, chosen) if clauses else None
+            if clause:
+                return clause
+        return None
 
     def _broken_by(self, item: Item, chosen: Mapping[int, int]) -> Clause | None:
         """A clause that the item completes."""

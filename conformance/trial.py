@@ -125,7 +125,7 @@ class Trial:
         self.exact()
         self._uncounted = time.perf_counter() - started
         for name, check in checks().items():
-            if not self._runs(name, level, attempt.interpreted or self._elements() > LARGE):
+            if not self._runs(name, level, attempt.interpreted):
                 continue
             note(name)
             try:
@@ -144,12 +144,13 @@ class Trial:
                     break
         return found
 
-    def _runs(self, check: str, level: Level, slow: bool) -> bool:
+    def _runs(self, check: str, level: Level, interpreted: bool) -> bool:
         """Whether a check of that name runs on this case; where calls are slow a sample stands for all."""
         cases = level.cases_of(check)
-        if slow and cases == "all" and check not in CHEAP:
+        if cases == "all" and check not in CHEAP and (interpreted or self._elements() > LARGE):
             cases = "sample"
-        sampled = crc32(f"{self.op}/{self.case.name}".encode()) % level.check_sample == 0
+        one_in = level.check_sample_interpreted if interpreted else level.check_sample
+        sampled = crc32(f"{self.op}/{self.case.name}".encode()) % one_in == 0
         return cases == "all" or (cases != "none" and self.core) or (cases == "sample" and sampled)
 
     def _elements(self) -> int:

@@ -102,15 +102,16 @@ def _activation_interval(given: Any, relative: float, flush: float, of_terms: fl
     steps, flushed = _silu_error(gate, alpha * gate, relative, flush)
     # Where the limit is surely below it, the error of silu is none of the result.
     clamped = silu * (1 - steps) > capped(silu, given.limit, given.limit_on)
-    steps = np.where(clamped, relative, steps)
+    steps, flushed = np.where(clamped, relative, steps), np.where(clamped, 0.0, flushed)
     if given.materialize:
         y = _rounded_in_turn(gate, up, given, relative, flush, of_terms)
         lost = (flush > 0) & (may_flush(factor) | may_flush(y.value))  # products with 0, or 0
         low, high = (np.where(lost, pick(end, 0), end) for pick, end in ((np.minimum, y.low), (np.maximum, y.high)))
         y = Interval(y.value, low, high)
     else:
-        value = overflowed(capped(silu, given.limit, given.limit_on) * factor)
-        error = steps * np.abs(value) + flushed * np.abs(factor) + flush * (1 + np.abs(silu))
+        most = capped(silu, given.limit, given.limit_on)  # an infinite silu that is clamped leaves nothing infinite
+        value = overflowed(most * factor)
+        error = steps * np.abs(value) + flushed * np.abs(factor) + flush * (1 + np.abs(most))
         error = np.where(np.isfinite(value), error, 0.0)
         y = Interval(value, value - error, value + error)
     # An infinite factor meets one that may count as 0: NaN and infinity are both right.

@@ -1,8 +1,9 @@
-"""Triton's interpreter without work whose result nothing uses, which took two thirds of a kernel's time.
+"""Triton's interpreter without work whose result nothing uses, or is known, which took most of a kernel's time.
 
 The launch of a kernel puts the interpreter's functions in place of the language's, and takes them back at its end. The
-interpreter does the first once more for each function that the kernel calls. And it computes each sum, difference and
-product of integers in 64 bits too, for an assertion that only debugging makes; a compiler leaves both away then.
+interpreter does the first once more for each function that the kernel calls. It computes each sum, difference and
+product of integers in 64 bits too, for an assertion that only debugging makes. And it finds out anew for each value
+what its type says: a compiler does all of that once.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from inspect import ismodule
 from typing import Any
 
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
+from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
 
@@ -42,8 +45,96 @@ def call_once_replaced(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def known_dtypes(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """NumPy's dtype of a type of the language, which `original` finds in a table that it makes for each value."""
+    known: dict[str, Any] = {}
+
+    def dtype(kind: Any) -> Any:
+        name = kind.scalar.name
+        if name not in known:
+            known[name] = original(kind)
+        return known[name]
+
+    return dtype
+
+
+def known_blocks(original: Callable[..., None]) -> Callable[..., None]:
+    """How a type of blocks is made, with what `original` has found of that element and that shape before."""
+    known: dict[Any, dict[str, Any]] = {}
+
+    def init(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, *[size.value if isinstance(size, tl.constexpr) else size for size in shape]
+        if key not in known:
+            original(self, element_ty, shape)
+            known[key] = dict(vars(self))
+        else:
+            vars(self).update(known[key], element_ty=element_ty)
+
+    return init
+
+
+def known_shapes(original: Callable[..., None]) -> Callable[..., None]:
+    """How a value is made, with what `original` has found of that shape before."""
+    known: dict[Any, dict[str, Any]] = {}
+
+    def init(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape) if type.is_block() else None
+        if key not in known:
+            original(self, handle, type)
+            known[key] = {name: x for name, x in vars(self).items() if name not in ("handle", "type", "dtype")}
+        else:
+            vars(self).update(known[key], handle=handle, type=type, dtype=type.scalar)
+
+    return init
+
+
+def known_promotions(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The type in which two others are computed, with what `original` has found of these before."""
+    known: dict[Any, Any] = {}
+
+    def promoted(self: Any, one: Any, one_is_scalar: bool, two: Any, two_is_scalar: bool, div_or_mod: bool) -> Any:
+        key = one.name, one_is_scalar, two.name, two_is_scalar, div_or_mod
+        if key not in known:
+            known[key] = original(self, one, one_is_scalar, two, two_is_scalar, div_or_mod)
+        return known[key]
+
+    return promoted
+
+
+def equal_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Whether two tuples are equal: `original` makes a third one first, for which there is no reason among integers."""
+
+    def equal(self: Any, other: Any) -> Any:
+        values = other.values if isinstance(other, tl.tuple) else other
+        if isinstance(values, list) and all(type(value) is int for value in values):
+            return tl.constexpr(self.values == values)
+        return original(self, other)
+
+    return equal
+
+
+def equal_dtypes(self: Any, other: Any) -> bool:
+    """Whether two types of elements are the same one."""
+    if isinstance(other, tl.constexpr):
+        other = other.value
+    return isinstance(other, tl.dtype) and self.name == other.name
+
+
+def equal_blocks(self: Any, other: Any) -> bool:
+    """Whether two types of blocks are the same one, without a copy of their shapes."""
+    same = isinstance(other, tl.block_type) and self.element_ty == other.element_ty
+    return same and self.shape.values == other.shape.values
+
+
 def install() -> None:
     """Let all interpreted kernels of this process run so."""
     if not interpreter_builder.options.debug:
         interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
     InterpretedFunction.__call__ = call_once_replaced(InterpretedFunction.__call__)
+    interpreter._get_np_dtype = known_dtypes(interpreter._get_np_dtype)
+    tl.block_type.__init__ = known_blocks(tl.block_type.__init__)
+    tl.block_type.__eq__ = equal_blocks
+    tl.dtype.__eq__ = equal_dtypes
+    tl.tuple.__eq__ = equal_sizes(tl.tuple.__eq__)
+    TritonSemantic.computation_type_impl = known_promotions(TritonSemantic.computation_type_impl)
+    tl.tensor.__init__ = known_shapes(tl.tensor.__init__)

@@ -13,8 +13,8 @@ from polyfuse.conformance.attempt import Attempt
 from polyfuse.conformance.checks.values import problems
 
 PROVES = (
-    "A call is right in another thread than the one that called first and, of a torch backend on a CPU, in a process "
-    "that was forked after the first call (core cases)."
+    "A call is right in another thread than the one that called first (of an emulated backend on core cases) and, of a "
+    "torch backend on a CPU, in a process that was forked after the first call (core cases)."
 )
 
 FORK_SECONDS = 20.0  # twice: a process that other threads were busy in may be forked while one of them holds a lock
@@ -24,7 +24,7 @@ NO_ANSWER = f"no result within {FORK_SECONDS:g} seconds"
 
 def check(attempt: Attempt) -> Iterator[str]:
     """What is wrong with a call elsewhere."""
-    if not attempt.single:
+    if not attempt.single or not attempt.thorough:
         return
     _ = attempt.outputs
     yield from (f"in another thread: {problem}" for problem in _in_a_thread(attempt))

@@ -23,6 +23,11 @@ def test_halves_of_bytes_are_told_apart() -> None:
     ]
 
 
+def test_no_rows_of_halves_are_the_same() -> None:
+    wanted, nothing = [Output("q", (0, 32), "uint8")], np.zeros((0, 32), np.uint8)
+    assert list(unequal(wanted, [nothing], [nothing], [np.zeros((0, 64), np.bool_)])) == []
+
+
 def test_bytes_of_an_int32_are_told_apart() -> None:
     wanted = [Output("scale", (1, 2), "int32")]
     before, now = np.array([[1, 2]], np.int32), np.array([[1 + (7 << 8), 2]], np.int32)

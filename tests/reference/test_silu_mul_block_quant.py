@@ -285,6 +285,18 @@ def test_the_interval_of_q() -> None:
     assert (found[0][1], found[2][1]) == (-most - 3 * ULP * most, -least + 3 * ULP * least)
 
 
+def test_an_infinite_silu_that_is_clamped_is_the_limit() -> None:
+    # silu is 0.75 without an error: y has those of the product, and the scale 2 more for the division by qmax.
+    x, y = np.array([[np.inf, 0.5]], np.float32), 0.75 * 0.5
+    options: Any = {"group_size": 1, "limit": 0.75, "limit_on": "silu"}
+    error = 10 * ULP * y + FLUSH * (1 + 0.75)
+    low, high = (y - error) / 448 * (1 - 2 * ULP), (y + error) / 448 * (1 + 2 * ULP)
+    assert ends("scale", x, **options) == ([low], [y / 448], [high])
+    nothing = np.zeros(1, np.float32)
+    least = float32(2.0**-23)
+    assert ends("scale", x, row_weight=nothing, scale_min=least, **options) == ([least], [least], [least])
+
+
 def test_materialized_y_and_a_power_of_two_leave_no_choice() -> None:
     # 10 roundings of 64 * 65 are 0.0025: silu rounds to 64 all the same. 448 / 448 must not be pushed over 1.
     options: Any = {"group_size": 2, "materialize": True}
