@@ -141,8 +141,9 @@ SPEC = OpSpec(
         ),
         ErrorBound(
             "accumulator",
-            1 / PRODUCTS_PER_SUM,
-            "magnitude |out| times the number of rows in the segment: as that of a score",
+            0.5,
+            "magnitude |out| times the number of rows in the segment: like terms that are added one after the other may "
+            "be rounded in one direction, each time by one rounding of the running sum, half of |out| on average",
         ),
         ErrorBound(
             "out",

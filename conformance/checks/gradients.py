@@ -47,6 +47,7 @@ def check(attempt: Attempt) -> Iterator[str]:
         o.name: to_f64(round_to(rng.standard_normal(exact[o.name].shape) * ~free, o.dtype))
         for o, free in zip(attempt.call.outputs, attempt.free, strict=False)
     }
+    terms = sum(float((np.abs(w) * np.maximum(np.abs(exact[name]), 1)).sum()) for name, w in weights.items())
     gradients = _gradients(attempt, names, weights)
     for name in names:
         got = gradients[name]
@@ -55,10 +56,10 @@ def check(attempt: Attempt) -> Iterator[str]:
         if got.shape != attempt.made[name].shape or not np.isfinite(got).all():
             yield f"{name}: expected a finite gradient {list(attempt.made[name].shape)}, got {list(got.shape)}"
             continue
-        yield from _compared(attempt, name, got, weights, rng)
+        yield from _compared(attempt, name, got, weights, terms, rng)
 
 
-def _compared(attempt: Attempt, name: str, got: F64, weights: dict[str, F64], rng: Any) -> Iterator[str]:
+def _compared(attempt: Attempt, name: str, got: F64, weights: dict[str, F64], terms: float, rng: Any) -> Iterator[str]:
     value = to_f64(attempt.made[name])
     dtype = attempt.made[name].dtype.name
     roundoff = max(float(ml_dtypes.finfo(numpy_dtype(dtype)).eps) / 2, FP32_ROUNDOFF)
@@ -72,8 +73,8 @@ def _compared(attempt: Attempt, name: str, got: F64, weights: dict[str, F64], rn
         # Of 16-bit results what flows back is rounded on the way too.
         size = sqrt(float((got * got).sum())) * (roundoff + outputs) * DEVIATIONS
         size += float(np.abs(got).sum()) * FP32_ROUNDOFF * STEPS
-        # Where terms cancel, each has a rounding of its own.
-        size += sum(float(np.abs(w).sum()) for w in weights.values()) * FP32_ROUNDOFF
+        # Where terms cancel, each has roundings of its own: a weight times a result, their difference, its factor.
+        size += terms * FP32_ROUNDOFF * 4
         noise = 2.0**-50 * max(abs(high), abs(low), 1.0) * 100 / step
         if not abs(found - slope) <= size + noise + 1e-6 * abs(slope):
             yield (
