@@ -142,7 +142,7 @@ SPEC = OpSpec(
         ErrorBound(
             "accumulator",
             0.5,
-            "magnitude |out| times the number of rows in the segment: like terms that are added one after the other may "
+            "magnitude |out| times the number of rows in the segment: like terms that are added one after another may "
             "be rounded in one direction, each time by one rounding of the running sum, half of |out| on average",
         ),
         ErrorBound(

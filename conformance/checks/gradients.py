@@ -1,6 +1,6 @@
 """The gradients that a backend claims, against differences of the oracle's formula in float64."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import sqrt
 from typing import Any
 
@@ -34,11 +34,7 @@ def check(attempt: Attempt) -> Iterator[str]:
     if not (attempt.trial.core or usual) or (attempt.family == "jax" and not attempt.trial.core):
         return
     exact = oracle(attempt.op).exact(attempt.made)
-    names = [
-        name
-        for name, x in attempt.made.items()
-        if isinstance(x, np.ndarray) and x.dtype.name in FLOATS and x.size and np.isfinite(to_f64(x)).all()
-    ]
+    names = list(_floats(attempt.made))
     if not names or not all(np.isfinite(x).all() for x in exact.values()):
         return
     rng = np.random.default_rng(attempt.trial.seed)
@@ -59,8 +55,15 @@ def check(attempt: Attempt) -> Iterator[str]:
         yield from _compared(attempt, name, got, weights, terms, rng)
 
 
+def _floats(made: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that have gradients: arrays of finite floats."""
+    floats = {name: x for name, x in made.items() if isinstance(x, np.ndarray) and x.dtype.name in FLOATS and x.size}
+    return {name: x for name, x in floats.items() if np.isfinite(to_f64(x)).all()}
+
+
 def _compared(attempt: Attempt, name: str, got: F64, weights: dict[str, F64], terms: float, rng: Any) -> Iterator[str]:
     value = to_f64(attempt.made[name])
+    largest = max(1.0, *(float(np.abs(to_f64(x)).max()) for x in _floats(attempt.made).values()))
     dtype = attempt.made[name].dtype.name
     roundoff = max(float(ml_dtypes.finfo(numpy_dtype(dtype)).eps) / 2, FP32_ROUNDOFF)
     outputs = max(float(ml_dtypes.finfo(numpy_dtype(o.dtype)).eps) / 2 for o in attempt.call.outputs)
@@ -73,8 +76,8 @@ def _compared(attempt: Attempt, name: str, got: F64, weights: dict[str, F64], te
         # Of 16-bit results what flows back is rounded on the way too.
         size = sqrt(float((got * got).sum())) * (roundoff + outputs) * DEVIATIONS
         size += float(np.abs(got).sum()) * FP32_ROUNDOFF * STEPS
-        # Where terms cancel, each has roundings of its own: a weight times a result, their difference, its factor.
-        size += terms * FP32_ROUNDOFF * 4
+        # Where terms cancel, each has roundings of its own: a weight times a result, a difference, a product with it.
+        size += terms * largest * FP32_ROUNDOFF * 4
         noise = 2.0**-50 * max(abs(high), abs(low), 1.0) * 100 / step
         if not abs(found - slope) <= size + noise + 1e-6 * abs(slope):
             yield (
