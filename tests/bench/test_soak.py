@@ -151,12 +151,12 @@ def raising(monkeypatch):
 @pytest.mark.parametrize(
     ("sabotage", "message"),
     [
-        (shifted, "a row differs by 1."),
+        pytest.param(shifted, "a row differs by 1.", marks=pytest.mark.slow),
         (one_row_wrong, "a row differs by 1.0e-03 of its norm, in [["),
         (padding_leaks, "a row differs by nan of its norm"),
-        (overwritten, "outputs were overwritten after they had been returned"),
+        pytest.param(overwritten, "outputs were overwritten after they had been returned", marks=pytest.mark.slow),
         (unstable, "other values the second time, in [["),
-        (raising, "RuntimeError: the graph is gone"),
+        pytest.param(raising, "RuntimeError: the graph is gone", marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_is_found(sabotage, message, monkeypatch, tmp_path):

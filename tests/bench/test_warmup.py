@@ -30,6 +30,7 @@ def warmed(cache: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_kernels_of_a_models_calls_are_compiled_once_and_then_cached(tmp_path: Path) -> None:
     """11 calls of two ops need 7 forms of two kernels; the next process finds all of them."""
     calls, *kernels = warmed(tmp_path)

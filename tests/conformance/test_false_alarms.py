@@ -16,6 +16,7 @@ from tests.conformance.unusual import UNUSUAL
 
 # Those that are loops of many small calls, or are compiled.
 SLOW = ("compiled", "one_sequence_after_another")
+LONG = ("segment_attention",)
 NOT_DIFFERENTIABLE = ("products_out_of_place", "one_sequence_after_another")
 
 
@@ -62,7 +63,7 @@ def test_an_unusual_backend_is_right_on_every_seed(name: str, seed: int) -> None
         polyfuse.refresh()
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.slow if op in LONG else ()) for op in OPS])
 @pytest.mark.parametrize("name", ["torch", "numpy", "jax"])
 def test_a_built_in_backend_is_right(name: str, op: str) -> None:
     backend = registry().get(name)
@@ -97,10 +98,10 @@ def test_a_built_in_backend_is_right_on_all_core_cases(name: str, op: str) -> No
 @pytest.mark.parametrize(
     "case",
     [
-        "pair-T_float32-segments_1030_rows",
         "pair-segments_around_128-q.fill_tiny",
         "pair-segments_one_row-heads_dim_1x33",
-        "pair-segments_1030_rows-heads_dim_1x128",
+        pytest.param("pair-T_float32-segments_1030_rows", marks=pytest.mark.slow),
+        pytest.param("pair-segments_1030_rows-heads_dim_1x128", marks=pytest.mark.slow),
     ],
 )
 def test_sums_of_like_terms_are_rounded_in_one_direction(case: str) -> None:

@@ -196,6 +196,7 @@ def test_the_banner_has_the_colour_of_the_least_verdict(report, standing, tmp_pa
     assert f'<div class="banner {standing}">' in text
 
 
+@pytest.mark.slow
 def test_ten_thousand_results_make_a_page_that_opens_and_filters_at_once(visit, tmp_path):
     numbers = random.Random(0)
     report = Report("cpu (x86_64)", "full", 0, commit="abc")

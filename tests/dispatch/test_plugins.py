@@ -124,9 +124,19 @@ def test_a_broken_plugin_and_two_of_one_name_leave_everything_else_working(insta
     ("init", "kernel", "error"),
     [
         (GOOD, KERNEL + "    def\n", "SyntaxError: invalid syntax"),
-        (GOOD, "import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        pytest.param(
+            GOOD,
+            "import no_such_module",
+            "ModuleNotFoundError: No module named 'no_such_module'",
+            marks=pytest.mark.slow,
+        ),
         (GOOD, "", "AttributeError: module 'mychip.pos_embed_interpolate' has no attribute 'pos_embed_interpolate'"),
-        (GOOD, KERNEL + "    CAPABILITY = {}\n", "expected a polyfuse.spec.Capability, got a dict"),
+        pytest.param(
+            GOOD,
+            KERNEL + "    CAPABILITY = {}\n",
+            "expected a polyfuse.spec.Capability, got a dict",
+            marks=pytest.mark.slow,
+        ),
         (GOOD + "    def unavailable():\n        return 1 / 0\n", KERNEL, "ZeroDivisionError: division by zero"),
     ],
 )

@@ -259,7 +259,14 @@ def test_under_torch_compile() -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about a machine without a GPU")
-@pytest.mark.parametrize("first", ["", "import triton, triton.language\n", "import transformers.modeling_utils\n"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "",
+        pytest.param("import triton, triton.language\n", marks=pytest.mark.slow),
+        "import transformers.modeling_utils\n",
+    ],
+)
 def test_kernels_are_interpreted_whoever_imports_triton_first(first: str, run_afresh: Callable[..., list[str]]) -> None:
     """Library functions of Triton are needed for it: `tl.sum` and `x.to`, which a kernel of gated_rms_norm calls."""
     code = """
