@@ -16,7 +16,7 @@ from polyfuse.conformance.tasks import Task, perform, register
 from polyfuse.conformance.worker import Setup
 from polyfuse.conformance.workers import Limits, Workers
 from polyfuse.dispatch import Backend, Support, check_device, registry
-from polyfuse.spec import OPS, BackendError, fail
+from polyfuse.spec import OPS, fail
 
 Progress = Callable[[Report, Result], None]
 
@@ -55,7 +55,7 @@ def run(
     """
     settings = load_level(level)
     register(plugins)
-    chosen = [registry().get(name) for name in backends] if backends else _all_backends()
+    chosen = [registry().get(name) for name in backends] if backends else registry().usable()
     names = list(ops or OPS)
     check_device("conformance: device", device, [backend.family for backend in chosen])
     report = Report(
@@ -170,13 +170,3 @@ def _add_claim(report: Report, claim: Support) -> None:
     """Note what a backend claims of an op."""
     facts = report.backends[claim.backend]
     report.backends = {**report.backends, claim.backend: replace(facts, claims={**facts.claims, claim.op: claim})}
-
-
-def _all_backends() -> list[Backend]:
-    found = []
-    for name in registry().names():
-        try:
-            found.append(registry().get(name))
-        except BackendError:
-            continue  # `polyfuse info` shows it with its traceback
-    return found

@@ -18,19 +18,6 @@ class Verdict:
     reason: str = ""
 
 
-def usable() -> "list[Backend]":
-    """Every backend but those that the registry has a problem with."""
-    from polyfuse.dispatch import registry
-
-    found = []
-    for name in registry().names():
-        try:
-            found.append(registry().get(name))
-        except BackendError:  # one of the registry's problems
-            continue
-    return found
-
-
 def verdicts(backend: "Backend", device: str) -> dict[str, Verdict]:
     """The verdict on every op."""
     return {op: _verdict(backend, op, device) for op in OPS}

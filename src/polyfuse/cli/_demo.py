@@ -22,7 +22,6 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 import polyfuse
 from polyfuse.bench.timing import Clock
-from polyfuse.cli._backends import usable
 from polyfuse.cli._terminal import activity
 from polyfuse.configs import level
 from polyfuse.conformance import Case, cases, compare
@@ -30,6 +29,7 @@ from polyfuse.conformance.report import Result
 from polyfuse.conformance.tasks import Task
 from polyfuse.conformance.worker import Setup
 from polyfuse.conformance.workers import Limits, Workers, default_count
+from polyfuse.dispatch import registry
 from polyfuse.integrations.transformers import accelerate
 from polyfuse.reference import oracle
 from polyfuse.spec import OPS
@@ -177,7 +177,7 @@ def run_cases(console: Console, device: str) -> tuple[list[Result], list[str]]:
     A backend that is not installed, or does not have an op, has results that are skipped. The ops that the table has
     last run first: they take longest, and at the end one worker would wait for the other.
     """
-    names = tuple(backend.name for backend in usable())
+    names = tuple(backend.name for backend in registry().usable())
     tasks = [
         Task(number, op, case, names, device, LEVEL)
         for number, (op, case) in enumerate((op, case) for op in reversed(OPS) for case in _core(op)[:CASES])
@@ -206,8 +206,9 @@ def conclude(console: Console, device: str, found: list[Result], problems: list[
     passed = [result for result in found if result.status == "passed"]
     where = f"{len({r.op for r in passed})} ops on {len({r.backend for r in passed})} backends"
     console.print("[bold]Shown[/]" if not problems else "[bold]Shown, but for what is wrong above[/]")
-    console.print("  The vision tower takes the op's position embeddings, each within the oracle's interval.")
-    console.print(f"  The Qwen3.5 model generates the same {NEW_TOKENS} tokens on fused ops.")
+    if not problems:
+        console.print("  The vision tower takes the op's position embeddings, each within the oracle's interval.")
+        console.print(f"  The Qwen3.5 model generates the same {NEW_TOKENS} tokens on fused ops.")
     console.print(
         f"  {len(passed)} results of {where} lie within the oracle's intervals, and pass the checks of level {LEVEL}."
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.markup import escape
 
-from polyfuse.cli._backends import usable, verdicts
+from polyfuse.cli._backends import verdicts
 from polyfuse.cli._device import default_device
 from polyfuse.cli._terminal import console
 from polyfuse.spec import EXTRAS, OPS, BackendError, Unsupported, how_to_install
@@ -37,7 +37,7 @@ def command() -> None:
     missing = dict.fromkeys(how_to_install(module) for module in EXTRAS if find_spec(module) is None)
     _section(out, "To install", [*missing] or ["nothing: every extra is there"])
     _section(out, "Devices", _devices(device))
-    lines = [f"{backend.name}: {_standing(backend, device)}" for backend in usable()]
+    lines = [f"{backend.name}: {_standing(backend, device)}" for backend in registry().usable()]
     lines += [f"{name}: cannot be used: {text.strip().splitlines()[-1]}" for name, text in registry().problems]
     _section(out, "Backends", lines)
     _section(out, "Settings", _settings())

@@ -7,7 +7,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from polyfuse.cli._backends import Verdict, usable, verdicts
+from polyfuse.cli._backends import Verdict, verdicts
 from polyfuse.cli._device import default_device
 from polyfuse.cli._terminal import console
 from polyfuse.spec import OPS
@@ -29,7 +29,7 @@ def command(as_json: bool) -> None:
     from polyfuse.dispatch import registry
 
     device = default_device()
-    found = [(backend, verdicts(backend, device)) for backend in usable()]
+    found = [(backend, verdicts(backend, device)) for backend in registry().usable()]
     if as_json:
         backends = [
             {

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -172,6 +173,14 @@ class Registry:
             if problem == name:
                 raise BackendError(f"backend {name!r}: {text.strip().splitlines()[-1]}")
         raise BackendError(f"backend: expected one of {', '.join(self.names())}, got {name!r}")
+
+    def usable(self) -> list[Backend]:
+        """Every backend but those that cannot be loaded, which are among the `problems` then."""
+        found = []
+        for name in self.names():
+            with suppress(BackendError):
+                found.append(self.get(name))
+        return found
 
     def add(self, backend: Backend) -> None:
         """Register a backend.
