@@ -15,6 +15,7 @@ from polyfuse.triton_impl._common import INTERPRETED
 # more under way.
 TILES = ((2**19, 1024, 32), (2**63, 4096, 64))
 SMALL_GROUP_TILES = ((2**19, 1024, 32), (2**63, 8192, 64))
+EXPERT_ELEMENTS = 2048, 16  # of a program, of a thread, where a program takes many tiles: the next is on its way
 WIDEST_GROUP = 2**15
 WIDE_PAIRS = 2**31  # from here on pairs are numbered in 64 bits
 
@@ -142,10 +143,12 @@ def _converts(device: torch.device, quant_dtype: str) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def tile(group: int, itemsize: int, elements: int) -> tuple[int, int]:
+def tile(group: int, itemsize: int, elements: int, experts: bool) -> tuple[int, int]:
     """How many groups and warps a program has, if `itemsize` bytes are read for each element of the result."""
     columns = triton.next_power_of_2(group)
     tiles = TILES if group >= 128 else SMALL_GROUP_TILES
     tile_bytes, thread_bytes = next(t[1:] for t in tiles if elements * itemsize <= t[0])
+    if experts and elements * itemsize > tiles[0][0]:
+        tile_bytes, thread_bytes = (number * itemsize for number in EXPERT_ELEMENTS)
     groups = max(1, tile_bytes // itemsize // columns)
     return groups, min(32, max(4, groups * columns * itemsize // thread_bytes // 32))

@@ -1,7 +1,9 @@
 """How programs share out the rows of experts, whose numbers only the device knows.
 
 A program adds up the rows of all experts once, to find the one expert whose tiles it takes. An expert has the more
-programs the more valid rows it has, so that none has many more tiles than others; one without rows has none.
+programs the more valid rows it has, so that none has many more tiles than others; one without rows has none. To add up
+thousands takes longer than what that saves: if these have an array each, all have the same number of programs. And
+where all rows before the last expert's end are valid, they are shared out as if they were one expert's.
 """
 
 from functools import cache
@@ -11,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-PROGRAMS = 16  # of one multiprocessor, and one more for each expert, as the last program of each may have few tiles
+PROGRAMS = 8  # of one multiprocessor, and one more for each expert, as the last program of each may have few tiles
 CHUNKS = (32, 256, 1024)  # experts that a program looks at together: one warp alone can, or in a few registers
 WIDEST = tl.constexpr(CHUNKS[-1])
-STAGES = tl.constexpr(1)
+MOST_TILES = 32  # of a program, if all experts have the same number of programs
+STAGES = tl.constexpr(2)
 
 
 @triton.jit
@@ -45,7 +48,7 @@ def each_tile(
     rows,
     experts,
     ALIGNMENT: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,  # 0: all experts have the same number of programs
     PAIRS: tl.constexpr,  # of a row
     BLOCK: tl.constexpr,  # pairs of a tile
 ):
@@ -56,6 +59,20 @@ def each_tile(
     zero = tl.full([], 0, tl.int64)
     if num_rows_ptr is None and ends_ptr is None:
         run(tl.program_id(0), zero, zero, rows, *arguments)
+    elif ends_ptr is not None and ALIGNMENT == 1:
+        valid = tl.maximum(tl.minimum(tl.load(ends_ptr + experts - 1), rows), 0)
+        step = tl.num_programs(0)
+        left = tl.maximum(_tiles(valid, PAIRS, BLOCK) - tl.program_id(0), 0)
+        for i in tl.range(0, tl.cdiv(left, step), num_stages=STAGES):
+            run(tl.program_id(0) + i * step, zero, zero, valid, *arguments)
+    elif CHUNK == 0:
+        step = tl.num_programs(0) // experts
+        expert = tl.program_id(0) // step
+        first, valid = _rows(num_rows_ptr, ends_ptr, expert, experts, rows, ALIGNMENT)
+        start = tl.program_id(0) % step
+        left = tl.maximum(_tiles(valid, PAIRS, BLOCK) - start, 0)
+        for i in tl.range(0, tl.cdiv(left, step), num_stages=STAGES):
+            run(start + i * step, expert.to(tl.int64), first, valid, *arguments)
     else:
         place = tl.arange(0, CHUNK)
         looked_at = CHUNK if CHUNK < WIDEST else experts
@@ -97,7 +114,11 @@ def share_out(
     device: torch.device, experts: int, rows: int, masked: bool, ends: int | None, pairs: int, block: int
 ) -> Shares:
     """For `rows` of each of so many experts, of which some are not valid if `masked`, or of `ends` experts together."""
-    tiles = experts * -(-rows * pairs // block)
+    own = -(-rows * pairs // block)  # tiles of an expert with an array of its own, at most
+    if masked and experts > CHUNKS[-1]:
+        programs = max(-(-_most_programs(device) // experts), -(-own // MOST_TILES))
+        return Shares(experts * min(own, programs), experts, 0)
+    tiles = experts * own
     if ends is not None:
         tiles = min(tiles + ends, rows * pairs) if ends else 0
         experts = ends

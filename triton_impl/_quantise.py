@@ -188,10 +188,7 @@ def store_groups(
         tl.store(q_at + at, (low | (high << 4)).to(tl.uint8), mask=live[:, None] & inside)
     else:
         q = quantise(ratio, QMAX, DTYPE, q_at.dtype.element_ty)
-        # Called contiguous in eights only: else a thread would have 16 columns, and two loads of 16-bit ones that its
-        # neighbours' lie between.
-        TOGETHER: tl.constexpr = LANES if LANES < 8 else 8
-        lane = tl.max_contiguous(tl.arange(0, LANES), TOGETHER)[None, :]
+        lane = tl.arange(0, LANES)[None, :]
         inside = lane < GROUP
         if D % GROUP != 0:
             inside = inside & ((group * GROUP)[:, None] + lane < D)

@@ -129,7 +129,7 @@ def _plan(
         raise Unsupported(f"{NAME}: group_size={group}: a program takes whole groups of up to {_blocks.WIDEST_GROUP}")
     experts, rows = lead if masked else (1, prod(lead))
     groups = -(-width // group)
-    block, warps = _blocks.tile(group, x.itemsize, experts * rows * width)
+    block, warps = _blocks.tile(group, x.itemsize, experts * rows * width, masked or count is not None)
     shares = share_out(x.device, experts, rows, masked, count, groups, block)
     strides = taken.ready[0].stride() if masked else (0, *taken.ready[0].stride())
     wide = rows * groups >= _blocks.WIDE_PAIRS

@@ -29,8 +29,8 @@ CAPABILITY = Capability(
 )
 
 # (up to this many elements of x, elements per program): few rows need many programs.
-TILES = ((2**18, 1024), (2**63, 4096))
-WARP_ELEMENTS = 512
+TILES = ((2**18, 1024), (2**63, 2048))
+WARP_ELEMENTS = 2048  # 64 of a thread, if that gives enough warps
 ROWS_WITH_EXPERTS = 4  # at most, of which an expert may have fewer
 
 
@@ -176,7 +176,7 @@ def _plan(
     fixed = (*strides[0], *strides[1], *results.fixed, tile_rows, alignment, shares.chunk)
     floats = max(eps, FP32_TINY), weight_offset, scale_ub  # a zero row must give zeros
     numbers = *floats, rows, shares.experts, *results.numbers
-    warps = min(32, max(1, tile_rows * padded // WARP_ELEMENTS))
+    warps = min(32, max(4, tile_rows * padded // WARP_ELEMENTS))
     return Plan(taken, Step(_launch, (shares.programs, 1, 1), taken, numbers, fixed, warps), kept=kept)
 
 

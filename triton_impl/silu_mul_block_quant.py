@@ -203,7 +203,7 @@ def _plan(
         return Plan(taken, kept=results)
     experts, rows = (lead[0], lead[1]) if masked else (1, prod(lead))
     groups = -(-width // group)
-    block, warps = _blocks.tile(group, 2 * x.itemsize, experts * rows * width)
+    block, warps = _blocks.tile(group, 2 * x.itemsize, experts * rows * width, masked or count is not None)
     shares = share_out(x.device, experts, rows, masked, count, groups, block)
     strides = [
         (None,) * names if tensor is None else tensor.stride() if masked else (0, *tensor.stride())

@@ -90,7 +90,7 @@ def test_experts_behind_one_another(ends: list[int], alignment: int, monkeypatch
         return
     want: dict[tuple[int, int], tuple[int, int]] = {}
     before = 0
-    for end in ends:
+    for end in ends[-1:] if alignment == 1 else ends:  # all rows lie together, or not
         first = -(-before // alignment) * alignment
         count = max(0, min(end, rows) - first)
         want |= {(0, first * PAIRS + i): (first, count) for i in range(tiles(count))}
@@ -100,11 +100,25 @@ def test_experts_behind_one_another(ends: list[int], alignment: int, monkeypatch
     assert max(by) <= max(1, ceil(len(want) / 4))
 
 
+MANY = WIDEST.value + 6
+COUNTS_OF_MANY = [5 * (e in (0, 7, WIDEST.value - 1, WIDEST.value, WIDEST.value + 5)) for e in range(MANY)]
+TILES_OF_MANY = {(e, i): (0, 5) for e, count in enumerate(COUNTS_OF_MANY) if count for i in range(tiles(5))}
+
+
 def test_more_experts_than_a_program_looks_at_together() -> None:
-    counts = [5 * (e in (0, 7, WIDEST.value - 1, WIDEST.value, WIDEST.value + 5)) for e in range(WIDEST.value + 6)]
-    noted, by = run(5, Shares(21, len(counts), WIDEST.value), num_rows=counts)
-    assert noted == {(e, i): (0, 5) for e, count in enumerate(counts) if count for i in range(tiles(5))}
+    noted, by = run(5, Shares(21, MANY, WIDEST.value), num_rows=COUNTS_OF_MANY)
+    assert noted == TILES_OF_MANY
     assert sorted(by) == [0] + [1] * 20
+
+
+@pytest.mark.parametrize(("most_tiles", "step"), [(32, 1), (2, 2), (1, 4)])
+def test_many_experts_with_as_many_programs_each(most_tiles: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_experts, "MOST_TILES", most_tiles)
+    shares = share_out(torch.device(DEVICE), MANY, 5, True, None, PAIRS, BLOCK)
+    assert shares == Shares(MANY * step, MANY, 0)
+    noted, by = run(5, shares, num_rows=COUNTS_OF_MANY)
+    assert noted == TILES_OF_MANY
+    assert max(by) == tiles(5) / step
 
 
 def test_as_many_programs_as_there_may_be_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
