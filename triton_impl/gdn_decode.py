@@ -23,6 +23,8 @@ NAME = "gdn_decode"
 CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
 
 WARPS = 4  # with 8 the sums over K cross twice as many
+HALVED_WARPS = 2
+LEAST_HALVED = 32  # columns of a value head
 
 
 @triton.jit
@@ -117,6 +119,60 @@ def _value_heads(
 
 
 @triton.jit
+def _half(at, state, mask, k, q, qk, v, decay, beta, scale):
+    """The output of half of the columns of a value head, whose new state is stored."""
+    of_k, of_q = _answers(state, k, q)
+    delta = beta * (v - decay * of_k)
+    state = decay * state + k[:, None] * delta[None, :]
+    tl.debug_barrier()  # all threads have read what is written here
+    tl.store(at, round_to(state, at.dtype.element_ty), mask=mask)
+    return scale * (decay * of_q + delta * qk)
+
+
+@triton.jit
+def _halved_value_heads(
+    out_ptr, state_ptr, slots, tokens, conv, keys, values, gates, norm, strides, numbers, G: tl.constexpr,
+    HV: tl.constexpr, V: tl.constexpr, sizes: tl.constexpr,
+):  # fmt: skip
+    """As `_value_heads` at a single token, but with half of the columns of a state in registers at a time."""
+    slot, source, _, _ = slots
+    state_slot, state_head, state_column = strides
+    scale, l2norm_eps, norm_eps = numbers
+    HALF: tl.constexpr = triton.next_power_of_2(V) // 2
+    FULL: tl.constexpr = sizes[2]
+    lane = tl.arange(0, HALF)
+    later = lane + HALF
+    known = later < V  # of the later half; all of the first one is
+    mask = keys[2][:, None] & (lane < HALF)[None, :]
+    later_mask = keys[2][:, None] & known[None, :]
+    readable = keys[2][:, None] & (lane < tl.where(source >= 0, V, 0))[None, :]
+    later_readable = keys[2][:, None] & (later < tl.where(source >= 0, V, 0))[None, :]
+    at = state_ptr + lane.to(tl.int64)[None, :] * state_column
+    state = read(at + source * state_slot, readable, FULL)
+    token = tokens * 0
+    q, k = _keys(conv, keys, token, l2norm_eps, sizes)
+    qk = tl.sum(q * k, 0)
+    for g in tl.static_range(G):
+        column = values[0] + g * V + lane
+        channel = values[1] + g * V + lane
+        v = conv_at(conv, column, channel, lane < HALF, token, sizes)
+        later_v = conv_at(conv, column + HALF, channel + HALF, known, token, sizes)
+        decay, beta = _gates(gates, values[3] + g, g, token)
+        if g > 0:
+            state = read(at + source * state_slot, readable, FULL)
+        o = _half(at + slot * state_slot, state, mask, k, q, qk, v, decay, beta, scale)
+        later_at = at + HALF * state_column
+        state = read(later_at + source * state_slot, later_readable, FULL)
+        later_o = _half(later_at + slot * state_slot, state, later_mask, k, q, qk, later_v, decay, beta, scale)
+        inverse = tl.rsqrt((tl.sum(o * o, 0) + tl.sum(later_o * later_o, 0)) / V + norm_eps)
+        y = o * inverse * _factor(norm, lane, values[2] + g * V, token, V)
+        later_y = later_o * inverse * _factor(norm, later, values[2] + g * V, token, V)
+        tl.store(out_ptr + g * V + lane, round_to(y, out_ptr.dtype.element_ty))
+        tl.store(out_ptr + g * V + later, round_to(later_y, out_ptr.dtype.element_ty), mask=known)
+        at += state_head
+
+
+@triton.jit
 def _kernel(
     x_ptr,  # [B, T, C], C = 2*H*K + HV*V; or [B, T, H * (2*K + 2*G*V)], G = HV/H
     z_ptr,  # [B, T, HV*V]; None where it is in x
@@ -166,6 +222,7 @@ def _kernel(
     V: tl.constexpr,
     W: tl.constexpr,
     N: tl.constexpr,
+    HALVED: tl.constexpr,
 ):
     G: tl.constexpr = HV // H
     row = (tl.program_id(0) // H).to(tl.int64)
@@ -234,10 +291,12 @@ def _kernel(
             tokens = tl.min(tl.where(index < 0, place, T), 0)
         slots = (slot, source, index_ptr, index_token)
         numbers = (scale, l2norm_eps, norm_eps)
-        _value_heads(
-            *(out_ptr, heads_ptr, slots, tokens, conv, keys, values, gates, norm, strides, numbers),
-            *(G, HV, V, (T, W, triton.next_power_of_2(K) == K and triton.next_power_of_2(V) == V)),
-        )
+        arguments = (out_ptr, heads_ptr, slots, tokens, conv, keys, values, gates, norm, strides, numbers)
+        full: tl.constexpr = triton.next_power_of_2(K) == K and triton.next_power_of_2(V) == V
+        if HALVED:
+            _halved_value_heads(*arguments, G, HV, V, (T, W, full))
+        else:
+            _value_heads(*arguments, G, HV, V, (T, W, full))
         tl.debug_barrier()
         store_shifted(conv, q_new, q_channel, lane < K, tokens, T, N)
         store_shifted(conv, k_new, k_channel, lane < K, tokens, T, N)
@@ -293,6 +352,8 @@ def _plan(
     *gate_strides, group = _gate_layout(a, b, lead, H, HV)
     eps = max(l2norm_eps, FP32_TINY), max(norm_eps, FP32_TINY)  # a zero vector must give zero
     numbers = K**-0.5 if scale is None else scale, *eps
+    tokens = lead[1] if len(lead) == 2 else 1
+    halved = tokens == 1 and recurrent_state.itemsize == 2 and V >= LEAST_HALVED
     fixed = (
         *_steps(x, lead),
         *((0, 0) if z is None else _steps(z, lead)),
@@ -301,9 +362,9 @@ def _plan(
         *((0, 0) if state_indices is None else _steps(state_indices, lead)),
         *conv_state.stride(),
         *recurrent_state.stride(),
-        *(group, lead[1] if len(lead) == 2 else 1, H, K, HV, V, conv_weight.shape[1], conv_state.shape[2]),
+        *(group, tokens, H, K, HV, V, conv_weight.shape[1], conv_state.shape[2], halved),
     )
-    return Plan(taken, Step(_launch, (lead[0] * H, 1, 1), taken, numbers, fixed, WARPS))
+    return Plan(taken, Step(_launch, (lead[0] * H, 1, 1), taken, numbers, fixed, HALVED_WARPS if halved else WARPS))
 
 
 _plans = Plans(_plan)
