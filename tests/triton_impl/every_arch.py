@@ -2,10 +2,12 @@
 
 `python -m tests.triton_impl.every_arch once 100` compiles each kernel for sm_100 once, and with `models` in place of
 `once` in every form that the calls of the models need, and once if they need it in none. Prints a line for each: the
-kernel and its module, seconds, and the bytes of the binary.
+kernel and its module, seconds, and the bytes of the binary. Then one for each model, kernel and choice of attributes,
+dtypes and arrays: how many forms that needs.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from time import perf_counter
@@ -35,16 +37,16 @@ def note(self: _launch.Launch, grid: tuple[int, int, int], *arguments: Any) -> N
     launched.append((self, arguments))
 
 
-def calls_of(op: str, arch: int) -> Iterator[tuple[Case, bool]]:
-    """What the models call, then the core cases, which reach other kernels; and whether a case is a model's."""
+def calls_of(op: str, arch: int) -> Iterator[tuple[Case, str]]:
+    """What the models call, then the core cases, which reach other kernels; and whose call a case is, if a model's."""
     capability = registry().get("triton").load(op).capability
     models = model_configs().items()
-    found = [(model_case(name, shape), True) for name, config in models for shape in config.bench.get(op, [])]
-    found += [(case, False) for case in cases(op) if case.name in OPS[op].core]
-    for case, is_a_models in found:
+    found = [(model_case(name, shape), name) for name, config in models for shape in config.bench.get(op, [])]
+    found += [(case, "") for case in cases(op) if case.name in OPS[op].core]
+    for case, model in found:
         call = bind(OPS[op], described(OPS[op], case))
         if capability.refusal(call, "cuda", divmod(arch, 10)) is None:
-            yield case, is_a_models
+            yield case, model
 
 
 def arguments(op: str, case: Case) -> dict[str, Any]:
@@ -58,19 +60,24 @@ def arguments(op: str, case: Case) -> dict[str, Any]:
     return values | ({"strategy": "fused"} if "strategy" in values else {})
 
 
-def launches_of(op: str, how: str, arch: int) -> Iterator[tuple[_launch.Launch, tuple[Any, ...]]]:
-    """The launches of an op's calls that are to be compiled, with their arguments."""
+def launches_of(op: str, how: str, arch: int, forms: dict[str, set[_launch.Launch]]) -> Iterator[Any]:
+    """The launches of an op's calls that are to be compiled, with their arguments.
+
+    Into `forms` go those of each model and choice of attributes, dtypes and arrays.
+    """
     function = registry().get("triton").load(op).function
-    kernels, forms = set(), set()
-    for case, is_a_models in calls_of(op, arch):
+    kernels, seen = set(), set()
+    for case, model in calls_of(op, arch):
         launched.clear()
         with torch.no_grad():
             function(**arguments(op, case))
         for launch, passed in launched:
-            if launch.kernel not in kernels or (how == "models" and is_a_models and launch not in forms):
+            if launch.kernel not in kernels or (how == "models" and model and launch not in seen):
                 kernels.add(launch.kernel)
-                forms.add(launch)
+                seen.add(launch)
                 yield launch, passed
+            if model:
+                forms.setdefault(f"{model}: {case.attrs} {case.dtypes} {case.present}", set()).add(launch)
 
 
 def pretend(arch: int) -> None:
@@ -85,27 +92,35 @@ def pretend(arch: int) -> None:
     _launch.Launch.__call__ = note  # type: ignore[method-assign]
 
 
+def named(kernel: Any) -> str:
+    """The module of a kernel, and its name."""
+    return f"{kernel.__module__.rpartition('.')[2]} {kernel.__name__}"
+
+
 def main(how: str, arch: int) -> None:
     ops = [op for op in OPS if op in registry().get("triton").implements]
     for op in ops:
         registry().get("triton").load(op)
     pretend(arch)
     compiled = set()
+    forms: dict[str, set[_launch.Launch]] = {}
     for op in ops:
-        for launch, passed in launches_of(op, how, arch):
+        for launch, passed in launches_of(op, how, arch, forms):
             kernel = launch.kernel
             compiled.add(kernel)
             start = perf_counter()
             made = kernel.run(*passed, grid=(1, 1, 1), warmup=True, **launch.options)
             if f".target sm_{arch}" not in made.asm["ptx"] or not made.asm["cubin"].startswith(b"\x7fELF"):
                 raise SystemExit(f"{kernel.__module__}: {kernel.__name__}: no binary for sm_{arch}")
-            name = f"{kernel.__module__.rpartition('.')[2]} {kernel.__name__}"
-            print(name, f"{perf_counter() - start:.2f}", len(made.asm["cubin"]), flush=True)
+            print(named(kernel), f"{perf_counter() - start:.2f}", len(made.asm["cubin"]), flush=True)
     modules = [module for name, module in sys.modules.items() if name.startswith("polyfuse.triton_impl.")]
     known = [x for module in modules for x in vars(module).values() if isinstance(x, _launch.Launcher)]
     left = {x.kernel.__name__ for x in known if x.kernel not in compiled}
     if left:
         raise SystemExit(f"compiled by no call: {', '.join(sorted(left))}")
+    for chosen, launches in forms.items():
+        for name, count in Counter(named(launch.kernel) for launch in launches).items():
+            print(f"{chosen} {name} {count}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Every kernel compiles for GPUs of each generation, without one, and no model needs many forms of a kernel."""
 
-from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -18,24 +17,24 @@ KERNELS = {
     "gated_delta_rule _scan",
     "gdn_decode _kernel",
 }
-MOST_FORMS = 8  # of a kernel, in all models together
+MOST_FORMS = 4  # of a kernel, in a model that chooses attributes, dtypes and arrays
 
 
-def compiled(lines: list[str]) -> Counter[str]:
-    """How many binaries each kernel has."""
-    return Counter(line.rsplit(" ", 2)[0] for line in lines)
+def compiled(lines: list[str]) -> set[str]:
+    """The kernels that there are binaries of."""
+    return {line.rsplit(" ", 2)[0] for line in lines if ":" not in line}
 
 
 def test_every_kernel_compiles_for_blackwell(run_uninterpreted: Callable[[str], list[str]]) -> None:
     """Of these GPUs the one whose compiler is least like that of the others, and that fewest people have run."""
     lines = run_uninterpreted("from tests.triton_impl.every_arch import main; main('once', 100)")
-    assert compiled(lines).keys() >= KERNELS
+    assert compiled(lines) >= KERNELS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
 def test_every_form_that_models_need_compiles(arch: int, run_uninterpreted: Callable[[str], list[str]]) -> None:
     lines = run_uninterpreted(f"from tests.triton_impl.every_arch import main; main('models', {arch})")
-    counts = compiled(lines)
-    assert counts.keys() >= KERNELS
-    assert max(counts.values()) <= MOST_FORMS
+    assert compiled(lines) >= KERNELS
+    needed = [line.rsplit(" ", 1) for line in lines if ":" in line]
+    assert {name: count for name, count in needed if int(count) > MOST_FORMS} == {}

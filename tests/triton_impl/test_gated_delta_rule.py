@@ -9,6 +9,7 @@ from polyfuse.conformance import Case, Trial, cases
 from polyfuse.dispatch import registry, to_numpy
 from polyfuse.reference.gated_delta_rule import formula
 from polyfuse.triton_impl import gated_delta_rule as module
+from polyfuse.triton_impl._common import INTERPRETED
 from polyfuse.triton_impl.gated_delta_rule import gated_delta_rule
 from tests.rule_pools import NO_POOL
 from tests.triton_impl.helpers import DEVICE
@@ -75,6 +76,7 @@ def test_a_sequence_in_two_calls() -> None:
     assert same((torch.cat([first[0], second[0]]), second[1]), whole)
 
 
+@pytest.mark.skipif(not INTERPRETED.value, reason="for another block a compiler may take other instructions")
 @pytest.mark.parametrize("columns", [16, 64])
 def test_a_block_of_the_value_changes_no_bit(
     columns: int, forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch

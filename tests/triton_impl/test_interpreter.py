@@ -123,7 +123,11 @@ def test_the_type_of_a_sum_is_found_once_for_each_pair() -> None:
     assert asked == [sums, (*sums[:-1], True)]
 
 
-@pytest.mark.parametrize("other", [[4, 2], tl.tuple([4, 2]), tl.tuple([tl.constexpr(4), 2]), (4, 2)])
+@pytest.mark.parametrize(
+    "other",
+    [[4, 2], tl.tuple([4, 2]), tl.tuple([tl.constexpr(4), 2]), (4, 2)],
+    ids=("list", "tl.tuple", "tl.tuple of a constexpr", "tuple"),  # some releases' tuples cannot be asked for a name
+)
 def test_sizes_are_compared_by_their_numbers(other: Any) -> None:
     for sizes in ([4, 2], [tl.constexpr(4), tl.constexpr(2)]):
         assert bool(tl.tuple(sizes) == other)

@@ -95,6 +95,7 @@ def test_a_launch_is_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return nullcontext()
 
     monkeypatch.setattr(_launch, "ONLY_DTYPE_AND_ALIGNMENT", True)
+    monkeypatch.setattr(_launch, "STARTED_DIRECTLY", False)
     monkeypatch.setattr(_launch, "current_device_index", lambda: 0)
     monkeypatch.setattr(torch.accelerator, "device_index", enter)
     for index in (0, 1):

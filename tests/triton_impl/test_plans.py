@@ -16,6 +16,7 @@ from polyfuse.conformance.cases import cases
 from polyfuse.dispatch import registry, to_numpy
 from polyfuse.spec import OPS, bind
 from polyfuse.triton_impl import _plans
+from polyfuse.triton_impl._common import INTERPRETED
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken
 from tests.triton_impl.helpers import DEVICE
@@ -196,6 +197,7 @@ def test_a_call_launches_what_it_does_alone(op: str, noted: list[Launched], forg
             assert launched(op, calls[i], noted) == alone[i]
 
 
+@pytest.mark.skipif(not INTERPRETED.value, reason="for other strides a compiler may sum in another order")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("op", HELD)
 @pytest.mark.usefixtures("poisoned_memory")

@@ -72,6 +72,7 @@ def compared(self: _launch.Launch, grid: tuple[int, int, int], *arguments: Any) 
 
 
 _launch.ONLY_DTYPE_AND_ALIGNMENT = True
+_launch.STARTED_DIRECTLY = False
 _launch.current_device_index = lambda: None  # type: ignore[assignment]
 _launch._on_device = lambda op, device: nullcontext()
 _launch.Launch.__call__ = compared  # type: ignore[method-assign]
