@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from polyfuse.spec import FP32_TINY
+from polyfuse.torch_impl._sums import fixed_sum
 
 
 def heads(
@@ -53,5 +54,5 @@ def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _l2_normalised(x: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """x / sqrt(sum(x * x) + eps) over the last axis, computed in fp32 and rounded once to `dtype`."""
     wide = x.float().contiguous()  # summed in the same order whatever the layout
-    total = wide.square().sum(-1, keepdim=True) + max(eps, FP32_TINY)  # never 0: a zero vector must give zero
+    total = fixed_sum(wide.square(), -1) + max(eps, FP32_TINY)  # never 0: a zero vector must give zero
     return (wide * total.rsqrt()).to(dtype)

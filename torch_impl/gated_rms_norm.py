@@ -4,6 +4,7 @@ import torch
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.torch_impl._gdn import sigmoid
+from polyfuse.torch_impl._sums import fixed_sum
 
 CAPABILITY = Capability(differentiable=True)
 
@@ -19,7 +20,7 @@ def gated_rms_norm(
 ) -> torch.Tensor:
     """Returns y [..., V], rounded once."""
     rows = x.float().contiguous()  # summed in the same order whatever the layout
-    mean = rows.square().sum(-1, keepdim=True) / max(x.shape[-1], 1)
+    mean = fixed_sum(rows.square(), -1) / max(x.shape[-1], 1)
     normalised = rows * (mean + max(eps, FP32_TINY)).rsqrt()  # never of 0: a zero row must give zeros
     wide = gate.float()
     act = sigmoid(wide)

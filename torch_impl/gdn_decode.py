@@ -5,6 +5,7 @@ import torch
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.torch_impl._gdn import gates, heads, sigmoid
 from polyfuse.torch_impl._pools import Slots
+from polyfuse.torch_impl._sums import fixed_sum
 
 CAPABILITY = Capability()
 
@@ -119,14 +120,14 @@ def _step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o without its scale [B, HV, 1, V] and the new S of one token; q and k are [B, HV, K, 1]."""
     S = decay * S
-    d = beta * (v - (S * k).sum(-2, keepdim=True))
+    d = beta * (v - fixed_sum(S * k, -2))
     S = S + k * d
-    return (S * q).sum(-2, keepdim=True), S
+    return fixed_sum(S * q, -2), S
 
 
 def _normalised(o: torch.Tensor, eps: float) -> torch.Tensor:
     """o over its root mean square."""
-    mean = o.square().sum(-1, keepdim=True) / o.shape[-1]
+    mean = fixed_sum(o.square(), -1) / o.shape[-1]
     return o * (mean + max(eps, FP32_TINY)).rsqrt()  # never of 0: a zero row must give zeros
 
 

@@ -30,7 +30,7 @@ def pos_embed_interpolate(
     table_h, table_w = table_sides(cells, table_height)
     dtype = getattr(torch, out_dtype) if out_dtype else (table if base is None else base).dtype
     rows = sum(int(t * h * w) for t, h, w in grid_thw) if out_rows is None else out_rows
-    grid = torch.as_tensor(grid_thw, dtype=torch.int64, device=table.device)
+    grid = _on_device(grid_thw, table.device)
     if len(grid) == 0:
         return table.new_zeros((rows, width), dtype=dtype)
 
@@ -48,6 +48,16 @@ def pos_embed_interpolate(
     if base is not None:
         result += base.float().masked_fill(~live[:, None], 0.0)
     return result.masked_fill(poisoned, torch.nan).to(dtype)
+
+
+def _on_device(grid_thw: Sequence[Sequence[int]] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The grid as int64 on the device, for which neither the host nor the device waits."""
+    if isinstance(grid_thw, torch.Tensor) or device.type != "cuda" or len(grid_thw) == 0:
+        return torch.as_tensor(grid_thw, dtype=torch.int64, device=device)
+    if torch.cuda.is_current_stream_capturing():  # a replay would copy from where the grid no longer is
+        sizes = [torch.full((), size, dtype=torch.int64, device=device) for image in grid_thw for size in image]
+        return torch.stack(sizes).view(-1, 3)
+    return torch.as_tensor(grid_thw, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
 
 
 def _locate(grid: torch.Tensor, rows: int, merge_size: int, longest: int) -> tuple[torch.Tensor, ...]:

@@ -4,6 +4,7 @@ import torch
 
 from polyfuse.spec import FP32_TINY, Capability
 from polyfuse.torch_impl._quantise import quantise
+from polyfuse.torch_impl._sums import fixed_sum
 
 CAPABILITY = Capability()
 
@@ -31,7 +32,7 @@ def rms_norm_block_quant(
     """Returns q, scale and the sum; rows of no expert are like the others."""
     total = x if residual is None else (x.float() + residual.float()).to(x.dtype).contiguous()
     rows = total.float().contiguous()  # summed in the same order whatever the layout
-    mean = rows.square().sum(-1, keepdim=True) / max(x.shape[-1], 1)
+    mean = fixed_sum(rows.square(), -1) / max(x.shape[-1], 1)
     normalised = rows * (mean + max(eps, FP32_TINY)).rsqrt()  # never of 0: a zero row must give zeros
     q, scale = quantise(
         normalised * (weight.float() + weight_offset),
