@@ -14,7 +14,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 
-DECLARED = ("unsupported: q.dtype=float32", "unsupported: K=", "unsupported: V=", "more output elements than")
+DECLARED = (
+    "unsupported: q.dtype=float32",
+    "unsupported: q.dtype=float16",
+    "unsupported: K=",
+    "unsupported: V=",
+    "more output elements than",
+)
 DIMS = {"q": (4, 64), "k": (4, 64), "v": (8, 64), "g": (8,), "beta": (8,)}
 
 

@@ -26,8 +26,9 @@ ONLY_TRITON = Deferral("cuda", "flash_qla is not installed, and FLA's own kernel
 CAPABILITY = Capability(
     devices=("cuda",),
     min_arch={"cuda": (8, 0)},
-    # FLA takes products of float32 in TF32, whose operands have 11 bits.
-    dtypes={"q": ("bfloat16", "float16")},
+    # FLA takes products of float32 in TF32, whose operands have 11 bits. Of float16 results on an H200 a few in a
+    # thousand were outside of the bounds, in 2 cases of 43.
+    dtypes={"q": ("bfloat16",)},
     # FLA names odd widths of 16-bit numbers as miscompiled by Triton. Widths of models are multiples of 8.
     multiples={"K": 8, "V": 8},
     ranges={"K": (8, 256)},
