@@ -156,8 +156,8 @@ class Level(_Strict):
     """How much a conformance run does; `proves` says in a sentence what that shows.
 
     `checks` says on which of the level's cases a check runs, `others` what holds for the checks that it does not name:
-    on all, on the core cases and one in `check_sample` of the others (`check_sample_interpreted` where kernels are
-    emulated), on the core cases, or on none.
+    on all, on the core cases and one in `check_sample` of the others (`check_sample_slow` where kernels are
+    emulated, or compiled for each new kind of call), on the core cases, or on none.
     `repeats` is how often a check calls a backend that looks for what one call in many shows; an emulated one it calls
     twice.
 
@@ -170,7 +170,7 @@ class Level(_Strict):
     seed: int = 0
     checks: dict[str, Cases] = {}
     check_sample: int = Field(default=1, ge=1)
-    check_sample_interpreted: int = Field(default=1, ge=1)
+    check_sample_slow: int = Field(default=1, ge=1)
     repeats: int = Field(default=1, ge=1)
     max_elements: int
     max_elements_interpreted: int

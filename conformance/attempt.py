@@ -78,6 +78,11 @@ class Attempt:
         return self.device in self.capability.interpreted
 
     @property
+    def slow(self) -> bool:
+        """Whether calls take long here: all of an emulated backend, or each that a kernel is compiled for."""
+        return self.interpreted or self.device in self.capability.compiled
+
+    @property
     def read_on_host(self) -> tuple[str, ...]:
         """The arrays of the call whose values the backend claims to read on the host."""
         return self.capability.read_on_host(self.call)

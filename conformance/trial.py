@@ -125,7 +125,7 @@ class Trial:
         self.exact()
         self._uncounted = time.perf_counter() - started
         for name, check in checks().items():
-            if not self._runs(name, level, attempt.interpreted):
+            if not self._runs(name, level, attempt.slow):
                 continue
             note(name)
             try:
@@ -144,12 +144,12 @@ class Trial:
                     break
         return found
 
-    def _runs(self, check: str, level: Level, interpreted: bool) -> bool:
+    def _runs(self, check: str, level: Level, slow: bool) -> bool:
         """Whether a check of that name runs on this case; where calls are slow a sample stands for all."""
         cases = level.cases_of(check)
-        if cases == "all" and check not in CHEAP and (interpreted or self._elements() > LARGE):
+        if cases == "all" and check not in CHEAP and (slow or self._elements() > LARGE):
             cases = "sample"
-        one_in = level.check_sample_interpreted if interpreted else level.check_sample
+        one_in = level.check_sample_slow if slow else level.check_sample
         sampled = crc32(f"{self.op}/{self.case.name}".encode()) % one_in == 0
         return cases == "all" or (cases != "none" and self.core) or (cases == "sample" and sampled)
 

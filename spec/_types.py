@@ -298,6 +298,8 @@ class Capability:
     and greatest size. `defers` are calls that it claims, but not as the first choice.
     `differentiable` says that gradients flow through it (autograd or `jax.grad`) where the call updates no argument.
     `interpreted` are the devices on which it is emulated: right, but slow, so that conformance gives it small cases.
+    `compiled` are the devices on which a kernel is compiled for each new kind of call, such as one with other strides:
+    the first of them takes long, so that conformance makes fewer of them.
     `host_reads` are arrays whose values it reads on the host, such as boundaries that say what to launch: a call that
     gives one waits for the device, and is declined while a CUDA graph is captured.
     """
@@ -311,6 +313,7 @@ class Capability:
     defers: tuple[Deferral, ...] = ()
     differentiable: bool = False
     interpreted: tuple[str, ...] = ()
+    compiled: tuple[str, ...] = ()
     host_reads: tuple[str, ...] = ()
 
     def mistakes(self, spec: "OpSpec") -> list[str]:

@@ -1,9 +1,12 @@
-"""What all kernels share: whether they are interpreted, and conversions from and to fp32."""
+"""What all kernels share: what they run on, whether they are interpreted, and conversions from and to fp32."""
 
 from contextlib import suppress
+from typing import Any
 
 import triton
 import triton.language as tl
+
+from polyfuse.spec import Capability
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 if INTERPRETED.value:
@@ -11,7 +14,13 @@ if INTERPRETED.value:
         from polyfuse.triton_impl._interpreter import install
 
         install()
+ACCELERATORS = ("cuda", "rocm", "xpu")
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def capability(**restrictions: Any) -> Capability:
+    """What every kernel runs on, and what one restricts beyond that."""
+    return Capability(devices=(*ACCELERATORS, "cpu"), interpreted=("cpu",), compiled=ACCELERATORS, **restrictions)
 
 
 @triton.jit

@@ -7,10 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import Capability, Unsupported
+from polyfuse.spec import Unsupported
 from polyfuse.triton_impl import _blocks
 from polyfuse.triton_impl._blocks import ANY_VALUE
-from polyfuse.triton_impl._common import widen
+from polyfuse.triton_impl._common import capability, widen
 from polyfuse.triton_impl._experts import each_tile, share_out
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Change, Plan, Plans, Step, Taken, contiguous, rows_together
@@ -18,7 +18,7 @@ from polyfuse.triton_impl._quantise import store_groups
 
 NAME = "block_quant"
 
-CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
+CAPABILITY = capability()
 
 
 @triton.jit

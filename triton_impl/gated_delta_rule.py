@@ -18,19 +18,16 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import Capability
 from polyfuse.spec import gated_delta_rule as spec
-from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._common import capability, round_to, widen
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, adjacent, contiguous
 from polyfuse.triton_impl._products import FP32, TO_BF16, dot, load_operand, rounded_operand, unit_inverse
 
 NAME = "gated_delta_rule"
 
-CAPABILITY = Capability(
-    devices=("cuda", "rocm", "xpu", "cpu"),
+CAPABILITY = capability(
     ranges={"K": (0, 256)},
-    interpreted=("cpu",),
 )
 
 ROWS = tl.constexpr(spec.CHUNK)

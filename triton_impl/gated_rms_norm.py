@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import FP32_TINY, Capability
-from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.spec import FP32_TINY
+from polyfuse.triton_impl._common import capability, round_to, widen
 from polyfuse.triton_impl._gdn import fast_sigmoid, silu, sum_of_squares
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, contiguous
@@ -20,7 +20,7 @@ from polyfuse.triton_impl._tuning import Ranges, Tiles
 
 NAME = "gated_rms_norm"
 
-CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), ranges={"V": (0, 2**15)}, interpreted=("cpu",))
+CAPABILITY = capability(ranges={"V": (0, 2**15)})
 
 # Up to this many elements of x: elements per program, warps. Few rows need many programs; of many, each program has
 # several loads in flight. A load is 16 bytes of 16-bit numbers.

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import FP32_TINY, Capability
-from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.spec import FP32_TINY
+from polyfuse.triton_impl._common import capability, round_to, widen
 from polyfuse.triton_impl._conv_state import begin_window, store_final_state, update_pool
 from polyfuse.triton_impl._conv_weights import as_one_number, read_weights
 from polyfuse.triton_impl._gdn import gate_layout, gate_tile, l2_normalise, new_outputs, silu
@@ -21,7 +21,7 @@ from polyfuse.triton_impl._plans import Change, Plan, Plans, Step, Taken, adjace
 
 NAME = "gdn_conv_prep"
 
-CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
+CAPABILITY = capability()
 
 STEP = tl.constexpr(4)  # rows that a strip takes at a time: that many loads are under way
 SHORT = 512  # up to this many rows programs are small, so that there are many

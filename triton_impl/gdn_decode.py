@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import FP32_TINY, Capability
-from polyfuse.triton_impl._common import INTERPRETED, round_to, widen
+from polyfuse.spec import FP32_TINY
+from polyfuse.triton_impl._common import INTERPRETED, capability, round_to, widen
 from polyfuse.triton_impl._conv_step import conv_at, read, shifted, store_shifted
 from polyfuse.triton_impl._gdn import log_decay, sigmoid, silu
 from polyfuse.triton_impl._launch import Launcher
@@ -20,7 +20,7 @@ from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, adjacent, cont
 
 NAME = "gdn_decode"
 
-CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
+CAPABILITY = capability()
 
 WARPS = 4  # with 8 the sums over K cross twice as many
 HALVED_WARPS = 2

@@ -22,14 +22,13 @@ from polyfuse._torch.projections import (
     without_gaps,
 )
 from polyfuse._torch.streams import execute_in_parallel
-from polyfuse.spec import Capability
-from polyfuse.triton_impl._common import INTERPRETED, round_to
+from polyfuse.triton_impl._common import INTERPRETED, capability, round_to
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, adjacent, contiguous
 
 NAME = "gdn_in_proj"
 
-CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
+CAPABILITY = capability()
 
 BLOCK_N, BLOCK_K, STAGES, WARPS = 32, 128, 4, 2
 LEAST_ROWS, MOST_ROWS = 16, 64  # rows a program computes: what the matrix unit takes, and what registers hold

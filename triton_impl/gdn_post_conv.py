@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import FP32_TINY, Capability
-from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.spec import FP32_TINY
+from polyfuse.triton_impl._common import capability, round_to, widen
 from polyfuse.triton_impl._gdn import gate_layout, gate_tile, l2_normalise, new_outputs
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, contiguous
@@ -19,7 +19,7 @@ from polyfuse.triton_impl._tuning import Ranges, Tiles
 
 NAME = "gdn_post_conv"
 
-CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
+CAPABILITY = capability()
 
 # Up to this many tokens: elements per program, of which 128 threads load 16 bytes at a time, and g and beta per
 # program. Of a short call a program takes few, so that there are many programs.

@@ -16,15 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import Capability
-from polyfuse.triton_impl._common import INTERPRETED, round_to, widen
+from polyfuse.triton_impl._common import INTERPRETED, capability, round_to, widen
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, adjacent
 from polyfuse.triton_impl._tuning import Ranges, Tiles, Values
 
 NAME = "pos_embed_interpolate"
 
-CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
+CAPABILITY = capability()
 
 # Up to this many rows: rows per program, most column blocks per program. Small results need many programs.
 RANGES: Ranges = ((2048, (16, 1)), (2**63, (32, 6)))

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import FP32_TINY, Capability
+from polyfuse.spec import FP32_TINY
 from polyfuse.triton_impl import _blocks
 from polyfuse.triton_impl._blocks import ANY_VALUE
-from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._common import capability, round_to, widen
 from polyfuse.triton_impl._experts import each_tile, share_out
 from polyfuse.triton_impl._gdn import sum_of_squares
 from polyfuse.triton_impl._launch import Launcher
@@ -24,9 +24,7 @@ from polyfuse.triton_impl._quantise import store_groups
 NAME = "rms_norm_block_quant"
 
 WIDEST_ROW = 2**15  # padded columns of a program
-CAPABILITY = Capability(
-    devices=("cuda", "rocm", "xpu", "cpu"), ranges={"D": (0, WIDEST_ROW // 2)}, interpreted=("cpu",)
-)
+CAPABILITY = capability(ranges={"D": (0, WIDEST_ROW // 2)})
 
 # (up to this many elements of x, elements per program): few rows need many programs.
 TILES = ((2**18, 1024), (2**63, 2048))

@@ -11,20 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import Capability, Deferral
-from polyfuse.triton_impl._common import INTERPRETED, round_to
+from polyfuse.spec import Deferral
+from polyfuse.triton_impl._common import INTERPRETED, capability, round_to
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Change, Plan, Plans, Step, Taken
 
 NAME = "segment_attention"
 
-CAPABILITY = Capability(
-    devices=("cuda", "rocm", "xpu", "cpu"),
+CAPABILITY = capability(
     multiples={"dim": 8},
     ranges={"dim": (16, 128)},
     # FlashAttention-2 computes in multiples of 32 columns: of these dims it pads none.
     defers=(Deferral("cuda", "PyTorch's own kernel is faster there", {"dim": 32}),),
-    interpreted=("cpu",),
 )
 
 

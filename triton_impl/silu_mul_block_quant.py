@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse.spec import Capability, Unsupported
+from polyfuse.spec import Unsupported
 from polyfuse.triton_impl import _blocks
 from polyfuse.triton_impl._blocks import ANY_VALUE
-from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._common import capability, round_to, widen
 from polyfuse.triton_impl._experts import each_tile, share_out
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Change, Plan, Plans, Step, Taken, contiguous, rows_together
@@ -23,7 +23,7 @@ from polyfuse.triton_impl._silu_mul import activated
 
 NAME = "silu_mul_block_quant"
 
-CAPABILITY = Capability(devices=("cuda", "rocm", "xpu", "cpu"), interpreted=("cpu",))
+CAPABILITY = capability()
 
 
 @triton.jit
