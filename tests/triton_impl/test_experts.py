@@ -114,6 +114,7 @@ def test_more_experts_than_a_program_looks_at_together() -> None:
 @pytest.mark.parametrize(("most_tiles", "step"), [(32, 1), (2, 2), (1, 4)])
 def test_many_experts_with_as_many_programs_each(most_tiles: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_experts, "MOST_TILES", most_tiles)
+    monkeypatch.setattr(_experts, "_most_programs", lambda device: 3)
     shares = share_out(torch.device(DEVICE), MANY, 5, True, None, PAIRS, BLOCK)
     assert shares == Shares(MANY * step, MANY, 0)
     noted, by = run(5, shares, num_rows=COUNTS_OF_MANY)
