@@ -30,7 +30,8 @@ class Factor:
     Factors that are `structure` decide what a compiler sees: shapes, dtypes, attributes. The others, fills and layouts,
     give one structure several rows; those that are `content` say what arrays hold. `blank` are values with which there
     is nothing to see of the other factors, such as no rows at all. `under` names the factor of the optional array that
-    this one is about: its value is None exactly where that is `ABSENT`.
+    this one is about: its value is None exactly where that is `ABSENT`. No row is refused for the value of a factor
+    that is `free`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Factor:
     structure: bool = True
     under: str = ""
     content: bool = False
+    free: bool = False
     blank: tuple[Any, ...] = ()
 
     @property
@@ -49,8 +51,8 @@ class Factor:
 class Covering:
     """The rows over `factors`, of which those that are structure come first.
 
-    `refusal(chosen)` says why the values of a row, by the factors' names, make no case; else it gives an empty text.
-    The first values of all factors make one. `needs` names factors that are absent or 0 where another is. What a
+    `refusal(chosen)` says why the values of a row, by the names of the factors that are not free, make no case; else it
+    gives an empty text. The first values of all factors make one. `needs` names factors that are absent or 0 where another is. What a
     refused row owes it to is found by changing one value at a time: `clauses` holds these sets of items with their
     reasons. `void` has the pairs that no case can have, each with its reasons; `rows` all rows, each under the pair
     that it was made for.
@@ -64,6 +66,7 @@ class Covering:
     ) -> None:
         self.factors, self._refusal = factors, refusal
         self._starts = [int(n) for n in np.cumsum([0, *(len(f.values) for f in factors)])]
+        self._ruled = [n for n, factor in enumerate(factors) if not factor.free]
         self._refusals: dict[Row, str] = {}
         # By an item, clauses and what else is in them; all that it is in, and those of which it is the last one.
         self._by_item: dict[Item, list[_Known]] = {}
@@ -92,9 +95,11 @@ class Covering:
 
     def refused(self, row: Row) -> str:
         """Why the row is no case, or an empty text."""
-        if row not in self._refusals:
-            self._refusals[row] = self._refusal(self.chosen(row))
-        return self._refusals[row]
+        values = tuple(row[n] for n in self._ruled)
+        if values not in self._refusals:
+            factors = (self.factors[n] for n in self._ruled)
+            self._refusals[values] = self._refusal({f.name: f.values[n] for f, n in zip(factors, values, strict=True)})
+        return self._refusals[values]
 
     def value(self, item: Item) -> tuple[str, Any]:
         """The name of a factor, and a value of it."""
@@ -312,7 +317,7 @@ class Covering:
         return self._normal([dict(items).get(n, v) for n, v in enumerate(self._base)], [n for n, _ in items])
 
     def _mattering(self, row: Row) -> Clause:
-        return frozenset((n, v) for n, v in enumerate(row) if self._matters(row, n))
+        return frozenset((n, row[n]) for n in self._ruled if self._matters(row, n))
 
     def _usual(self, row: Row, number: int) -> Row:
         """The row with the usual value of one factor."""

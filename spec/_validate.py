@@ -217,10 +217,12 @@ def _bind_shapes(
     """The dimensions of the arguments, whose shapes must agree; `given` says which of the optional arrays are there."""
     dims: dict[str, Any] = {}
     expressions: list[tuple[TensorSpec, str, Any]] = []
+    names = {**attrs, **given}
     for declared in spec.tensors:
         if declared.name not in shapes:
             continue
-        tensor = replace(declared, shape=tuple(_chosen(symbol, {**attrs, **given}) for symbol in declared.shape))
+        shape = tuple(_chosen(symbol, names) for symbol in declared.shape)
+        tensor = declared if shape == declared.shape else replace(declared, shape=shape)
         actual, symbols = shapes[tensor.name], tensor.shape
         leading = len(dims.get("...", ()))
         if tensor.is_split(actual, leading) and actual[-2] != attrs[tensor.split]:
