@@ -5,7 +5,7 @@ pairs out (151 in a model of 24 factors with 7 constraints), and it cannot use t
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -52,10 +52,10 @@ class Covering:
     """The rows over `factors`, of which those that are structure come first.
 
     `refusal(chosen)` says why the values of a row, by the names of the factors that are not free, make no case; else it
-    gives an empty text. The first values of all factors make one. `needs` names factors that are absent or 0 where another is. What a
-    refused row owes it to is found by changing one value at a time: `clauses` holds these sets of items with their
-    reasons. `void` has the pairs that no case can have, each with its reasons; `rows` all rows, each under the pair
-    that it was made for.
+    gives an empty text. The first values of all factors make one. `needs` names factors that are absent or 0 where
+    another is. What a refused row owes it to is found by changing one value at a time: `clauses` holds these sets of
+    items with their reasons. `void` has the pairs that no case can have, each with its reasons; `rows` all rows, each
+    under the pair that it was made for.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Covering:
         wanted = [(f, v) for f, v in seed if f < structures]
         found = [row for row in kept if all(row[f] == v for f, v in wanted)]
         found = [row for row in found if all(item in seed for item in enumerate(row) if self.is_blank(item))]
-        found = [row for row in found if not self._broken(dict(enumerate(row)) | dict(seed))]
+        found = [row for row in found if not self._broken_by(seed, dict(enumerate(row)) | dict(seed))]
         first = self._starts[structures]
         opened = self._open[:first, first:].sum(1)
         found.sort(key=lambda row: -int(sum(opened[self._starts[f] + v] for f, v in enumerate(row))))
@@ -211,7 +211,7 @@ class Covering:
                 steps += 1
                 if steps > _MOST_STEPS:
                     return False
-                broken = self._broken_by((number, value), chosen)
+                broken = self._broken_by([(number, value)], chosen)
                 if broken is not None:
                     reasons.add(self.clauses[broken])
                     continue
@@ -243,9 +243,14 @@ class Covering:
                 return clause
         return None
 
-    def _broken_by(self, item: Item, chosen: Mapping[int, int]) -> Clause | None:
-        """A clause that the item completes."""
-        return _among(self._by_item.get(item, ()), chosen)
+    def _broken_by(self, items: Iterable[Item], chosen: Mapping[int, int]) -> Clause | None:
+        """A clause that one of the items completes beside the chosen ones."""
+        for item in items:
+            clauses = self._by_item.get(item)
+            clause = _among(clauses, chosen) if clauses else None
+            if clause:
+                return clause
+        return None
 
     def _add(self, clause: Clause, reason: str) -> None:
         self.clauses[clause] = reason
@@ -317,17 +322,25 @@ class Covering:
         return self._normal([dict(items).get(n, v) for n, v in enumerate(self._base)], [n for n, _ in items])
 
     def _mattering(self, row: Row) -> Clause:
-        return frozenset((n, row[n]) for n in self._ruled if self._matters(row, n))
+        items = frozenset(enumerate(row))
+        broken = [clause for clause in self.clauses if clause <= items]
+        return frozenset((n, row[n]) for n in self._ruled if self._matters(row, n, broken))
 
     def _usual(self, row: Row, number: int) -> Row:
         """The row with the usual value of one factor."""
         return self._normal([*row[:number], self._base[number], *row[number + 1 :]], ())
 
-    def _matters(self, row: Row, number: int) -> bool:
-        """Whether another value of that factor makes the row a case."""
+    def _matters(self, row: Row, number: int, broken: Sequence[Clause]) -> bool:
+        """Whether another value of that factor makes the row a case, which has the broken clauses."""
         for value in range(len(self.factors[number].values)):
+            if value == row[number]:
+                continue
             trial = self._normal([*row[:number], value, *row[number + 1 :]], (number,))
-            if trial[number] != row[number] and not self._broken(dict(enumerate(trial))) and not self.refused(trial):
+            items = dict(enumerate(trial))
+            if any(clause <= items.items() for clause in broken):
+                continue
+            changed = (item for item, before in zip(items.items(), row, strict=True) if item[1] != before)
+            if not self._broken_by(changed, items) and not self.refused(trial):
                 return True
         return False
 
