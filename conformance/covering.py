@@ -67,6 +67,7 @@ class Covering:
         self.factors, self._refusal = factors, refusal
         self._starts = [int(n) for n in np.cumsum([0, *(len(f.values) for f in factors)])]
         self._ruled = [n for n, factor in enumerate(factors) if not factor.free]
+        self._blank = {(n, v) for n, f in enumerate(factors) for v, value in enumerate(f.values) if value in f.blank}
         self._refusals: dict[Row, str] = {}
         # By an item, clauses and what else is in them; all that it is in, and those of which it is the last one.
         self._by_item: dict[Item, list[_Known]] = {}
@@ -145,29 +146,25 @@ class Covering:
     def _close_shown(self, row: Row) -> None:
         """Close the pairs that the row shows."""
         items = tuple(enumerate(row))
-        blank = [item for item in items if self.is_blank(item)]
+        blank = self._blank.intersection(items)
         for item in blank:
             for other in items:
                 self._close((item, other))
         if not blank:
             self._close(items)
 
-    def is_blank(self, item: Item) -> bool:
-        """Whether there is nothing to see of other factors beside that item."""
-        factor = self.factors[item[0]]
-        return factor.values[item[1]] in factor.blank
-
     def shown(self, row: Row) -> Iterator[tuple[Item, Item]]:
         """The pairs that a row shows: with a blank value those of that value alone."""
         items = tuple(enumerate(row))
-        blank = {item for item in items if self.is_blank(item)}
+        blank = self._blank.intersection(items)
         return ((a, b) for a, b in combinations(items, 2) if not blank or a in blank or b in blank)
 
     def _fitting(self, seed: tuple[Item, Item], kept: Mapping[Row, None], structures: int) -> list[dict[int, int]]:
         """Structures that go with the seed, of which those with the most open pairs come first."""
         wanted = [(f, v) for f, v in seed if f < structures]
         found = [row for row in kept if all(row[f] == v for f, v in wanted)]
-        found = [row for row in found if all(item in seed for item in enumerate(row) if self.is_blank(item))]
+        blank = self._blank.difference(seed)
+        found = [row for row in found if blank.isdisjoint(enumerate(row))]
         found = [row for row in found if not self._broken_by(seed, dict(enumerate(row)) | dict(seed))]
         first = self._starts[structures]
         opened = self._open[:first, first:].sum(1)
@@ -203,11 +200,12 @@ class Covering:
             if depth == len(order):
                 return True
             number = order[depth]
-            first = self._starts[number]
+            first, end = self._starts[number : number + 2]
+            own = gains[first:end].tolist()
             factor = self.factors[number]
             values = factor.usual if plain and factor.content else range(len(factor.values))
-            seen = [value for value in values if not self.is_blank((number, value))]
-            for value in sorted(seen, key=lambda v: (-gains[first + v], self._used[number, v], v)):
+            seen = [value for value in values if (number, value) not in self._blank]
+            for value in sorted(seen, key=lambda v: (-own[v], self._used[number, v], v)):
                 steps += 1
                 if steps > _MOST_STEPS:
                     return False
