@@ -183,6 +183,7 @@ class Level(_Strict):
         return self.checks.get(check, self.checks.get("others", "all"))
 
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, where PyYAML was built with it
 _T = TypeVar("_T", bound=_Strict)
 
 
@@ -260,7 +261,7 @@ def _line_of(text: str, loc: list[Any]) -> int | None:
 def _read(path: Path, schema: type[_T]) -> _T:
     try:
         text = path.read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _LOADER)
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:

@@ -5,7 +5,7 @@ pairs out (151 in a model of 24 factors with 7 constraints), and it cannot use t
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -30,7 +30,8 @@ class Factor:
     Factors that are `structure` decide what a compiler sees: shapes, dtypes, attributes. The others, fills and layouts,
     give one structure several rows; those that are `content` say what arrays hold. `blank` are values with which there
     is nothing to see of the other factors, such as no rows at all. `under` names the factor of the optional array that
-    this one is about: its value is None exactly where that is `ABSENT`.
+    this one is about: its value is None exactly where that is `ABSENT`. No row is refused for the value of a factor
+    that is `free`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Factor:
     structure: bool = True
     under: str = ""
     content: bool = False
+    free: bool = False
     blank: tuple[Any, ...] = ()
 
     @property
@@ -49,11 +51,11 @@ class Factor:
 class Covering:
     """The rows over `factors`, of which those that are structure come first.
 
-    `refusal(chosen)` says why the values of a row, by the factors' names, make no case; else it gives an empty text.
-    The first values of all factors make one. `needs` names factors that are absent or 0 where another is. What a
-    refused row owes it to is found by changing one value at a time: `clauses` holds these sets of items with their
-    reasons. `void` has the pairs that no case can have, each with its reasons; `rows` all rows, each under the pair
-    that it was made for.
+    `refusal(chosen)` says why the values of a row, by the names of the factors that are not free, make no case; else it
+    gives an empty text. The first values of all factors make one. `needs` names factors that are absent or 0 where
+    another is. What a refused row owes it to is found by changing one value at a time: `clauses` holds these sets of
+    items with their reasons. `void` has the pairs that no case can have, each with its reasons; `rows` all rows, each
+    under the pair that it was made for.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class Covering:
     ) -> None:
         self.factors, self._refusal = factors, refusal
         self._starts = [int(n) for n in np.cumsum([0, *(len(f.values) for f in factors)])]
+        self._ruled = [n for n, factor in enumerate(factors) if not factor.free]
+        self._blank = {(n, v) for n, f in enumerate(factors) for v, value in enumerate(f.values) if value in f.blank}
         self._refusals: dict[Row, str] = {}
         # By an item, clauses and what else is in them; all that it is in, and those of which it is the last one.
         self._by_item: dict[Item, list[_Known]] = {}
@@ -92,9 +96,11 @@ class Covering:
 
     def refused(self, row: Row) -> str:
         """Why the row is no case, or an empty text."""
-        if row not in self._refusals:
-            self._refusals[row] = self._refusal(self.chosen(row))
-        return self._refusals[row]
+        values = tuple(row[n] for n in self._ruled)
+        if values not in self._refusals:
+            factors = (self.factors[n] for n in self._ruled)
+            self._refusals[values] = self._refusal({f.name: f.values[n] for f, n in zip(factors, values, strict=True)})
+        return self._refusals[values]
 
     def value(self, item: Item) -> tuple[str, Any]:
         """The name of a factor, and a value of it."""
@@ -140,30 +146,26 @@ class Covering:
     def _close_shown(self, row: Row) -> None:
         """Close the pairs that the row shows."""
         items = tuple(enumerate(row))
-        blank = [item for item in items if self.is_blank(item)]
+        blank = self._blank.intersection(items)
         for item in blank:
             for other in items:
                 self._close((item, other))
         if not blank:
             self._close(items)
 
-    def is_blank(self, item: Item) -> bool:
-        """Whether there is nothing to see of other factors beside that item."""
-        factor = self.factors[item[0]]
-        return factor.values[item[1]] in factor.blank
-
     def shown(self, row: Row) -> Iterator[tuple[Item, Item]]:
         """The pairs that a row shows: with a blank value those of that value alone."""
         items = tuple(enumerate(row))
-        blank = {item for item in items if self.is_blank(item)}
+        blank = self._blank.intersection(items)
         return ((a, b) for a, b in combinations(items, 2) if not blank or a in blank or b in blank)
 
     def _fitting(self, seed: tuple[Item, Item], kept: Mapping[Row, None], structures: int) -> list[dict[int, int]]:
         """Structures that go with the seed, of which those with the most open pairs come first."""
         wanted = [(f, v) for f, v in seed if f < structures]
         found = [row for row in kept if all(row[f] == v for f, v in wanted)]
-        found = [row for row in found if all(item in seed for item in enumerate(row) if self.is_blank(item))]
-        found = [row for row in found if not self._broken(dict(enumerate(row)) | dict(seed))]
+        blank = self._blank.difference(seed)
+        found = [row for row in found if blank.isdisjoint(enumerate(row))]
+        found = [row for row in found if not self._broken_by(seed, dict(enumerate(row)) | dict(seed))]
         first = self._starts[structures]
         opened = self._open[:first, first:].sum(1)
         found.sort(key=lambda row: -int(sum(opened[self._starts[f] + v] for f, v in enumerate(row))))
@@ -198,15 +200,16 @@ class Covering:
             if depth == len(order):
                 return True
             number = order[depth]
-            first = self._starts[number]
+            first, end = self._starts[number : number + 2]
+            own = gains[first:end].tolist()
             factor = self.factors[number]
             values = factor.usual if plain and factor.content else range(len(factor.values))
-            seen = [value for value in values if not self.is_blank((number, value))]
-            for value in sorted(seen, key=lambda v: (-gains[first + v], self._used[number, v], v)):
+            seen = [value for value in values if (number, value) not in self._blank]
+            for value in sorted(seen, key=lambda v: (-own[v], self._used[number, v], v)):
                 steps += 1
                 if steps > _MOST_STEPS:
                     return False
-                broken = self._broken_by((number, value), chosen)
+                broken = self._broken_by([(number, value)], chosen)
                 if broken is not None:
                     reasons.add(self.clauses[broken])
                     continue
@@ -238,9 +241,14 @@ class Covering:
                 return clause
         return None
 
-    def _broken_by(self, item: Item, chosen: Mapping[int, int]) -> Clause | None:
-        """A clause that the item completes."""
-        return _among(self._by_item.get(item, ()), chosen)
+    def _broken_by(self, items: Iterable[Item], chosen: Mapping[int, int]) -> Clause | None:
+        """A clause that one of the items completes beside the chosen ones."""
+        for item in items:
+            clauses = self._by_item.get(item)
+            clause = _among(clauses, chosen) if clauses else None
+            if clause:
+                return clause
+        return None
 
     def _add(self, clause: Clause, reason: str) -> None:
         self.clauses[clause] = reason
@@ -312,17 +320,25 @@ class Covering:
         return self._normal([dict(items).get(n, v) for n, v in enumerate(self._base)], [n for n, _ in items])
 
     def _mattering(self, row: Row) -> Clause:
-        return frozenset((n, v) for n, v in enumerate(row) if self._matters(row, n))
+        items = frozenset(enumerate(row))
+        broken = [clause for clause in self.clauses if clause <= items]
+        return frozenset((n, row[n]) for n in self._ruled if self._matters(row, n, broken))
 
     def _usual(self, row: Row, number: int) -> Row:
         """The row with the usual value of one factor."""
         return self._normal([*row[:number], self._base[number], *row[number + 1 :]], ())
 
-    def _matters(self, row: Row, number: int) -> bool:
-        """Whether another value of that factor makes the row a case."""
+    def _matters(self, row: Row, number: int, broken: Sequence[Clause]) -> bool:
+        """Whether another value of that factor makes the row a case, which has the broken clauses."""
         for value in range(len(self.factors[number].values)):
+            if value == row[number]:
+                continue
             trial = self._normal([*row[:number], value, *row[number + 1 :]], (number,))
-            if trial[number] != row[number] and not self._broken(dict(enumerate(trial))) and not self.refused(trial):
+            items = dict(enumerate(trial))
+            if any(clause <= items.items() for clause in broken):
+                continue
+            changed = (item for item, before in zip(items.items(), row, strict=True) if item[1] != before)
+            if not self._broken_by(changed, items) and not self.refused(trial):
                 return True
         return False
 

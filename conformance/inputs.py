@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from zlib import crc32
 
@@ -91,8 +92,14 @@ def _placed(value: Array, family: str, device: str) -> Any:
 
 def _is_known(tensor: TensorSpec, names: Mapping[str, Any]) -> bool:
     """Whether the case gives all that the array's dimensions need; else they follow from the rest of the call."""
-    words = {word for symbol in tensor.shape for word in re.findall(r"[A-Za-z_]\w*|\.\.\.", symbol)}
-    return words - {"if", "else"} <= names.keys()
+    return _words(tensor.shape) <= names.keys()
+
+
+@cache
+def _words(shape: tuple[str, ...]) -> set[str]:
+    """The names in the dimensions of an array."""
+    words = {word for symbol in shape for word in re.findall(r"[A-Za-z_]\w*|\.\.\.", symbol)}
+    return words - {"if", "else"}
 
 
 def _host(tensor: TensorSpec, case: Case) -> Any:

@@ -23,7 +23,8 @@ class Plan:
     host arguments, and attributes, dtypes or fills that depend on them. It raises `SpecError` for values that do not
     go together. `blank` are the sizes that leave nothing to see of other factors: no results. `needs` names arrays that
     are given only where another is, or where a size is not 0. `attrs` are values of attributes, `fills` and `layouts`
-    the names of those of arrays, with blanks between them; of each the first is the usual one.
+    the names of those of arrays, with blanks between them; of each the first is the usual one. `read` names the factors
+    of fills and layouts that `case` looks at: nothing else refuses these.
     """
 
     sizes: Mapping[str, tuple[Any, ...]]
@@ -33,6 +34,7 @@ class Plan:
     needs: Mapping[str, str] = field(default_factory=dict)
     fills: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, str] = field(default_factory=dict)
+    read: tuple[str, ...] = ()
 
 
 def factors(spec: OpSpec, plan: Plan) -> list[Factor]:
@@ -42,16 +44,18 @@ def factors(spec: OpSpec, plan: Plan) -> list[Factor]:
     found += [Factor(a.name, _values(a, plan)) for a in spec.attrs if len(_values(a, plan)) > 1]
     for tensor in spec.tensors:
         if tensor.split:
-            found.append(_about(tensor, "split", (False, True), True))
+            found.append(_about(tensor, "split", (False, True), structure=True))
     for tensor in spec.tensors:
         for kind, values in (("fill", plan.fills), ("layout", plan.layouts)):
             if tensor.name in values:
-                found.append(_about(tensor, kind, tuple(values[tensor.name].split()), False))
+                free = f"{tensor.name}.{kind}" not in plan.read
+                found.append(_about(tensor, kind, tuple(values[tensor.name].split()), structure=False, free=free))
     return found
 
 
 def case_of(name: str, spec: OpSpec, plan: Plan, chosen: Mapping[str, Any]) -> Case:
     """The case of a choice of values, by the factors' names."""
+    own = dict(plan.case(chosen))
     dtypes: dict[str, str] = {}
     present, split = [], []
     fill: dict[str, str] = {}
@@ -70,7 +74,6 @@ def case_of(name: str, spec: OpSpec, plan: Plan, chosen: Mapping[str, Any]) -> C
             if chosen.get(f"{tensor.name}.{kind}") is not None:
                 found[tensor.name] = chosen[f"{tensor.name}.{kind}"]
     attrs = {a.name: chosen[a.name] for a in spec.attrs if a.name in chosen}
-    own = dict(plan.case(chosen))
     return Case(
         name,
         own.pop("dims"),
@@ -116,8 +119,6 @@ def _values(attr: AttrSpec, plan: Plan) -> tuple[Any, ...]:
     return ()
 
 
-def _about(tensor: TensorSpec, kind: str, values: tuple[Any, ...], structure: bool) -> Factor:
-    name, content = f"{tensor.name}.{kind}", kind == "fill"
-    if tensor.optional:
-        return Factor(name, (None, *values), structure, tensor.name, content)
-    return Factor(name, values, structure, content=content)
+def _about(tensor: TensorSpec, kind: str, values: tuple[Any, ...], *, structure: bool, free: bool = False) -> Factor:
+    under, values = (tensor.name, (None, *values)) if tensor.optional else ("", values)
+    return Factor(f"{tensor.name}.{kind}", values, structure, under, content=kind == "fill", free=free)

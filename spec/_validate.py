@@ -217,11 +217,13 @@ def _bind_shapes(
     """The dimensions of the arguments, whose shapes must agree; `given` says which of the optional arrays are there."""
     dims: dict[str, Any] = {}
     expressions: list[tuple[TensorSpec, str, Any]] = []
+    conditions = {**attrs, **given}
     for declared in spec.tensors:
         if declared.name not in shapes:
             continue
-        tensor = replace(declared, shape=tuple(_chosen(symbol, {**attrs, **given}) for symbol in declared.shape))
-        actual, symbols = shapes[tensor.name], tensor.shape
+        symbols = tuple(_chosen(symbol, conditions) for symbol in declared.shape)
+        tensor = declared if symbols == declared.shape else replace(declared, shape=symbols)
+        actual = shapes[tensor.name]
         leading = len(dims.get("...", ()))
         if tensor.is_split(actual, leading) and actual[-2] != attrs[tensor.split]:
             expected = f"{tensor.split}={attrs[tensor.split]} in {_shape_text(tensor.shapes[-1])}"
@@ -242,9 +244,9 @@ def _bind_shapes(
                 expressions.append((tensor, symbol, size))
             elif dims.setdefault(symbol, size) != size:
                 fail(spec.name, tensor.name, f"{symbol}={dims[symbol]} in {_shapes_text(tensor)}", list(actual))
+    names = {**attrs, **dims}
     for tensor, symbol, size in expressions:
-        names = {**attrs, **dims}
-        unknown = set(_NAME.findall(symbol)) - set(names)
+        unknown = set(_NAME.findall(symbol)) - names.keys()
         if not unknown:
             if evaluate(symbol, names) != size:
                 want = evaluate(symbol, names)
@@ -252,7 +254,8 @@ def _bind_shapes(
                     spec.name, tensor.name, f"{symbol}={want} in {_shape_text(tensor.shape)}", list(shapes[tensor.name])
                 )
         else:
-            dims[unknown.pop()] = _solve(spec, tensor, symbol, size, names)
+            solved = unknown.pop()
+            names[solved] = dims[solved] = _solve(spec, tensor, symbol, size, names)
     return dims
 
 

@@ -41,10 +41,11 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copytree(EXAMPLE, folder / "numba", ignore=IGNORED)
     for source in (tree, folder / "numba"):
         run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), "."], source)
-    run([sys.executable, "-m", "venv", "fresh"], folder)
+    run([sys.executable, "-m", "venv", "--without-pip", "fresh"], folder)
     fresh = folder / "fresh/bin/python"
     # Before the other packages can be seen: pip would take an installed polyfuse for this one.
-    run([str(fresh), "-m", "pip", "install", "-q", "--no-deps", "--no-index", *map(str, wheels.iterdir())], folder)
+    pip = [sys.executable, "-m", "pip", "--python", str(fresh), "install", "-q", "--no-deps", "--no-index"]
+    run([*pip, *map(str, wheels.iterdir())], folder)
     site = run([str(fresh), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder).strip()
     Path(site, "third_party.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     return fresh

@@ -13,7 +13,7 @@ import numpy as np
 
 import polyfuse
 from polyfuse.conformance.case import Case
-from polyfuse.conformance.cases import all_cases
+from polyfuse.conformance.cases import all_cases, cases
 from polyfuse.conformance.golden._files import ANY, INDEX, MANIFEST, SCHEMA, SIGN, VERIFIER, stored_dtype, write
 from polyfuse.conformance.inputs import make_inputs
 from polyfuse.reference import Exact, oracle
@@ -58,8 +58,8 @@ def export(
     if not any(chosen.values()):
         raise SpecError(f"case: expected a pattern that a case of {', '.join(chosen)} has, got {', '.join(names)}")
     written, left_out = [], {}
-    for op, cases in chosen.items():
-        for case in cases:
+    for op, some in chosen.items():
+        for case in some:
             entry = Entry(folder, op, case, seed)
             if entry.elements > max_elements:
                 left_out[entry.name] = f"{entry.elements} elements, more than {max_elements}"
@@ -83,10 +83,11 @@ def export(
 
 
 def _chosen(spec: OpSpec, choice: str, names: Sequence[str]) -> list[Case]:
-    cases = all_cases(spec.name)
     if names:
-        return [case for case in cases if any(fnmatchcase(case.name, name) for name in names)]
-    return [case for case in cases if choice == "all" or case.name in spec.core]
+        return [case for case in all_cases(spec.name) if any(fnmatchcase(case.name, name) for name in names)]
+    if choice == "all":
+        return list(all_cases(spec.name))
+    return [case for case in cases(spec.name) if case.name in spec.core]
 
 
 class Entry:

@@ -47,6 +47,7 @@ PLAN = Plan(
     sizes={"shape": _SHAPES},
     blank={"shape": tuple(shape for shape in _SHAPES if 0 in shape[0] or shape[1] == 0)},
     case=_case,
+    read=tuple(f"{name}.layout" for name in _WEIGHTS),
     fills={
         "x": f"{_VALUES} signed_zeros nan_row one_hot large tiny equal",
         **dict.fromkeys(_WEIGHTS, _VALUES),

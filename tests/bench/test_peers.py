@@ -1,5 +1,6 @@
 """`bench --peers`: a right peer has a ratio, a wrong one is marked, and none that fails stops the run."""
 
+import json
 import sys
 from importlib.metadata import PackageNotFoundError
 from types import ModuleType, SimpleNamespace
@@ -52,8 +53,7 @@ def peer(name, *modules, tolerance=None, **given):
     )
 
 
-@pytest.fixture
-def packages(monkeypatch):
+def install(monkeypatch):
     """A package with a peer of each kind, in a module that is there, and one that is not installed."""
     module = ModuleType("fake_kernels")
     for function in (right, wrong, nearly, raises):
@@ -81,12 +81,35 @@ def packages(monkeypatch):
     monkeypatch.setattr(base, "version", version)
     for where in (one_case, ops, peers):
         monkeypatch.setattr(where, "PACKAGES", found)
-    return found
 
 
 @pytest.fixture
-def rows(packages):
-    result = run_bench([OP], ["torch"], compiled=False, cases=[CASE], peers=True)
+def packages(monkeypatch):
+    install(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A run with these peers, and what it told before each."""
+    told = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install(monkeypatch)
+        return run_bench([OP], ["torch"], compiled=False, cases=[CASE], peers=True, on_start=told.append), told
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """What the command says of such a run, and the folder of its file."""
+    folder = tmp_path_factory.mktemp("out")
+    asked = ["bench", "--device", "cpu", "--op", OP, "--case", CASE, "--backend", "torch", "--no-compile", "--peers"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install(monkeypatch)
+        return CliRunner().invoke(main, [*asked, "--out", str(folder)]), folder
+
+
+@pytest.fixture
+def rows(run):
+    result, _ = run
     assert result.packages == {"fake-kernels": "1.2", "other-kernels": None}
     assert all((row.op, row.case, row.version) == (OP, CASE, "1.2") for row in result.peers)
     return result, {row.peer: row for row in result.peers}
@@ -141,9 +164,8 @@ def test_without_the_option_no_peer_is_looked_for(packages):
     assert (result.peers, result.packages) == ([], {})
 
 
-def test_the_tables_and_what_is_not_installed(packages):
-    asked = ["bench", "--device", "cpu", "--op", OP, "--case", CASE, "--backend", "torch", "--no-compile", "--peers"]
-    shown = CliRunner().invoke(main, asked)
+def test_the_tables_and_what_is_not_installed(printed):
+    shown, _ = printed
     assert shown.exit_code == 0, shown.output
     lines = shown.stdout.splitlines()
     (line,) = [line for line in lines if "fake wrong" in line and "│" in line]
@@ -156,18 +178,14 @@ def test_the_tables_and_what_is_not_installed(packages):
     assert "not installed: other-kernels" in lines
 
 
-def test_a_peer_is_named_before_it_is_timed(packages):
-    told = []
-    run_bench([OP], ["torch"], compiled=False, cases=[CASE], peers=True, on_start=told.append)
+def test_a_peer_is_named_before_it_is_timed(run):
+    _, told = run
     assert f"{OP} {CASE} of qwen3_5_35b_a3b: fake right" in told
 
 
-def test_the_file_has_the_peers_as_far_as_the_run_came(packages, tmp_path):
-    import json
-
-    asked = ["bench", "--device", "cpu", "--op", OP, "--case", CASE, "--backend", "torch", "--no-compile", "--peers"]
-    CliRunner().invoke(main, [*asked, "--out", str(tmp_path)])
-    (path,) = tmp_path.glob("*.json")
+def test_the_file_has_the_peers_as_far_as_the_run_came(printed):
+    _, folder = printed
+    (path,) = folder.glob("*.json")
     data = json.loads(path.read_text())
     found = {row["peer"]: row for row in data["peers"]}
     assert found["fake right"]["ratio"] > 0

@@ -1,6 +1,5 @@
 """Backends of other packages, found through the entry-point group, in an interpreter of their own."""
 
-import subprocess
 import sys
 import textwrap
 from types import ModuleType
@@ -10,6 +9,7 @@ import pytest
 from polyfuse import BackendError
 from polyfuse.dispatch import Backend, registry
 from polyfuse.spec import OPS
+from tests import forked
 
 GOOD = """
     from polyfuse.dispatch import Backend
@@ -39,12 +39,7 @@ def install(tmp_path):
         (info / "entry_points.txt").write_text(f"[polyfuse.backends]\n{entry}\n")
 
     def run(code):
-        prelude = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import polyfuse, torch\n"
-        done = subprocess.run(
-            [sys.executable, "-c", prelude + textwrap.dedent(code)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return forked.run("import polyfuse, torch\n" + textwrap.dedent(code), tmp_path)
 
     run.write = write
     return run
