@@ -15,11 +15,8 @@ pytestmark = [
 ]
 
 DECLARED = (
-    "unsupported: q.dtype=float32",
-    "unsupported: q.dtype=float16",
-    "unsupported: K=",
-    "unsupported: V=",
-    "more output elements than",
+    *(f"unsupported: q.dtype={dtype}" for dtype in ("float32", "float16")),
+    *("unsupported: K=", "unsupported: V=", "more output elements than"),
 )
 DIMS = {"q": (4, 64), "k": (4, 64), "v": (8, 64), "g": (8,), "beta": (8,)}
 
