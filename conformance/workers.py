@@ -52,9 +52,10 @@ class Workers:
         Raises `BackendError` if a worker cannot start.
         """
         waiting = deque(tasks)
+        programs = tempfile.TemporaryDirectory(prefix="polyfuse-")  # what one worker has compiled, for all
         try:
             while waiting or any(worker.task for worker in self._workers.values()):
-                self._employ(waiting)
+                self._employ(waiting, programs.name)
                 wait([worker.connection for worker in self._workers.values()], _POLL)
                 for slot, worker in list(self._workers.items()):
                     yield from worker.heard()
@@ -67,12 +68,14 @@ class Workers:
         finally:
             for worker in self._workers.values():
                 worker.close()
+            programs.cleanup()
 
-    def _employ(self, waiting: deque[Task]) -> None:
+    def _employ(self, waiting: deque[Task], programs: str) -> None:
         """Give every idle worker a task, and start those that are missing."""
         for slot in range(self._count):
             if waiting and slot not in self._workers:
-                self._workers[slot] = _Worker(self._setup, _environment(self._device, slot, self._count))
+                environment = _environment(self._device, slot, self._count)
+                self._workers[slot] = _Worker(self._setup, {**_compiled_once(programs), **environment})
             if waiting and self._workers[slot].idle:
                 task = self._next(self._workers[slot], waiting)
                 waiting.remove(task)
@@ -282,6 +285,19 @@ def _environment(device: str, slot: int, count: int) -> dict[str, str]:
         visible = given.split(",") if given else [str(number) for number in range(accelerators(device))]
         environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
     return environment
+
+
+def _compiled_once(folder: str) -> dict[str, str]:
+    """The variables that let JAX compile each program once for all cases and workers that keep theirs in a folder.
+
+    Programs are told apart by all that XLA sees of them: cases of several kinds, such as layouts that are alike on JAX,
+    have one. Whoever has set the folder, to keep it for another run, has it.
+    """
+    return {
+        "JAX_COMPILATION_CACHE_DIR": folder,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def accelerators(device: str) -> int:

@@ -1,6 +1,7 @@
 """Exact rounding of float64 values onto low-precision grids, and the interval of a right result."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ml_dtypes
@@ -51,6 +52,16 @@ class Exact:
             return self
         error = np.where(np.isfinite(self.value), relative * np.abs(self.value), 0.0)
         return Exact(self.value, self.low - error, self.high + error)
+
+    def ends(self, dtype: str) -> tuple[F64, F64]:
+        """The ends of the interval as numbers of a dtype: rounded once, however many calls are compared with them."""
+        if dtype not in self._ends:
+            self._ends[dtype] = to_f64(round_to(self.low, dtype)), to_f64(round_to(self.high, dtype))
+        return self._ends[dtype]
+
+    @cached_property
+    def _ends(self) -> dict[str, tuple[F64, F64]]:
+        return {}
 
 
 def to_f64(array: Array) -> F64:

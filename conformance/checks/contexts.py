@@ -91,7 +91,7 @@ def _set(get: Callable[[], Any], put: Callable[[Any], None], value: Any) -> Iter
 def _settings(attempt: Attempt) -> dict[str, Any]:
     """What a call has no business with."""
     found: dict[str, Any] = {
-        "NumPy's random state": str(np.random.get_state(legacy=False)),
+        "NumPy's random state": _numpy_state(),
         "Python's random state": hash(random.getstate()),
         "NumPy's treatment of errors": str(np.geterr()),
         "the environment": dict(os.environ),
@@ -127,6 +127,13 @@ def _settings(attempt: Attempt) -> dict[str, Any]:
 
         found |= {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_default_matmul_precision")}
     return found
+
+
+def _numpy_state() -> dict[str, Any]:
+    """NumPy's random state, its array as bytes: text of 624 numbers takes longer than most calls."""
+    state = dict(np.random.get_state(legacy=False))
+    parts = state.pop("state")
+    return state | {name: x.tobytes() if isinstance(x, np.ndarray) else x for name, x in parts.items()}
 
 
 def _under_jit(attempt: Attempt) -> Iterator[str]:

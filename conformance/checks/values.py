@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from polyfuse.conformance.attempt import Attempt
 from polyfuse.conformance.bits import anything
 from polyfuse.dispatch import to_numpy
-from polyfuse.reference._numerics import F64, Exact, numpy_dtype, parts_of, round_to, to_f64
+from polyfuse.reference._numerics import F64, Exact, numpy_dtype, parts_of, to_f64
 from polyfuse.spec import Call, dtype_name
 
 PROVES = "Every element of every result lies in the oracle's interval."
@@ -79,7 +79,7 @@ def compare(name: str, got: NDArray[Any], exact: Exact, dtype: str) -> str | Non
         return f"{name}: expected shape {list(exact.value.shape)}, got {list(got.shape)}"
     with np.errstate(invalid="ignore"):  # an element that is not written may be a signalling NaN
         value, result = exact.value, to_f64(got)
-    low, high = to_f64(round_to(exact.low, dtype)), to_f64(round_to(exact.high, dtype))
+    low, high = exact.ends(dtype)
     with np.errstate(invalid="ignore"):
         right = (np.isnan(value) & np.isnan(result)) | ((result >= low) & (result <= high))
     in_bits = np.full(value.shape, exact.bits) if exact.kept is None else exact.kept | exact.bits

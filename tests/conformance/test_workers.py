@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -207,3 +208,16 @@ def test_workers_share_the_cores(monkeypatch):
     assert [workers._environment("cpu", 0, count)["OMP_NUM_THREADS"] for count in (1, 3, 16)] == ["8", "2", "1"]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert workers._environment("cpu", 0, 3)["OMP_NUM_THREADS"] == "5"
+
+
+def test_what_jax_has_compiled_is_kept_for_the_other_workers(monkeypatch, tmp_path):
+    pytest.importorskip("jax")
+    folders = []
+    compiled_once = workers._compiled_once
+    monkeypatch.setattr(workers, "_compiled_once", lambda folder: folders.append(Path(folder)) or compiled_once(folder))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))  # as who wants it for the next run does
+    report = run(["gdn_in_proj"], ["jax"], level="quick", only=["float16-auto"], workers=1)
+    assert [r.status for r in report.results if r.reason != "left_out"] == ["passed"]
+    assert any("gdn_in_proj" in path.name for path in tmp_path.iterdir())
+    assert folders
+    assert not folders[0].exists()
