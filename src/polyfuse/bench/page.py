@@ -251,19 +251,24 @@ def conv(data: Result) -> str:
 
 
 def conformance(results: Mapping[str, Result]) -> str:
-    """Cases passed by each backend, and all of them."""
+    """Cases passed by each backend in the last report on an op that it is in, and all of them."""
     reports = {name: data for name, data in results.items() if name.startswith("conformance_")}
     counted: dict[str, dict[str, dict[str, int]]] = {}
-    for data in reports.values():
+    for data in sorted(reports.values(), key=lambda data: data["made"]["date"]):
+        found: dict[tuple[str, str], dict[str, int]] = {}
         for row in data["results"]:
-            status = counted.setdefault(row["op"], {}).setdefault(row["backend"], {})
+            status = found.setdefault((row["op"], row["backend"]), {})
             status[row["status"]] = status.get(row["status"], 0) + 1
+        for (op, backend), status in found.items():
+            counted.setdefault(op, {})[backend] = status
     backends = sorted({name for found in counted.values() for name in found})
 
     def total(status: str) -> int:
         return sum(found.get(status, 0) for of_op in counted.values() for found in of_op.values())
 
-    rows = [(op, *(found.get(name, {}).get("passed", "-") for name in backends)) for op, found in counted.items()]
+    rows = [
+        (op, *(found.get(name, {}).get("passed", "-") for name in backends)) for op, found in sorted(counted.items())
+    ]
     summary = f"{total('passed'):,} passed, {total('failed')} failed, {total('skipped')} skipped."
     made = "\n".join(f"- {caption(name, data)}" for name, data in reports.items())
     return f"{table(('cases passed', *backends), rows)}\n\n{summary}\n\n{made}"
