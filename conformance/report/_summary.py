@@ -54,7 +54,18 @@ def not_proven(report: "Report") -> list[str]:
         for op, claim in facts.claims.items()
         if claim.host_reads
     ]
-    return [*claimed, *_ALWAYS]
+    device = report.device.partition(" ")[0].partition(":")[0]
+    sampled = [
+        f"{name}: what changes with a second call or another layout, beyond the core cases and a sample of the others. "
+        f"The backend claims that {how}."
+        for name, facts in report.backends.items()
+        for how, devices in (
+            ("it is emulated", {d for claim in facts.claims.values() for d in claim.interpreted}),
+            ("a kernel is compiled for each new kind of call", {d for c in facts.claims.values() for d in c.compiled}),
+        )
+        if device in devices
+    ]
+    return [*claimed, *sampled, *_ALWAYS]
 
 
 def reservations(report: "Report") -> list[str]:

@@ -37,7 +37,11 @@ def varied(nasty=NASTY):
                 "registered",
                 "mine",
                 "1.2",
-                {"a": Support("a", "mine", "torch", None, ("*",), ("cpu",), True, (f"x in {nasty}",), ("ends",))},
+                {
+                    "a": Support(
+                        "a", "mine", "torch", None, ("*",), ("cpu",), True, (f"x in {nasty}",), ("ends",), ("cuda",)
+                    )
+                },
                 {"a/waived": f"erratum {nasty}"},
             )
         },

@@ -183,6 +183,11 @@ def test_markdown_gives_the_verdicts_the_failures_and_what_was_not_proven(tmp_pa
     assert "- a on mine, hangs: timed out no answer" in text
     assert "- 1 case too large for the level\n  - mine, 1 case: more elements than the level runs" in text
     assert "- a on mine: that a call with ends does not wait for the device, or can be captured in a graph." in text
+    assert (
+        "- mine: what changes with a second call or another layout, beyond the core cases and a sample of the" in text
+    )
+    assert "claims that a kernel is compiled for each new kind of call." in text
+    assert "claims that it is emulated." not in text  # there, but not on this device
     assert "- How fast anything is." in text
     assert "- values: Every element lies in the oracle's interval." in text
     assert not re.search(r"(?<!\\)<", text)

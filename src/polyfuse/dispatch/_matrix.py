@@ -20,6 +20,7 @@ class Support:
     differentiable: bool = False
     limits: tuple[str, ...] = ()  # what it is restricted to, in words
     host_reads: tuple[str, ...] = ()  # arrays whose values are read on the host
+    compiled: tuple[str, ...] = ()
 
     def cells(self) -> tuple[str, ...]:
         """Of a table's row, after the op."""
@@ -56,6 +57,7 @@ def support(op: str, name: str) -> Support:
     return Support(
         op, name, backend.family, None, capability.devices, capability.interpreted,
         capability.differentiable, tuple(_limits(capability)), capability.host_reads,
+        capability.compiled,
     )  # fmt: skip
 
 
