@@ -37,7 +37,7 @@ def render(benchmarks: Path) -> str:
         "figures": lambda name, *parts: figures(name, results[name], parts),
         "ops": lambda *names: ops({name: results[name] for name in names}),
         "jax": lambda *names: jax([results[name] for name in names]),
-        "dispatch": lambda name: dispatch(results[name]),
+        "host": lambda name: host(results[name]),
         "tower": lambda name: tower(results[name]),
         "trace": lambda name: trace(results[name]["trace"]),
         "parallel": lambda name: parallel(results[name]["parallel"]),
@@ -128,13 +128,17 @@ def jax(results: Sequence[Result]) -> str:
     return table(("op", "case", "limit by bytes, us", "pallas, us", "jax, us"), largest.values(), texts=2)
 
 
-def dispatch(data: Result) -> str:
-    """What the dispatcher adds to a call."""
-    rows = [
-        (row["op"], row["arrays"], short(row["resolution_ns"] / 1e3), short(row["call_ns"] / 1e3))
-        for row in data["rows"]
-    ]
-    return table(("op", "arrays", "finding the plan, us", "whole call, us"), rows)
+def host(data: Result) -> str:
+    """What the dispatcher adds to a call, and where it was measured, the call's other host time."""
+    rows = []
+    for row in data["rows"]:
+        times = [row["resolution_ns"], row["dispatch_ns"]]
+        if row.get("call_ns"):
+            rest = row["call_ns"] - row["dispatch_ns"] - row["allocation_ns"]
+            times += [row["allocation_ns"], rest, row["call_ns"]]
+        rows.append((row["op"], row["arrays"], *(short(time / 1e3) for time in times)))
+    parts = ("finding the plan, us", "dispatcher, us", "memory of the results, us", "launch, us", "whole call, us")
+    return table(("op", "arrays", *parts[: len(rows[0]) - 2]), rows)
 
 
 def tower(data: Result) -> str:

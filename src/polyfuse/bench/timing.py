@@ -183,14 +183,19 @@ class Budget:
         return max(0.0, self._end - time.perf_counter())
 
 
-def host_ns(function: Call, calls: int = 100, rounds: int = 201) -> float:
-    """Median nanoseconds per call of a function that only the host runs; a round is short, so few are interrupted."""
+def host_ns(function: Call, calls: int = 100, rounds: int = 201, *, after: Call | None = None) -> float:
+    """Median nanoseconds of host time per call; a round is short, so few are interrupted.
+
+    `after` is called behind each round, as to wait for a device so that its queue is never full.
+    """
     function()
     times = []
     for _ in range(rounds):
         started = time.perf_counter_ns()
         _repeat(function, calls)
         times.append((time.perf_counter_ns() - started) / calls)
+        if after:
+            after()
     return round(median(times), 1)
 
 
