@@ -1,6 +1,6 @@
 """What all kernels share: what they run on, whether they are interpreted, and conversions from and to fp32."""
 
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import triton
@@ -9,11 +9,12 @@ import triton.language as tl
 from polyfuse.spec import Capability
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+interpreting: AbstractContextManager[Any] = nullcontext()  # what a kernel is interpreted in
 if INTERPRETED.value:
     with suppress(ImportError, AttributeError, TypeError):  # a later Triton may be made differently: it is just slower
-        from polyfuse.triton_impl._interpreter import install
+        from polyfuse.triton_impl._interpreter import Quickly
 
-        install()
+        interpreting = Quickly()
 ACCELERATORS = ("cuda", "rocm", "xpu")
 LOG2_E = tl.constexpr(1.4426950408889634)
 

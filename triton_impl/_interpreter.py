@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from inspect import ismodule
+from threading import Lock
 from typing import Any
 
 import triton.language as tl
@@ -126,15 +127,42 @@ def equal_blocks(self: Any, other: Any) -> bool:
     return same and self.shape.values == other.shape.values
 
 
-def install() -> None:
-    """Let all interpreted kernels of this process run so."""
-    if not interpreter_builder.options.debug:
-        interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
-    InterpretedFunction.__call__ = call_once_replaced(InterpretedFunction.__call__)
-    interpreter._get_np_dtype = known_dtypes(interpreter._get_np_dtype)
-    tl.block_type.__init__ = known_blocks(tl.block_type.__init__)
-    tl.block_type.__eq__ = equal_blocks
-    tl.dtype.__eq__ = equal_dtypes
-    tl.tuple.__eq__ = equal_sizes(tl.tuple.__eq__)
-    TritonSemantic.computation_type_impl = known_promotions(TritonSemantic.computation_type_impl)
-    tl.tensor.__init__ = known_shapes(tl.tensor.__init__)
+def _quicker() -> list[tuple[Any, str, Any]]:
+    """What is put in place of an attribute of what."""
+    options = interpreter_builder.options
+    return [
+        (interpreter_builder, "options", options if options.debug else replace(options, sanitize_overflow=False)),
+        (InterpretedFunction, "__call__", call_once_replaced(InterpretedFunction.__call__)),
+        (interpreter, "_get_np_dtype", known_dtypes(interpreter._get_np_dtype)),
+        (tl.block_type, "__init__", known_blocks(tl.block_type.__init__)),
+        (tl.block_type, "__eq__", equal_blocks),
+        (tl.dtype, "__eq__", equal_dtypes),
+        (tl.tuple, "__eq__", equal_sizes(tl.tuple.__eq__)),
+        (TritonSemantic, "computation_type_impl", known_promotions(TritonSemantic.computation_type_impl)),
+        (tl.tensor, "__init__", known_shapes(tl.tensor.__init__)),
+    ]
+
+
+class Quickly:
+    """A context in which kernels are interpreted so; outside of it, for the kernels of others, all is as it was."""
+
+    def __init__(self) -> None:
+        self._quicker = _quicker()
+        self._before = [(owner, name, getattr(owner, name)) for owner, name, _ in self._quicker]
+        self._lock, self._inside = Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._put(self._quicker)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._put(self._before)
+
+    def _put(self, attributes: list[tuple[Any, str, Any]]) -> None:
+        for owner, name, value in attributes:
+            setattr(owner, name, value)

@@ -14,7 +14,7 @@ import triton
 from torch.accelerator import current_device_index
 
 from polyfuse.spec import Unsupported
-from polyfuse.triton_impl._common import INTERPRETED
+from polyfuse.triton_impl._common import INTERPRETED, interpreting
 
 # Elsewhere Triton specialises a kernel on more of a tensor, such as the size of its storage.
 ONLY_DTYPE_AND_ALIGNMENT = torch.version.cuda is not None
@@ -127,9 +127,9 @@ class Launcher:
 
 
 def _on_device(op: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context to launch in, so that the device is the current one."""
+    """The context to launch in: so that the device is the current one, or interpreted."""
     if device.type == "cpu":
         if not INTERPRETED.value:
             raise Unsupported(f"{op}: triton runs on CPU tensors only in its interpreter; set TRITON_INTERPRET=1")
-        return nullcontext()
+        return interpreting
     return nullcontext() if device.index == current_device_index() else torch.accelerator.device_index(device.index)

@@ -8,14 +8,18 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import polyfuse
+from polyfuse.triton_impl import _common
 from polyfuse.triton_impl._common import INTERPRETED, widen
 from polyfuse.triton_impl._interpreter import (
+    Quickly,
     call_once_replaced,
+    equal_dtypes,
     known_blocks,
     known_dtypes,
     known_promotions,
     known_shapes,
 )
+from polyfuse.triton_impl.gated_rms_norm import gated_rms_norm
 
 pytestmark = pytest.mark.skipif(not INTERPRETED.value, reason="kernels are compiled here")
 X = torch.linspace(-3, 3, 64).view(2, 32)
@@ -44,9 +48,36 @@ def test_the_language_is_as_it_was_after_a_launch() -> None:
     assert tl.core.is_builtin(tl.load)
 
 
-def test_overflow_is_computed_only_where_it_is_asserted() -> None:
-    options = interpreter.interpreter_builder.options
-    assert options.sanitize_overflow == options.debug
+def test_kernels_of_others_are_interpreted_as_before() -> None:
+    quickly = _common.interpreting
+    assert isinstance(quickly, Quickly)
+
+    def now() -> list[Any]:
+        return [getattr(owner, name) for owner, name, _ in quickly._quicker]
+
+    before = now()
+    assert before == [value for _, _, value in quickly._before]
+    with quickly:
+        with quickly:  # as in another thread
+            assert now() == [value for _, _, value in quickly._quicker]
+        assert now() == [value for _, _, value in quickly._quicker]
+        options = interpreter.interpreter_builder.options
+        assert options.sanitize_overflow == options.debug
+    assert now() == before
+
+
+def test_a_launch_that_raises_leaves_nothing_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[bool] = []
+
+    def raising(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inside.append(tl.dtype.__eq__ is equal_dtypes)
+        raise ValueError("no")
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", raising)
+    with pytest.raises(ValueError, match="no"):
+        gated_rms_norm(X, X, torch.ones(32))
+    assert inside == [True]
+    assert tl.dtype.__eq__ is not equal_dtypes
 
 
 def test_outside_of_a_launch_a_function_replaces_the_language_itself() -> None:
