@@ -276,10 +276,11 @@ class _Worker:
 def _environment(device: str, slot: int, count: int) -> dict[str, str]:
     """The environment of one of `count` workers, which share the cores.
 
-    Of several GPUs each sees one, the first of all as `device`.
+    Of several GPUs each sees one, the first of all as `device`, and none reserves the memory that others need.
     """
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if device == "cuda":
         given = environment.get("CUDA_VISIBLE_DEVICES")
         visible = given.split(",") if given else [str(number) for number in range(accelerators(device))]

@@ -210,6 +210,13 @@ def test_workers_share_the_cores(monkeypatch):
     assert workers._environment("cpu", 0, 3)["OMP_NUM_THREADS"] == "5"
 
 
+def test_no_worker_reserves_memory_that_another_one_needs(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    assert workers._environment("cpu", 0, 2)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")  # as who knows better says
+    assert workers._environment("cpu", 0, 2)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
+
+
 def test_what_jax_has_compiled_is_kept_for_the_other_workers(monkeypatch, tmp_path):
     pytest.importorskip("jax")
     folders = []
