@@ -158,6 +158,14 @@ def _activation_cases() -> Iterator[Case]:
         present=("expert_ends", "row_weight"),
         fill={"expert_ends": "expert_ends_4", "x": "nan_between_4"},
     )
+    yield Case(  # times that weight, a zero that fills the last group up is NaN
+        "row_weight_inf-partial_group",
+        {"...": (5,), "D": 20},
+        {"group_size": 16},
+        {"T": "bfloat16"},
+        present=("row_weight",),
+        fill={"row_weight": "inf_one"},
+    )
 
 
 def _around_limits(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> F64:

@@ -120,7 +120,7 @@ def _quantise(
     others = [] if num_rows is None else [num_rows]
     others += [] if row_weight is None else [row_weight.reshape(shape[:2])]
     sources = [gates.reshape(shape), ups.reshape(shape)]
-    attrs |= {"masked": masked, "quant_dtype": quant_dtype, "scale_format": scale_format}
+    attrs |= {"masked": masked, "width": width, "quant_dtype": quant_dtype, "scale_format": scale_format}
     native = partial(_in_parts, tile=_gpu_tile(groups, group_size), **attrs)
     interpreted = partial(_in_parts, tile=(min(_CPU_TILE_ROWS, shape[1]), groups, group_size), interpret=True, **attrs)
     q, scale = lax.platform_dependent(*sources, *others, cpu=interpreted, cuda=native)
@@ -219,6 +219,7 @@ def _kernel(
     rows: slice,
     groups: int,
     size: int,
+    width: int,
     quant_dtype: str,
     power_of_two: bool,
     scale_ub: float | None,
@@ -242,6 +243,9 @@ def _kernel(
     for ref in weights:
         weight = plgpu.load(ref, mask=row < rows.stop, other=0)[:, None, None]
         y = weighted(y, weight, dtype, activation["materialize"])
+    if weights:  # times an infinite weight the zeros outside of the rows and columns are NaN
+        column = group[:, None] * size + lax.iota(jnp.int32, lanes)[None, :]
+        y = jnp.where(live & (column < width)[None], y, 0.0)
     scale = block_scale(y, quant_dtype, power_of_two, scale_ub, scale_min, reciprocal)
     ratio = y / divisor(scale, scale_min)[:, :, None]
     q = _fnuz_bytes(ratio) if quant_dtype == "float8_e4m3fnuz" else quantised(ratio, quant_dtype)

@@ -138,7 +138,7 @@ def test_parts_of_a_large_result(pallas_layer: Any, bits: Any, monkeypatch: pyte
     x, num_rows = random_x(2, 23, 2, 3, 32), jnp.array([20, 7], jnp.int32)
     attrs: dict[str, Any] = {"quant_dtype": "int8", "scale_format": "float32", "scale_ub": None, "scale_min": None}
     attrs |= {"limit": None, "limit_on": "input", "alpha": 1.0, "up_offset": 0.0, "materialize": False}
-    attrs |= {"reciprocal": False, "masked": True}
+    attrs |= {"reciprocal": False, "masked": True, "width": 96}
     in_parts = partial(module._in_parts, tile=(4, 3, 32), interpret=True, **attrs)
     whole = jax.jit(in_parts)(x, x, num_rows)
     launched, launch = [], module._launch
