@@ -245,7 +245,7 @@ QUANTISER_ATTRS = (
     AttrSpec("scale_format", "enum", "float32", "what a scale is, and its dtype", SCALE_FORMATS),
     AttrSpec("scale_layout", "enum", "row_major", "memory layout of the scales", SCALE_LAYOUTS),
     AttrSpec("scale_ub", "float", None, "upper bound of a finite scale; > 0"),
-    AttrSpec("scale_min", "float", None, "least scale; from 2**-126 to 2**127, or 0 (scale_format float32 only)"),
+    AttrSpec("scale_min", "float", None, "least scale; from 2^-126 to 2^127, or 0 (scale_format float32 only)"),
     AttrSpec("reciprocal", "bool", False, "amax * (1 / qmax), each rounded to float32, in place of amax / qmax"),
     AttrSpec("expert_alignment", "int", 1, "a multiple of it is where each expert of expert_ends begins", minimum=1),
     AttrSpec("fill", "float", None, "what scales of no valid row or group hold; a power of two if they are ue8m0"),

@@ -91,7 +91,7 @@ SPEC = OpSpec(
     ),
     edge_cases=(
         "No rows, or V == 0: an empty result, without a launch. Without leading dimensions x is one row.",
-        "A zero row gives zeros; an eps below 2**-126, the least normal float32, counts as that.",
+        "A zero row gives zeros; an eps below 2^-126, the least normal float32, counts as that.",
         "A NaN in x makes its row NaN; one in the gate or the weight only what it multiplies.",
         "The sum of squares is fp32: beyond |x| of about 1.8e19 it is infinite, and finite elements become 0; an "
         "infinite one makes itself NaN and the rest of its row 0. n * (weight + weight_offset) beyond float32 is "

@@ -100,7 +100,7 @@ SPEC = OpSpec(
     ),
     edge_cases=(
         *QUANTISER_EDGE_CASES,
-        "A zero row gives zeros; an eps below 2**-126, the least normal float32, counts as that.",
+        "A zero row gives zeros; an eps below 2^-126, the least normal float32, counts as that.",
         "A NaN in a row of h makes the row NaN; an infinite one makes itself NaN and the rest of its row 0.",
         "The sum of squares is fp32: beyond |h| of about 1.8e19 it is infinite, and finite elements become 0.",
         "Rows of sum that are not valid are not written.",
