@@ -15,7 +15,8 @@ from polyfuse.spec import OPS
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "build/pages"
 # Of `polyfuse.dispatch` what a user of the ops or the author of a backend meets; the rest is the path of a call.
-CHOICE = ["use_backend", "explain", "Explanation", "Candidate", "Preference", "call_counts", "refresh", "Backend", "Device", "Support"]
+CHOICE = ["use_backend", "explain", "call_counts", "refresh", "Explanation", "Candidate", "Preference"]
+CHOICE += ["Backend", "Device", "Support"]
 API = {
     "Choice of a backend": f"polyfuse.dispatch\n    options:\n      members: {CHOICE}",
     "Transformers models": "polyfuse.integrations.transformers",

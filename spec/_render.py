@@ -58,7 +58,10 @@ def op_page(spec: OpSpec) -> str:
         spec.summary,
         f"Spec version {spec.version}. Source: {spec.source}.",
         f"![{spec.name}: what it reads, its steps, and what it writes]({spec.name}.svg)",
+        "## Call",
         f"```text\n{_signature(spec)}\n```",
+        *_example(spec),
+        "## Definition",
         f"```text\n{_definition(spec)}\n```",
         "## Arguments",
         _table(("array", "shape", "dtype", "meaning"), inputs),
@@ -89,6 +92,15 @@ def _signature(spec: OpSpec) -> str:
     call = ", ".join([*(name + given.get(name, "") for name in names), "backend=None"])
     text = f"polyfuse.{spec.name}({call}) -> {', '.join(output.name for output in spec.outputs)}"
     return textwrap.fill(text, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def _example(spec: OpSpec) -> tuple[str, ...]:
+    """A call, and what it prints."""
+    if spec.example is None:
+        return ()
+    code, printed = spec.example
+    imports = "import torch\nimport polyfuse"
+    return f"```python\n{imports}\n\n{code.strip()}\n```", f"```text\n{printed}\n```"
 
 
 def _variable(tensor: TensorSpec) -> str:

@@ -289,6 +289,13 @@ QUANTISER_EDGE_CASES = (
     "beyond T as T.",
 )
 
+EXAMPLE = """
+x = torch.randn(4, 512, dtype=torch.bfloat16)
+q, scale = polyfuse.block_quant(x, group_size=32, scale_format="ue8m0")  # MXFP8
+print(q.dtype, tuple(q.shape), tuple(scale.shape))
+"""
+PRINTED = "torch.float8_e4m3fn (4, 512) (4, 16)"
+
 SPEC = OpSpec(
     name=NAME,
     version=1,
@@ -298,6 +305,7 @@ SPEC = OpSpec(
         "DeepSeek-V3, arXiv:2412.19437 (1 x 128 tiles); OCP Microscaling Formats v1.0 (MXFP8, MXFP4); "
         "NVIDIA, NVFP4 (blocks of 16 with a second, global scale)"
     ),
+    example=(EXAMPLE, PRINTED),
     rows="...",
     independent=True,
     groups=("E",),

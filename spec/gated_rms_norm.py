@@ -46,6 +46,13 @@ def _steps(names: Mapping[str, Any]) -> float:
     return sqrt(names["V"]) / 2 + 10
 
 
+EXAMPLE = """
+x, gate = torch.randn(2, 6, 4, 16)  # six rows of four heads
+y = polyfuse.gated_rms_norm(x, gate, torch.ones(16))
+print(tuple(y.shape))
+"""
+PRINTED = "(6, 4, 16)"
+
 SPEC = OpSpec(
     name=NAME,
     version=1,
@@ -55,6 +62,7 @@ SPEC = OpSpec(
         "Zhang, Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467; Transformers Qwen3NextRMSNormGated; "
         "Qwen3.5"
     ),
+    example=(EXAMPLE, PRINTED),
     rows="...",
     independent=True,
     tensors=(
