@@ -14,8 +14,11 @@ from polyfuse.spec import OPS
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "build/pages"
+# Of `polyfuse.dispatch` what a user of the ops or the author of a backend meets; the rest is the path of a call.
+CHOICE = ["use_backend", "explain", "call_counts", "refresh", "Explanation", "Candidate", "Preference"]
+CHOICE += ["Backend", "Device", "Support"]
 API = {
-    "Ops": "polyfuse.dispatch",
+    "Choice of a backend": f"polyfuse.dispatch\n    options:\n      members: {CHOICE}",
     "Transformers models": "polyfuse.integrations.transformers",
     "Runtime": "polyfuse.runtime",
     "Fusion pass": "polyfuse.runtime.fusion",
@@ -23,6 +26,8 @@ API = {
     "Names of SGLang": "polyfuse.compat.sglang",
 }
 CSS = """
+.md-grid { max-width: 76rem; } /* 120 columns of code */
+.md-typeset pre > code { font-size: .75em; }
 .md-typeset table:not([class]) { display: block; overflow-x: auto; }
 .md-typeset code { overflow-wrap: anywhere; }
 .md-typeset img { max-width: 100%; }
@@ -50,13 +55,15 @@ def lay_out() -> None:
         # MkDocs does not see the links in a notebook: they lead from the page's own folder to that of another page.
         text = re.sub(r"\]\((\.\./[\w/]+)\.md\)", r"](../\1/)", notebook.read_text(encoding="utf-8"))
         (PAGES / notebook.relative_to(ROOT)).write_text(text, encoding="utf-8")
-    for name in OPS:  # who looks for an op finds its page first
+    for name in OPS:  # who looks for an op finds its page first, as wide as its definition
         page = PAGES / f"docs/ops/{name}.md"
         text = page.read_text(encoding="utf-8")
-        page.write_text(f"---\nsearch:\n  boost: 8\n---\n\n{text}", encoding="utf-8")
+        page.write_text(f"---\nsearch:\n  boost: 8\nhide: [toc]\n---\n\n{text}", encoding="utf-8")
     (PAGES / "site.css").write_text(CSS)
-    sections = [f"## {title}\n\n::: {module}\n    options:\n      heading_level: 3" for title, module in API.items()]
-    (PAGES / "docs/api.md").write_text("# API\n\n" + "\n\n".join(sections) + "\n")
+    ops = ", ".join(f"[`{name}`](ops/{name}.md)" for name in OPS)
+    parts = [f"# API\n\nEach op has a page: {ops}."]
+    parts += [f"## {title}\n\n::: {module}" for title, module in API.items()]
+    (PAGES / "docs/api.md").write_text("\n\n".join(parts) + "\n")
 
 
 def _linked(page: Path, kept: set[Path]) -> str:
@@ -67,7 +74,10 @@ def _linked(page: Path, kept: set[Path]) -> str:
         outside = re.match(r"https?://", path)
         return match[0] if outside or not path or (page.parent / path).resolve() in kept else match[1]
 
-    return re.sub(r"(?<!!)\[([^\[\]]+)\]\(([^)\s]+)\)", link, page.read_text(encoding="utf-8"))
+    # What stands in a fence is code: `linears["gate"](x)` is no link.
+    parts = re.split(r"(^```.*?^```$)", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    parts[::2] = [re.sub(r"(?<!!)\[([^\[\]]+)\]\(([^)\s]+)\)", link, part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def main(folder: str) -> None:

@@ -1,7 +1,9 @@
 """An op's documentation from its spec: the docstring of its public function, and its page in Markdown."""
 
+import textwrap
 from collections.abc import Iterable
 
+from polyfuse.spec._source import literal
 from polyfuse.spec._types import REQUIRED, AttrSpec, OpSpec, TensorSpec
 
 _UPDATED = "Written in place where they are torch tensors, returned behind the results as JAX or NumPy arrays"
@@ -9,12 +11,12 @@ _UPDATED = "Written in place where they are torch tensors, returned behind the r
 
 def docstring(spec: OpSpec) -> str:
     """An op's documentation, from its spec."""
-    lines = [spec.summary, "", spec.formula.strip(), "", "Arguments:"]
+    lines = [spec.summary, "", _definition(spec), "", "Arguments:"]
     for t in spec.tensors:
         optional = ", optional" if t.optional else ""
         shapes = " or ".join(f"[{', '.join(shape)}]" for shape in t.shapes)
         updated = ", updated in place" if t.updated else ""
-        lines.append(f"    {t.name}: {shapes} {'/'.join(t.dtypes)}{optional}{updated}. {t.doc}.")
+        lines.append(f"    {t.name}: {shapes} {_variable(t)}{'/'.join(t.dtypes)}{optional}{updated}. {t.doc}.")
     for a in spec.attrs:
         kind = " | ".join(_values(a)) if a.kind == "enum" else a.kind
         default = "required" if a.default is REQUIRED else f"default {a.default!r}"
@@ -32,12 +34,11 @@ def docstring(spec: OpSpec) -> str:
 
 def op_page(spec: OpSpec) -> str:
     """The whole definition of an op as Markdown."""
-    definition = spec.formula.strip().partition("\n")[2].strip("\n")
     inputs = [
         (
             f"`{t.name}`{_remark(t)}",
             " or ".join(map(_shape, t.shapes)),
-            ", ".join(t.dtypes),
+            _variable(t) + ", ".join(t.dtypes),
             t.doc,
         )
         for t in spec.tensors
@@ -57,7 +58,11 @@ def op_page(spec: OpSpec) -> str:
         spec.summary,
         f"Spec version {spec.version}. Source: {spec.source}.",
         f"![{spec.name}: what it reads, its steps, and what it writes]({spec.name}.svg)",
-        f"```text\n{definition}\n```",
+        "## Call",
+        f"```text\n{_signature(spec)}\n```",
+        *_example(spec),
+        "## Definition",
+        f"```text\n{_definition(spec)}\n```",
         "## Arguments",
         _table(("array", "shape", "dtype", "meaning"), inputs),
         _table(("keyword", "default", "values", "meaning"), attrs),
@@ -72,6 +77,35 @@ def op_page(spec: OpSpec) -> str:
         "\n".join(f"- `{e.value}`: {e.reason}." for e in spec.errors),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _definition(spec: OpSpec) -> str:
+    """The formula without its first line, which says what the summary says."""
+    return spec.formula.strip().partition("\n")[2].strip("\n")
+
+
+def _signature(spec: OpSpec) -> str:
+    """How the op is called, and what it returns."""
+    keywords = [name for name in spec.parameters if name not in spec.positional]
+    given = {name: "" if value is REQUIRED else f"={literal(value)}" for name, value in spec.parameters.items()}
+    names = [*spec.positional, "*", *keywords]
+    call = ", ".join([*(name + given.get(name, "") for name in names), "backend=None"])
+    text = f"polyfuse.{spec.name}({call}) -> {', '.join(output.name for output in spec.outputs)}"
+    return textwrap.fill(text, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def _example(spec: OpSpec) -> tuple[str, ...]:
+    """A call, and what it prints."""
+    if spec.example is None:
+        return ()
+    code, printed = spec.example
+    imports = "import torch\nimport polyfuse"
+    return f"```python\n{imports}\n\n{code.strip()}\n```", f"```text\n{printed}\n```"
+
+
+def _variable(tensor: TensorSpec) -> str:
+    """The dtype's name, by which other arguments and results have the same one."""
+    return f"{tensor.dtype_var}: " if tensor.dtype_var else ""
 
 
 def _values(attr: AttrSpec) -> tuple[str, ...]:

@@ -218,7 +218,7 @@ class OpSpec:
     the same bits whatever lies beside it in the call. `groups` are the dimensions that count groups of rows, such as
     experts or sequences: an argument that begins with one has an element for each. `core` names the conformance cases
     without which a backend does not have the op. `steps` is what the op fuses, for its picture; a backend may compute
-    it in another order.
+    it in another order. `example` is a call on torch tensors, for its page, and what it prints.
     """
 
     name: str
@@ -239,6 +239,7 @@ class OpSpec:
     independent: bool = False
     groups: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
+    example: tuple[str, str] | None = None
 
     @property
     def boundaries(self) -> TensorSpec | None:

@@ -245,7 +245,7 @@ QUANTISER_ATTRS = (
     AttrSpec("scale_format", "enum", "float32", "what a scale is, and its dtype", SCALE_FORMATS),
     AttrSpec("scale_layout", "enum", "row_major", "memory layout of the scales", SCALE_LAYOUTS),
     AttrSpec("scale_ub", "float", None, "upper bound of a finite scale; > 0"),
-    AttrSpec("scale_min", "float", None, "least scale; from 2**-126 to 2**127, or 0 (scale_format float32 only)"),
+    AttrSpec("scale_min", "float", None, "least scale; from 2^-126 to 2^127, or 0 (scale_format float32 only)"),
     AttrSpec("reciprocal", "bool", False, "amax * (1 / qmax), each rounded to float32, in place of amax / qmax"),
     AttrSpec("expert_alignment", "int", 1, "a multiple of it is where each expert of expert_ends begins", minimum=1),
     AttrSpec("fill", "float", None, "what scales of no valid row or group hold; a power of two if they are ue8m0"),
@@ -289,6 +289,13 @@ QUANTISER_EDGE_CASES = (
     "beyond T as T.",
 )
 
+EXAMPLE = """
+x = torch.randn(4, 512, dtype=torch.bfloat16)
+q, scale = polyfuse.block_quant(x, group_size=32, scale_format="ue8m0")  # MXFP8
+print(q.dtype, tuple(q.shape), tuple(scale.shape))
+"""
+PRINTED = "torch.float8_e4m3fn (4, 512) (4, 16)"
+
 SPEC = OpSpec(
     name=NAME,
     version=1,
@@ -298,6 +305,7 @@ SPEC = OpSpec(
         "DeepSeek-V3, arXiv:2412.19437 (1 x 128 tiles); OCP Microscaling Formats v1.0 (MXFP8, MXFP4); "
         "NVIDIA, NVFP4 (blocks of 16 with a second, global scale)"
     ),
+    example=(EXAMPLE, PRINTED),
     rows="...",
     independent=True,
     groups=("E",),

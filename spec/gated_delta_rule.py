@@ -116,6 +116,16 @@ def _cost(call: Call) -> Cost:
     return Cost(read, written, d["L"] * d["HV"] * per_row)
 
 
+EXAMPLE = """
+q, k = torch.nn.functional.normalize(torch.randn(2, 6, 2, 16), dim=-1)  # six rows, two key heads
+v = torch.randn(6, 4, 16)  # four value heads
+g, beta = -torch.rand(6, 4), torch.rand(6, 4)
+ends = torch.tensor([0, 4, 6])  # two sequences
+o, state = polyfuse.gated_delta_rule(q, k, v, g, beta, cu_seqlens=ends, output_final_state=True)
+print(tuple(o.shape), tuple(state.shape))
+"""
+PRINTED = "(6, 4, 16) (2, 4, 16, 16)"
+
 SPEC = OpSpec(
     name=NAME,
     version=1,
@@ -125,6 +135,7 @@ SPEC = OpSpec(
         "Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; Yang et al., Parallelizing Linear "
         "Transformers with the Delta Rule, arXiv:2406.06484, for the chunked form; Transformers Qwen3NextGatedDeltaNet"
     ),
+    example=(EXAMPLE, PRINTED),
     rows="L",
     independent=True,
     groups=("S",),

@@ -46,6 +46,13 @@ def _steps(names: Mapping[str, Any]) -> float:
     return sqrt(names["V"]) / 2 + 10
 
 
+EXAMPLE = """
+x, gate = torch.randn(2, 6, 4, 16)  # six rows of four heads
+y = polyfuse.gated_rms_norm(x, gate, torch.ones(16))
+print(tuple(y.shape))
+"""
+PRINTED = "(6, 4, 16)"
+
 SPEC = OpSpec(
     name=NAME,
     version=1,
@@ -55,6 +62,7 @@ SPEC = OpSpec(
         "Zhang, Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467; Transformers Qwen3NextRMSNormGated; "
         "Qwen3.5"
     ),
+    example=(EXAMPLE, PRINTED),
     rows="...",
     independent=True,
     tensors=(
@@ -91,7 +99,7 @@ SPEC = OpSpec(
     ),
     edge_cases=(
         "No rows, or V == 0: an empty result, without a launch. Without leading dimensions x is one row.",
-        "A zero row gives zeros; an eps below 2**-126, the least normal float32, counts as that.",
+        "A zero row gives zeros; an eps below 2^-126, the least normal float32, counts as that.",
         "A NaN in x makes its row NaN; one in the gate or the weight only what it multiplies.",
         "The sum of squares is fp32: beyond |x| of about 1.8e19 it is infinite, and finite elements become 0; an "
         "infinite one makes itself NaN and the rest of its row 0. n * (weight + weight_offset) beyond float32 is "

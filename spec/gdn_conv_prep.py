@@ -117,6 +117,19 @@ def _cost(call: Call) -> Cost:
     return Cost(post.bytes_read + read, post.bytes_written + written, post.flops + flops)
 
 
+EXAMPLE = """
+heads, value_heads, dim = 2, 4, 16
+width = 2 * heads * dim + value_heads * dim
+x, weight = torch.randn(6, width), torch.randn(width, 4)  # six rows of [q | k | v], and a conv over four
+a, b = torch.randn(6, value_heads), torch.randn(6, value_heads)
+A_log, dt_bias = torch.zeros(value_heads), torch.zeros(value_heads)
+sizes = {"num_k_heads": heads, "head_k_dim": dim, "head_v_dim": dim}
+ends = torch.tensor([0, 4, 6])  # two sequences
+results = polyfuse.gdn_conv_prep(x, weight, a, b, A_log, dt_bias, cu_seqlens=ends, output_final_state=True, **sizes)
+print(tuple(results.q.shape), tuple(results.v.shape), tuple(results.final_state.shape))
+"""
+PRINTED = "(6, 2, 16) (6, 4, 16) (2, 128, 3)"
+
 SPEC = OpSpec(
     name=NAME,
     version=3,
@@ -126,6 +139,7 @@ SPEC = OpSpec(
         "Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; Gu, Dao, Mamba, arXiv:2312.00752, for the "
         "conv; Transformers Qwen3NextGatedDeltaNet; Qwen3.5"
     ),
+    example=(EXAMPLE, PRINTED),
     rows="L",
     independent=True,
     groups=("S",),

@@ -154,6 +154,18 @@ def _out_steps(names: Mapping[str, Any]) -> float:
     return sqrt(names["head_v_dim"]) / 2 + 10
 
 
+EXAMPLE = """
+heads, value_heads, dim = 2, 4, 16
+width, values = 2 * heads * dim + value_heads * dim, value_heads * dim
+sizes = {"num_k_heads": heads, "head_k_dim": dim, "head_v_dim": dim}
+x, z, a, b = (torch.randn(3, columns) for columns in (width, values, value_heads, value_heads))  # three sequences
+weights = torch.randn(width, 4), torch.zeros(value_heads), torch.zeros(value_heads), torch.ones(dim)
+states = torch.zeros(3, width, 3), torch.zeros(3, value_heads, dim, dim)
+out = polyfuse.gdn_decode(x, z, a, b, *weights, *states, **sizes)
+print(tuple(out.shape), states[1].any().item())
+"""
+PRINTED = "(3, 64) True"
+
 SPEC = OpSpec(
     name=NAME,
     version=1,
@@ -163,6 +175,7 @@ SPEC = OpSpec(
         "Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; Transformers Qwen3NextGatedDeltaNet, "
         "Qwen3NextRMSNormGated; Qwen3.5"
     ),
+    example=(EXAMPLE, PRINTED),
     rows="...",
     independent=True,
     groups=("B",),

@@ -65,12 +65,20 @@ def _accumulator_steps(names: Mapping[str, Any]) -> float:
     return names["hidden"] / PRODUCTS_PER_SUM
 
 
+EXAMPLE = """
+x = torch.randn(4, 64)
+qkvz, ba = polyfuse.gdn_in_proj(x, torch.randn(96, 64), torch.randn(8, 64))
+print(tuple(qkvz.shape), tuple(ba.shape))
+"""
+PRINTED = "(4, 96) (4, 8)"
+
 SPEC = OpSpec(
     name=NAME,
     version=2,
     summary="Two input projections of one activation, run one after the other, side by side, or as one.",
     formula=__doc__ or "",
     source="Transformers Qwen3NextGatedDeltaNet (in_proj_qkvz, _ba), Qwen3_5GatedDeltaNet (in_proj_qkv, _z, _b, _a)",
+    example=(EXAMPLE, PRINTED),
     rows="...",
     tensors=(
         TensorSpec("x", ("...", "hidden"), FLOATS, "the activation; leading dimensions are rows", dtype_var="T"),

@@ -74,6 +74,17 @@ def norm_flushes(names: Mapping[str, Any]) -> float:
     return 1 if names["l2norm"] else 0
 
 
+EXAMPLE = """
+heads, value_heads, dim = 2, 4, 16
+conv_out = torch.randn(6, 2 * heads * dim + value_heads * dim)  # six rows of [q | k | v]
+a, b = torch.randn(6, value_heads), torch.randn(6, value_heads)
+A_log, dt_bias = torch.zeros(value_heads), torch.zeros(value_heads)
+sizes = {"num_k_heads": heads, "head_k_dim": dim, "head_v_dim": dim}
+q, k, v, g, beta = polyfuse.gdn_post_conv(conv_out, a, b, A_log, dt_bias, **sizes)
+print(tuple(q.shape), tuple(v.shape), tuple(g.shape))
+"""
+PRINTED = "(6, 2, 16) (6, 4, 16) (6, 4)"
+
 SPEC = OpSpec(
     name=NAME,
     version=2,
@@ -82,6 +93,7 @@ SPEC = OpSpec(
     source=(
         "Yang, Kautz, Hatamizadeh, Gated Delta Networks, arXiv:2412.06464; Transformers Qwen3NextGatedDeltaNet; Qwen3.5"
     ),
+    example=(EXAMPLE, PRINTED),
     rows="L",
     independent=True,
     tensors=(

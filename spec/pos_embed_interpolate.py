@@ -105,6 +105,14 @@ def _cost(call: Call) -> Cost:
     return Cost(read, rows * width * itemsize(call.dtypes["out_dtype"]), 2 * taps * rows * width)
 
 
+EXAMPLE = """
+table = torch.randn(48 * 48, 64)  # a square grid of 48 x 48
+grids = [[1, 32, 32], [2, 24, 38]]  # frames, rows and columns of patches: an image, and a video of two frames
+rows = polyfuse.pos_embed_interpolate(table, grids)
+print(tuple(rows.shape))
+"""
+PRINTED = "(2848, 64)"
+
 SPEC = OpSpec(
     name=NAME,
     version=2,
@@ -114,6 +122,7 @@ SPEC = OpSpec(
         "Qwen3-VL vision tower; Transformers `get_vision_interpolation_indices_and_weights`; "
         "R. Keys, Cubic convolution interpolation, IEEE TASSP 29(6), 1981"
     ),
+    example=(EXAMPLE, PRINTED),
     rows="I",
     independent=True,
     tensors=(

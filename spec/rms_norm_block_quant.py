@@ -54,12 +54,20 @@ def _steps(names: Mapping[str, Any]) -> float:
     return sqrt(names["D"]) / 2 + 9
 
 
+EXAMPLE = """
+x, residual = torch.randn(2, 4, 512, dtype=torch.bfloat16)
+q, scale, total = polyfuse.rms_norm_block_quant(x, torch.ones(512), residual=residual)
+print(q.dtype, tuple(scale.shape), torch.equal(total, x + residual))
+"""
+PRINTED = "torch.float8_e4m3fn (4, 4) True"
+
 SPEC = OpSpec(
     name=NAME,
     version=1,
     summary="Residual sum and root-mean-square normalisation followed by block-wise quantisation, in one pass.",
     formula=f"{__doc__ or ''}{QUANTISER}",
     source="Zhang, Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467; DeepSeek-V3, arXiv:2412.19437",
+    example=(EXAMPLE, PRINTED),
     rows="...",
     independent=True,
     groups=("E",),
@@ -100,7 +108,7 @@ SPEC = OpSpec(
     ),
     edge_cases=(
         *QUANTISER_EDGE_CASES,
-        "A zero row gives zeros; an eps below 2**-126, the least normal float32, counts as that.",
+        "A zero row gives zeros; an eps below 2^-126, the least normal float32, counts as that.",
         "A NaN in a row of h makes the row NaN; an infinite one makes itself NaN and the rest of its row 0.",
         "The sum of squares is fp32: beyond |h| of about 1.8e19 it is infinite, and finite elements become 0.",
         "Rows of sum that are not valid are not written.",

@@ -75,6 +75,13 @@ def _score_accumulator_steps(names: Mapping[str, Any]) -> float:
     return names["dim"] / PRODUCTS_PER_SUM
 
 
+EXAMPLE = """
+q, k, v = torch.randn(3, 10, 2, 32)  # ten rows, two heads of 32
+out = polyfuse.segment_attention(q, k, v, torch.tensor([0, 4, 10]))  # segments of four rows and of six
+print(tuple(out.shape))
+"""
+PRINTED = "(10, 2, 32)"
+
 SPEC = OpSpec(
     name=NAME,
     version=1,
@@ -84,6 +91,7 @@ SPEC = OpSpec(
         "Vaswani et al., Attention Is All You Need, arXiv:1706.03762; Dao, FlashAttention-2, arXiv:2307.08691, whose "
         "variable-length form this is; Transformers Qwen3VLVisionAttention"
     ),
+    example=(EXAMPLE, PRINTED),
     rows="rows",
     tensors=(
         TensorSpec("q", ("rows", "heads", "dim"), FLOATS, "queries; any strides", dtype_var="T"),

@@ -67,6 +67,13 @@ def _steps(names: Mapping[str, Any]) -> float:
     return 10 + (names["alpha"] != 1) + (names["up_offset"] != 0)
 
 
+EXAMPLE = """
+x = torch.randn(4, 1024, dtype=torch.bfloat16)  # [gate | up]
+q, scale = polyfuse.silu_mul_block_quant(x)
+print(q.dtype, tuple(q.shape), tuple(scale.shape))
+"""
+PRINTED = "torch.float8_e4m3fn (4, 512) (4, 4)"
+
 SPEC = OpSpec(
     name=NAME,
     version=3,
@@ -76,6 +83,7 @@ SPEC = OpSpec(
         "DeepSeek-V3, arXiv:2412.19437 (1 x 128 tiles); OCP Microscaling Formats v1.0 (MXFP8, MXFP4); NVIDIA, NVFP4; "
         "gpt-oss (clamped SwiGLU)"
     ),
+    example=(EXAMPLE, PRINTED),
     rows="...",
     independent=True,
     groups=("E",),

@@ -114,8 +114,10 @@ class Report:
         core = [r for r in results if r.core]
         if not core:
             found.append("no core case among the results")
+        if left_out := sum(r.reason == "left_out" for r in core):
+            found.append(f"{number(left_out, 'core case')} left out")
         for r in core:
-            if r.status != "passed":
+            if r.status != "passed" and r.reason != "left_out":
                 found.append(f"core case {r.case} {words(r.reason) or r.status}")
         return found
 

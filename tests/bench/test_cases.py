@@ -43,7 +43,7 @@ def test_a_pattern_of_names():
         ({"model": "qwen9"}, "--model: expected one of qwen3_5_35b_a3b, qwen3_5_397b_a17b, "),
         (
             {"ops": ["block_quant"], "model": "qwen3_5_9b"},
-            "--op block_quant: no bench case; expected one of gdn",
+            "--model qwen3_5_9b --op block_quant: no bench case; expected one of gdn",
         ),
         ({"ops": ["gdn_in_proj"], "patterns": ["T1", "B*"]}, "--case B*: no bench case; expected one of T1, T256, "),
         ({"model": "siglip_so400m"}, "--model siglip_so400m: no bench case; expected one of qwen3_5_35b_a3b, "),

@@ -1,5 +1,6 @@
 """The command line's groups: a command is a file, and it is imported when it is needed."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,8 @@ def test_every_module_is_a_command():
     modules = [path for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
     expected = {path.stem.replace("_", "-") for path in modules if not path.name.startswith("_")}
     listing = invoke(main, "--help").output.split("Commands:\n")[1]
-    assert {line.split()[0] for line in listing.splitlines()} == expected
+    assert set(re.findall(r"^  (\S+)", listing, re.MULTILINE)) == expected
+    assert "..." not in listing, "each command stands with its whole first sentence"
     assert {"bench", "demo", "new-backend", "soak"} <= expected
 
 

@@ -85,7 +85,8 @@ def test_a_stub_has_the_public_signature_and_the_whole_definition(op, family):
 @pytest.mark.parametrize("op", OPS)
 def test_a_stub_keeps_the_lines_of_the_formula(op):
     doc = inspect.getdoc(executed(render("mychip", "torch")[f"src/polyfuse_mychip/{op}.py"])[op])
-    assert OPS[op].formula.strip() in doc
+    definition = OPS[op].formula.strip().partition("\n")[2].strip("\n")  # the summary stands for the first line
+    assert definition in doc
 
 
 @pytest.mark.parametrize("op", OPS)

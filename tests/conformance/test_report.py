@@ -44,6 +44,12 @@ def test_a_core_case_that_is_not_claimed_makes_a_narrow_claim_partial():
     assert report.verdict("a", "mine").why == "core case big unclaimed"
 
 
+def test_core_cases_that_a_filter_left_out_are_counted():
+    report = made("p", filters={"cases": ["case*"]})
+    report.results += [Result("a", "mine", case, "skipped", reason="left_out", core=True) for case in ("b", "c")]
+    assert report.verdict("a", "mine").why == "a filter chose the cases; 2 core cases left out"
+
+
 def test_a_verdict_on_what_has_no_results_is_not_run():
     assert made().verdict("b", "mine").status == "not run"
 

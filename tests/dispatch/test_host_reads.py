@@ -92,7 +92,7 @@ def test_the_next_backend_of_the_order_runs_it(capture: Capture, call: Any, capl
         got = call(arguments())
     assert all(map(torch.equal, got, want))
     assert capture.launches == 0
-    assert f"{OP}: reader declined this call ({REASON}), trying the next" in caplog.text
+    assert f"{OP}: reader declined this call ({REASON}): passed over" in caplog.text
 
 
 def test_explain_says_so_in_a_capture(capture: Capture) -> None:

@@ -188,14 +188,14 @@ def test_a_backend_may_decline_at_the_call(picky, caplog):
     with caplog.at_level(logging.WARNING, "polyfuse"):
         out = polyfuse.pos_embed_interpolate(TABLE, GRID, merge_size=1, backend=["picky", "torch"])
     assert torch.equal(out, polyfuse.pos_embed_interpolate(TABLE, GRID, merge_size=1))
-    assert "picky declined this call (merge_size=1), trying the next" in caplog.text
+    assert "picky declined this call (merge_size=1): passed over" in caplog.text
 
 
 def test_one_warning_for_each_op_and_reason(picky, caplog):
     with caplog.at_level(logging.WARNING, "polyfuse"):
         for rows in (2, 4, 6):  # another signature each time
             polyfuse.pos_embed_interpolate(TABLE, [[1, rows, 4]], merge_size=1, backend=["picky", "torch"])
-    assert caplog.text.count("picky declined this call (merge_size=1), trying the next") == 1
+    assert caplog.text.count("picky declined this call (merge_size=1): passed over") == 1
 
 
 @pytest.mark.parametrize("use", ["context", "environment", "config"])
@@ -287,7 +287,7 @@ def test_a_default_says_that_a_backend_of_an_installed_package_is_broken(default
     x = torch.zeros(2, 1, 8)
     with caplog.at_level(logging.WARNING, "polyfuse"):
         polyfuse.gated_delta_rule(x, x, x, torch.zeros(2, 1), torch.zeros(2, 1))
-    text = "gated_delta_rule: fla does not run this call (backend 'fla': two installed packages provide it), trying the"
+    text = "gated_delta_rule: fla does not run this call (backend 'fla': two installed packages provide it): passed"
     assert text in caplog.text
 
 

@@ -1,7 +1,9 @@
 """The site of the documentation in a real browser: its links, its search, its pictures, on a phone and on a desktop."""
 
+import html
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +89,16 @@ def test_every_page_fits_and_loads_its_pictures(site: Path, address: str, browse
     assert shown["docs/benchmarks"] >= {path.name for path in ROOT.glob("benchmarks/plots/*.svg")}
     assert "conformance_report.png" in shown["docs/porting"]
     assert len(pages(site)) > len(OPS) + 10
+
+
+def test_code_stands_on_the_site_as_it_is_written(site: Path) -> None:
+    changed = []
+    for page in ROOT.glob("docs/**/*.md"):
+        built = site / page.relative_to(ROOT).with_suffix("") / "index.html"
+        shown = html.unescape(re.sub(r"<[^>]+>", "", built.read_text(encoding="utf-8")))
+        fences = re.findall(r"^```\w+\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        changed += [(page.stem, block) for block in fences if block.strip() not in shown]
+    assert not changed, "such as linears[name](x), which is no link"
 
 
 def test_no_link_is_broken(site: Path, address: str, browser: Any) -> None:

@@ -62,8 +62,9 @@ def bench_cases(ops: Sequence[str] = (), model: str | None = None, patterns: Seq
         if model not in models:
             raise SpecError(f"--model: expected one of {', '.join(models)}, got {model!r}")
         found = _chosen(found, [case for case in found if case.model == model], f"--model {model}", "model")
+    within = f"--model {model} " if model else ""
     if ops:
-        found = _chosen(found, [case for case in found if case.op in ops], f"--op {' --op '.join(ops)}", "op")
+        found = _chosen(found, [case for case in found if case.op in ops], f"{within}--op {' --op '.join(ops)}", "op")
     for pattern in patterns:
         _chosen(found, [case for case in found if fnmatchcase(case.name, pattern)], f"--case {pattern}", "name")
     return [c for c in found if not patterns or any(fnmatchcase(c.name, pattern) for pattern in patterns)]

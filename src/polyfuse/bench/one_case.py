@@ -42,7 +42,9 @@ class CaseBench:
         self.ceiling, self.versions = result.ceiling_gb_s, result.packages
         self.call = case.call()
         self.where = device_of(torch.empty(0, device=device), "torch")
-        self.backends = [name for name in backends or registry().names() if self._runs(name)]
+        why_not = {name: self._why_not(name) for name in backends or registry().names()}
+        self.backends = [name for name, why in why_not.items() if not why]
+        self.declined = {name: why for name, why in why_not.items() if why and backends}  # asked for by name
         self.peers = list(self._peers()) if peers else []
         self._say = say
         self.budget = Budget(result.budget_s)
@@ -50,6 +52,8 @@ class CaseBench:
 
     def run(self) -> Iterator[Row | PeerRow | LeftOut]:
         """What is found, in the order in which it is measured."""
+        for name, why in self.declined.items():
+            yield self._left_out(name, why)
         if reason := self._too_long():
             yield self._left_out("all", reason)
             return
@@ -87,14 +91,18 @@ class CaseBench:
         self.parts -= 1
         return share
 
-    def _runs(self, name: str) -> bool:
-        """Whether a backend computes the case here, natively."""
+    def _why_not(self, name: str) -> str:
+        """Why a backend does not compute the case here, natively; empty if it does."""
         backend = registry().get(name)
-        if backend.family == "numpy" or backend.missing(self.op):
-            return False
+        if backend.family == "numpy":
+            return "NumPy arrays are not measured"
+        if missing := backend.missing(self.op):
+            return missing[1]
         where = device_of(from_numpy(np.zeros(1, np.float32), backend.family, self.device), backend.family)
-        _, implementation = examine(self.op, name, self.call, backend.family, where, False)
-        return implementation is not None and where.kind not in implementation.capability.interpreted
+        candidate, implementation = examine(self.op, name, self.call, backend.family, where, False)
+        if implementation is None:
+            return candidate.reason
+        return "its kernels are interpreted here" if where.kind in implementation.capability.interpreted else ""
 
     def _peers(self) -> Iterator[tuple[Peer, str]]:
         """The peers that are installed and have something for the case, with their versions."""

@@ -9,7 +9,17 @@ import click
 from polyfuse.spec import BackendError, SpecError, Unsupported, how_to_install
 
 
-class ModuleGroup(click.Group):
+class Group(click.Group):
+    """A click group whose help lists each command with its whole first sentence."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands."""
+        commands = [(name, command) for name in self.list_commands(ctx) if (command := self.get_command(ctx, name))]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in commands])
+
+
+class ModuleGroup(Group):
     """A click group that finds its commands in a package: a new command is a new module, and no list to edit.
 
     Every module whose name does not begin with `_` defines `command`, a click command or, in a nested package, a group.

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
+from polyfuse.cli._group import Group
 from polyfuse.cli._options import known_ops, ops_option
 from polyfuse.cli._terminal import activity, console
 
 
-@click.group()
+@click.group(cls=Group)
 def command() -> None:
     """Golden vectors: test a kernel that Python cannot call.
 

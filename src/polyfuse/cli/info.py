@@ -52,7 +52,8 @@ def command(as_json: bool) -> None:
     for op in OPS:
         table.add_row(op, *(CELLS.get(ops[op].status, "[red]no[/]") for _, ops in found))
     out.print(table)
-    out.print("yes: it runs; interpreted: right, and slow; -: not implemented; no: see below", width=80)
+    reasons = "; no: see below" if any(_grouped(ops) for _, ops in found) else ""
+    out.print(f"yes: it runs; interpreted: right, and slow; -: not implemented{reasons}", width=80)
     for backend, ops in found:
         if backend.origin != "built in":
             out.print(f"{escape(backend.name)} is from {escape(backend.origin)}", width=80)

@@ -6,10 +6,11 @@ from pathlib import Path
 import click
 
 from polyfuse.cli._device import chosen_device
+from polyfuse.cli._group import Group
 from polyfuse.cli._options import check_backends, device_option
 
 
-@click.group()
+@click.group(cls=Group)
 def command() -> None:
     """Shadow mode: what a running program wrote of calls with wrong results.
 

@@ -107,7 +107,7 @@ def triton_pos_embed_interpolate(
     m_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`polyfuse.pos_embed_interpolate` of one image or video, [t*h*w, D] in dtype and in spatial-merge order.
+    """`polyfuse.pos_embed_interpolate` of one image or video, `[t*h*w, D]` in dtype and in spatial-merge order.
 
     embed_weight [N*N, D], N = num_grid_per_side; h and w are divisible by m_size.
 

@@ -210,7 +210,7 @@ def warn_once(op: str, name: str, reason: str) -> None:
     """Say that a backend was passed over, once for each op and reason."""
     if (op, name, reason) not in _warned:
         _warned.add((op, name, reason))
-        log.warning("%s: %s %s, trying the next", op, name, reason)
+        log.warning("%s: %s %s: passed over", op, name, reason)
 
 
 def preference(op: str, family: str, device: Device, names: tuple[str, ...] | None) -> Preference:

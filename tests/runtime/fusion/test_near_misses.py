@@ -82,15 +82,15 @@ LAST_BITS_OF_THE_SCALE: dict[str, Case] = {
 ANOTHER_ACTIVATION: dict[str, Case] = {  # of which only the quantisation is replaced
     "limits_differ": (
         halves_to(lambda gate, up: silu(gate.clamp(max=0.5)) * up.clamp(-0.25, 0.5)),
-        "up is clamped to (-0.25, 0.5), and the gate to at most 0.5",
+        "up is clamped to (-0.25, 0.5), and the gate clamped to at most 0.5",
     ),
     "only_the_gate_limited": (
         halves_to(lambda gate, up: silu(gate.clamp(max=0.5)) * up),
-        "up is clamped to (None, None), and the gate to at most 0.5",
+        "up is not clamped, and the gate clamped to at most 0.5",
     ),
     "only_up_limited": (
         halves_to(lambda gate, up: silu(gate) * up.clamp(-0.5, 0.5)),
-        "up is clamped to (-0.5, 0.5), and the gate to at most None",
+        "up is clamped to (-0.5, 0.5), and the gate not clamped",
     ),
     "gate_limited_below": (
         halves_to(lambda gate, up: silu(gate.clamp(-0.5, 0.5)) * up.clamp(-0.5, 0.5)),

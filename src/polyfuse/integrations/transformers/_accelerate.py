@@ -107,7 +107,8 @@ def encoder_manager(model: nn.Module) -> EncoderGraphManager:
     """
     managers = [forward.manager() for forward in _forwards(model)]
     if len(managers) != 1 or managers[0] is None:
-        fail("encoder_manager", "model", "one accelerated vision model that uses graphs", type(model).__name__)
+        hint = "accelerate(model, graphs=True), if its device has none" if managers == [None] else ""
+        fail("encoder_manager", "model", "one accelerated vision model that uses graphs", type(model).__name__, hint)
     return managers[0]
 
 

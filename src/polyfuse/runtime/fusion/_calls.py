@@ -118,7 +118,9 @@ def _other_limits(gate: _Clamp, silu: Silu, up: _Clamp) -> str:
     if gate.high is not None and silu.high is not None:
         return "both the gate and silu(gate) are clamped"
     if (up.low, up.high) != (None if limit is None else -limit, limit):
-        return f"up is clamped to {(up.low, up.high)}, and the gate to at most {limit}"
+        of_up = "not clamped" if up.low is None and up.high is None else f"clamped to {(up.low, up.high)}"
+        of_gate = "not clamped" if limit is None else f"clamped to at most {limit}"
+        return f"up is {of_up}, and the gate {of_gate}"
     return "the limit is not > 0" if limit is not None and not limit > 0 else ""
 
 
