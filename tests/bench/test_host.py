@@ -41,7 +41,9 @@ def test_the_table_and_the_file(tmp_path, capsys):
     assert OP in printed
     assert "resolve" in printed
     (path,) = tmp_path.glob("host_*.json")
-    (row,) = json.loads(path.read_text())["rows"]
+    data = json.loads(path.read_text())
+    assert data.keys() == {"device", "versions", "rows"}
+    (row,) = data["rows"]
     assert row["dispatch_ns"] > row["resolution_ns"] > 0
 
 

@@ -10,7 +10,6 @@ from click.testing import CliRunner
 
 import polyfuse
 from polyfuse.cli import main
-from polyfuse.dispatch import registry
 from polyfuse.spec import OPS
 
 OP = "pos_embed_interpolate"
@@ -91,8 +90,8 @@ def test_explain_as_json():
         (["conformance", "--device", "hpu"], "got 'hpu' (torch: "),
         (["explain", OP, "--device", "nope"], "--device: expected a device of this machine"),
         (["bench", "--device", "nope"], "--device: expected a device of this machine"),
-        (["bench", "dispatch", "--device", "nope"], "--device: expected a device of this machine"),
-        (["bench", "dispatch", "--op", "nope"], f"op: expected one of {OP}"),
+        (["bench", "host", "--device", "nope"], "--device: expected a device of this machine"),
+        (["bench", "host", "--op", "nope"], f"op: expected one of {OP}"),
         (["bench", "--model", "nope"], "--model: expected one of qwen3"),
         (["warmup", "--model", "nope"], "warmup: model: expected one of qwen3"),
         (["warmup", "--model", "qwen3_vl_8b", "--device", "nope"], "warmup: device: expected a device of this machine"),
@@ -193,20 +192,6 @@ def test_conformance_of_one_case_in_this_process(tmp_path):
     assert result.exit_code == 0, result.output
     assert "partial pos_embed_interpolate numpy: a filter chose the cases" in result.output
     assert "numpy: 0 of 1 ops conformant" in result.output
-
-
-def test_bench_dispatch_measures_and_writes(tmp_path):
-    result = invoke("bench", "dispatch", "--device", "cpu", "--op", OP, "--op", "gdn_in_proj", "--out", str(tmp_path))
-    assert result.exit_code == 0, result.output
-    (path,) = tmp_path.glob("dispatch_*.json")
-    data = json.loads(path.read_text())
-    assert data.keys() == {"device", "versions", "rows"}
-    assert [(row["op"], row["arrays"]) for row in data["rows"]] == [(OP, 1), ("gdn_in_proj", 3)]
-    for row in data["rows"]:
-        assert row["resolution_ns"] > 0
-        assert row["call_ns"] > 0
-        assert f"{row['call_ns']:.0f}" in result.output
-    assert "nothing" not in registry().names()
 
 
 def test_ops_prints_the_page_of_an_op():
