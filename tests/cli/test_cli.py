@@ -224,6 +224,11 @@ def test_doctor_says_what_is_there_what_runs_and_what_to_install(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr("polyfuse.cli.doctor.find_spec", lambda name: None if name == "matplotlib" else found(name))
     assert "  matplotlib is not installed: pip install 'polyfuse[plots]'" in invoke("doctor").output.splitlines()
+    compiler = "  torch.compile finds no C++ compiler, which it needs on a CPU: install one, such as g++."
+    for there in (None, "/usr/bin/g++"):
+        monkeypatch.setattr("polyfuse.cli.doctor.which", lambda name, there=there: there)
+        lines = invoke("doctor").output.splitlines()
+        assert (compiler in lines) == (there is None and any("interpreted on a CPU" in line for line in lines))
 
 
 def test_doctor_without_torch_and_jax(monkeypatch):

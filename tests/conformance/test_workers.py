@@ -171,6 +171,7 @@ def test_a_run_that_is_stopped_leaves_its_results(plugin, tmp_path, stop, jobs):
     process = subprocess.Popen(
         [*command, *cases], env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs this behind
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (tmp_path / "hangs").exists() and time.monotonic() < deadline:

@@ -3,6 +3,7 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING
 
 import click
@@ -68,6 +69,8 @@ def _devices(device: str) -> list[str]:
         found.append("cpu, for NumPy arrays alone: neither torch nor JAX is installed")
     elif device == "cpu":
         found.append("Kernels are interpreted on a CPU: that shows that they are right, and nothing of their speed.")
+        if find_spec("torch") is not None and not any(map(which, (os.environ.get("CXX", "g++"), "g++"))):
+            found.append("torch.compile finds no C++ compiler, which it needs on a CPU: install one, such as g++.")
     return found
 
 
