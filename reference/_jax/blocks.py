@@ -38,8 +38,9 @@ def quantise(
     if scale_format == "e4m3":
         factor = jnp.float32(1) if global_scale is None else global_scale
         scale = e4m3_scale(groups, quant_dtype, factor)
-        wide = scale.astype(jnp.float32)[..., None]
+        wide = scale[..., None]
         ratio = jnp.where(wide == 0, 0.0, groups / (wide * factor))
+        scale = scale.astype("float8_e4m3fn")
     else:
         scale = block_scale(groups, quant_dtype, scale_format != "float32", scale_ub, scale_min, reciprocal)
         ratio = groups / divisor(scale, scale_min)[..., None]

@@ -78,11 +78,12 @@ def block_scale(
 
 
 def e4m3_scale(y: jax.Array, quant_dtype: str, factor: jax.Array | float) -> jax.Array:
-    """Return the float8_e4m3fn scale of each group of `y`; NaN of a group with a number that is not finite."""
+    """Return the scale of each group of `y`, a float32 number that float8_e4m3fn has; NaN of one that is not finite."""
     amax = jnp.max(jnp.abs(y), axis=-1)
     scale = amax / (QMAX[quant_dtype] * factor)
     finite = jnp.max(bits_of(y) & 0x7FFFFFFF, axis=-1) < _INFINITY
-    return jnp.where(finite, jnp.where(scale > LARGEST_E4M3, LARGEST_E4M3, scale), jnp.nan).astype("float8_e4m3fn")
+    limited = jnp.where(scale > LARGEST_E4M3, LARGEST_E4M3, scale)
+    return jnp.where(finite, round_to(limited, "float8_e4m3fn"), jnp.nan)
 
 
 def divisor(scale: jax.Array, scale_min: float | None) -> jax.Array:

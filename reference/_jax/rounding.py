@@ -25,7 +25,10 @@ def rint(x: jax.Array) -> jax.Array:
 
 
 def round_to(x: jax.Array, dtype: str) -> jax.Array:
-    """Return the nearest values of float32, bfloat16 or float16, ties to even, as float32."""
+    """Return the nearest values of a float dtype of 32 bits or fewer, ties to even, as float32.
+
+    Beyond the largest of them comes infinity, also in dtypes without one.
+    """
     if dtype == "float32":
         return x
     info = jnp.finfo(dtype)

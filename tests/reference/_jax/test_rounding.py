@@ -24,6 +24,15 @@ def test_round_to_is_the_cast(dtype: str) -> None:
     np.testing.assert_array_equal(jax.jit(partial(round_to, dtype=dtype))(values), want)
 
 
+def test_round_to_float8_is_the_cast() -> None:
+    grid = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    ties = grid[:-1] / 2 + grid[1:] / 2
+    values = np.concatenate([grid, ties, np.nextafter(ties, np.float32(np.inf)), -ties, [np.nan]])
+    want = values.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(partial(round_to, dtype="float8_e4m3fn"))(values), want)
+    assert round_to(jnp.float32(465), "float8_e4m3fn") == np.inf
+
+
 def test_rint() -> None:
     values = np.concatenate([np.arange(-130, 130, 0.25), [0.49999997, -0.49999997, np.inf, -np.inf, np.nan]])
     np.testing.assert_array_equal(jax.jit(rint)(values.astype(np.float32)), np.rint(values.astype(np.float32)))
