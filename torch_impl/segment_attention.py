@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from polyfuse._torch.projections import is_recorded
 from polyfuse.spec import Capability
 
 CAPABILITY = Capability(differentiable=True)
@@ -34,13 +35,16 @@ def segment_attention(
     if q.device.type == "cpu":
         return _by_segment(q, k, v, cu_seqlens, factor)
     longest = rows if max_seqlen is None else min(max_seqlen, rows)
-    if _has_varlen_kernel(q):
+    if _has_varlen_kernel(q) and not is_recorded(q, k, v):
         return _varlen(q, k, v, cu_seqlens, longest, factor)
     return masked(q, k, v, cu_seqlens, longest, factor)
 
 
 def _has_varlen_kernel(q: torch.Tensor) -> bool:
-    """Whether PyTorch's FlashAttention takes such tensors."""
+    """Whether PyTorch's FlashAttention takes such tensors.
+
+    It is for inference: in PyTorch 2.11 on an H200 its gradients are wrong where there is more than one segment.
+    """
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
         return False
     return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and _runs_flash_attention(q.device)
@@ -56,10 +60,20 @@ def _varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn  # it imports triton, which a CPU does not need
 
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     ends = cu_seqlens.to(torch.int32).contiguous()
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale)
+    out = varlen_attn(aligned(q), aligned(k), aligned(v), ends, ends, longest, longest, scale=scale)
     return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x` where every row of every head is in one piece that begins at a multiple of 16 bytes, else a copy that is so.
+
+    The kernel reads so many bytes at a time. `dim` is a multiple of 8, of 16-bit elements.
+    """
+    *steps, last = x.stride()
+    if last == 1 and x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _by_segment(

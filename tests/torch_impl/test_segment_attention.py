@@ -174,6 +174,30 @@ def test_bad_calls(changes: dict[str, Any], message: str) -> None:
         polyfuse.segment_attention(**arguments | changes)
 
 
+def test_what_the_kernel_cannot_read_is_copied() -> None:
+    buffer = torch.arange(4 * 2 * 64, dtype=torch.bfloat16)
+    whole = buffer.view(4, 2, 64)
+    for given in (whole, whole[1:], whole[..., 8:40], whole.transpose(0, 1)):
+        assert module.aligned(given) is given
+    odd = buffer[1:].as_strided((4, 2, 8), (16, 8, 1)), buffer.as_strided((4, 2, 8), (20, 8, 1)), whole[..., ::2]
+    for given in odd:
+        got = module.aligned(given)
+        assert got.data_ptr() % 16 == 0
+        assert got.is_contiguous()
+        assert got.equal(given)
+
+
+@gpu
+def test_gradients_on_a_gpu_are_those_of_the_formula() -> None:
+    *arrays, ends = tensors(5, 1, 20, dtype=torch.bfloat16, device="cuda")
+    q, k, v = (x.requires_grad_() for x in arrays)
+    module.segment_attention(q, k, v, ends).sum().backward()
+    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    module.segment_attention(*wide, ends).sum().backward()
+    for got, want in zip((q, k, v), wide, strict=True):
+        torch.testing.assert_close(got.grad, want.grad, atol=2.0**-6, rtol=2.0**-6, check_dtype=False)
+
+
 @gpu
 @pytest.mark.parametrize("dim", [64, 96, 256])
 def test_half_precision_on_a_gpu_is_one_kernel_without_a_read(dim: int) -> None:
