@@ -140,3 +140,39 @@ def test_four_weights_are_looked_up_by_the_widths_of_their_results(
     w_qkvz, w_z, w_ba, w_a = stack_weights(*weights)
     assert choose(x, w_qkvz, w_ba, every, w_z=w_z, w_a=w_a) == "merged"
     assert choose(x, w_qkvz, w_ba, every, w_z=w_z, w_a=weights[3]) == "fused"
+
+
+@pytest.mark.parametrize("before", [True, False, (False, False)], ids=str)
+def test_parts_of_a_product_are_added_up_in_float32(before: bool | tuple[bool, bool]) -> None:
+    settings = torch.backends.cuda.matmul
+    name = "allow_bf16_reduced_precision_reduction"
+
+    def found() -> tuple[bool, bool]:
+        return getattr(settings, name), getattr(settings, f"{name}_split_k")
+
+    usual = found()
+    sums = projections._SUMS[torch.bfloat16]
+    try:
+        setattr(settings, name, before)
+        given = found()
+        with sums:
+            assert found() == (False, given[1])
+            with sums:  # as another thread does meanwhile
+                assert found() == (False, given[1])
+            assert found() == (False, given[1])
+        assert found() == given
+        with pytest.raises(ValueError, match="inside"), sums:
+            raise ValueError("inside")
+        assert found() == given
+    finally:
+        setattr(settings, name, usual)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_on_a_gpu_is_rounded_once(dtype: torch.dtype) -> None:
+    """Integers of at most 3 have sums below 2048, which float16 and float32 have; bfloat16 rounds them once."""
+    torch.manual_seed(0)
+    for rows in (1, 4, 65):
+        x, weight = (torch.randint(-3, 4, (size, 1024), device="cuda").to(dtype) for size in (rows, 64))
+        assert torch.equal(projections.product(x, weight, None), (x.double() @ weight.double().T).to(dtype))

@@ -3,7 +3,9 @@
 Weights can be stacked and seen as one matrix, and a measured table says which strategy is the fastest.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -89,20 +91,61 @@ def without_gaps(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
+class _SumsInFloat32:
+    """While a thread has entered this, a product that is split along `hidden` adds up its parts in float32.
+
+    Unless told, PyTorch lets cuBLAS round them to bfloat16 or float16 first. That setting is the whole process': the
+    last thread to leave puts it back, and until then other threads' products add up in float32 as well.
+    """
+
+    def __init__(self, setting: str) -> None:
+        self._setting, self._lock = setting, Lock()
+        self._inside = 0
+        self._rounds = False  # whether the setting was on when the first of those inside entered
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._rounds = getattr(torch.backends.cuda.matmul, self._setting)
+                if self._rounds:
+                    setattr(torch.backends.cuda.matmul, self._setting, False)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._rounds and not self._inside:
+                setattr(torch.backends.cuda.matmul, self._setting, True)
+
+
+_SUMS = {
+    torch.bfloat16: _SumsInFloat32("allow_bf16_reduced_precision_reduction"),
+    torch.float16: _SumsInFloat32("allow_fp16_reduced_precision_reduction"),
+}
+_AS_THEY_ARE = nullcontext()
+
+
+def _sums(x: torch.Tensor) -> AbstractContextManager[None]:
+    """What a product of `x` is made in, so that it is rounded once."""
+    return _SUMS.get(x.dtype, _AS_THEY_ARE) if x.device.type == "cuda" else _AS_THEY_ARE
+
+
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x @ weight.T + bias, rounded once: of a strided x of more dimensions `linear` rounds before it adds."""
-    rows = torch.nn.functional.linear(x.flatten(0, -2), weight, bias)
+    with _sums(x):
+        rows = torch.nn.functional.linear(x.flatten(0, -2), weight, bias)
     return rows.view(*x.shape[:-1], weight.shape[0])
 
 
 def product_into(columns: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Write rows @ weight.T + bias, rounded once, to some columns of a result."""
-    if bias is None:
-        torch.mm(rows, weight.t(), out=columns)
-    elif columns.device.type == "cpu":  # where addmm rounds to float16 columns before it adds
-        columns.copy_(torch.nn.functional.linear(rows, weight, bias))
-    else:
-        torch.addmm(bias, rows, weight.t(), out=columns)
+    with _sums(rows):
+        if bias is None:
+            torch.mm(rows, weight.t(), out=columns)
+        elif columns.device.type == "cpu":  # where addmm rounds to float16 columns before it adds
+            columns.copy_(torch.nn.functional.linear(rows, weight, bias))
+        else:
+            torch.addmm(bias, rows, weight.t(), out=columns)
 
 
 def one_bias(large: Projection, small: Projection) -> torch.Tensor | None:
