@@ -11,6 +11,7 @@ from polyfuse._torch.projections import (
     one_weight,
     product,
     product_into,
+    rounded_once,
     without_gaps,
 )
 from polyfuse._torch.streams import execute_in_parallel
@@ -80,4 +81,5 @@ def gdn_in_proj(
     if strategy == "auto":
         strategy = choose(x, w_qkvz, w_ba, tuple(STRATEGIES), w_z=w_z, w_a=w_a)
     large, small = Projection(w_qkvz, w_z, without_gaps(bias_qkvz)), Projection(w_ba, w_a, without_gaps(bias_ba))
-    return STRATEGIES[strategy](x, large, small)
+    with rounded_once(x):
+        return STRATEGIES[strategy](x, large, small)

@@ -19,6 +19,7 @@ from polyfuse._torch.projections import (
     one_weight,
     product,
     product_into,
+    rounded_once,
     without_gaps,
 )
 from polyfuse._torch.streams import execute_in_parallel
@@ -183,7 +184,7 @@ def merged(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
     return qkvz, ba
 
 
-STRATEGIES = {"sequential": sequential, "parallel": parallel, "merged": merged, "fused": fused}
+PRODUCTS = {"sequential": sequential, "parallel": parallel, "merged": merged}  # by PyTorch's GEMMs
 
 
 def gdn_in_proj(
@@ -199,6 +200,9 @@ def gdn_in_proj(
 ) -> Pair:
     """Returns qkvz and ba, each rounded once."""
     if strategy == "auto":
-        strategy = choose(x, w_qkvz, w_ba, tuple(STRATEGIES), w_z=w_z, w_a=w_a)
+        strategy = choose(x, w_qkvz, w_ba, ("fused", *PRODUCTS), w_z=w_z, w_a=w_a)
     large, small = Projection(w_qkvz, w_z, without_gaps(bias_qkvz)), Projection(w_ba, w_a, without_gaps(bias_ba))
-    return STRATEGIES[strategy](x, large, small)
+    if strategy == "fused":
+        return fused(x, large, small)
+    with rounded_once(x):
+        return PRODUCTS[strategy](x, large, small)

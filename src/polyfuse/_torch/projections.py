@@ -125,27 +125,25 @@ _SUMS = {
 _AS_THEY_ARE = nullcontext()
 
 
-def _sums(x: torch.Tensor) -> AbstractContextManager[None]:
-    """What a product of `x` is made in, so that it is rounded once."""
+def rounded_once(x: torch.Tensor) -> AbstractContextManager[None]:
+    """What PyTorch's products of `x` run in, so that each is rounded once to its dtype."""
     return _SUMS.get(x.dtype, _AS_THEY_ARE) if x.device.type == "cuda" else _AS_THEY_ARE
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x @ weight.T + bias, rounded once: of a strided x of more dimensions `linear` rounds before it adds."""
-    with _sums(x):
-        rows = torch.nn.functional.linear(x.flatten(0, -2), weight, bias)
+    rows = torch.nn.functional.linear(x.flatten(0, -2), weight, bias)
     return rows.view(*x.shape[:-1], weight.shape[0])
 
 
 def product_into(columns: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Write rows @ weight.T + bias, rounded once, to some columns of a result."""
-    with _sums(rows):
-        if bias is None:
-            torch.mm(rows, weight.t(), out=columns)
-        elif columns.device.type == "cpu":  # where addmm rounds to float16 columns before it adds
-            columns.copy_(torch.nn.functional.linear(rows, weight, bias))
-        else:
-            torch.addmm(bias, rows, weight.t(), out=columns)
+    if bias is None:
+        torch.mm(rows, weight.t(), out=columns)
+    elif columns.device.type == "cpu":  # where addmm rounds to float16 columns before it adds
+        columns.copy_(torch.nn.functional.linear(rows, weight, bias))
+    else:
+        torch.addmm(bias, rows, weight.t(), out=columns)
 
 
 def one_bias(large: Projection, small: Projection) -> torch.Tensor | None:
