@@ -1,6 +1,7 @@
 """A unit of a run: one case on all backends. It gives the same results in this process and in a worker."""
 
 import importlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +12,8 @@ from polyfuse.conformance.report import Result
 from polyfuse.conformance.trial import Note, Trial
 from polyfuse.dispatch import Backend, Support, registry, support
 from polyfuse.spec import BackendError
+
+_KEPT = 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Task:
         """What a compiler sees of the case: a process that ran one case of a kind need not compile for the next."""
         return f"{self.op} {replace(self.case, name='', fill={}, layout={}, stacked=())}"
 
+    @property
+    def is_large(self) -> bool:
+        """Whether the case takes tens of GiB of an accelerator's memory, as one does that repeats its rows."""
+        return self.device != "cpu" and self.case.repeat > 1
+
 
 def perform(task: Task, note: Note = lambda stage: None) -> Iterator[Support | Result]:
     """What each backend claims of the op, if that is asked for, and a result; the exact results are made once."""
@@ -44,6 +52,14 @@ def perform(task: Task, note: Note = lambda stage: None) -> Iterator[Support | R
         if task.claims:
             yield from _claim(task.op, name)
         yield trial.result(backend, "cpu" if backend.family == "numpy" else task.device, level, note)
+        _release()
+
+
+def _release() -> None:
+    """Give back what PyTorch keeps of a GPU's memory for later, where it is much: other processes share the device."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > _KEPT:
+        torch.cuda.empty_cache()
 
 
 def _claim(op: str, backend: str) -> Iterator[Support]:

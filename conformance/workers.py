@@ -78,14 +78,21 @@ class Workers:
                 self._workers[slot] = _Worker(self._setup, {**_compiled_once(programs), **environment})
             if waiting and self._workers[slot].idle:
                 task = self._next(self._workers[slot], waiting)
-                waiting.remove(task)
-                self._workers[slot].give(task)
+                if task:
+                    waiting.remove(task)
+                    self._workers[slot].give(task)
 
-    def _next(self, worker: "_Worker", waiting: deque[Task]) -> Task:
-        """The first task of a kind that the worker has compiled already, else the first that no other worker has."""
-        others = {kind for other in self._workers.values() if other is not worker for kind in other.kinds}
-        known = (task for task in waiting if task.kind in worker.kinds)
-        return next(known, None) or next((task for task in waiting if task.kind not in others), waiting[0])
+    def _next(self, worker: "_Worker", waiting: deque[Task]) -> Task | None:
+        """The first task of a kind that the worker has compiled already, else the first that no other worker has.
+
+        None if only large ones wait, and another worker is at one: two may not have room on one device.
+        """
+        others = [other for other in self._workers.values() if other is not worker]
+        large = any(other.task and other.task.is_large for other in others)
+        fit = [task for task in waiting if not task.is_large] if large else waiting
+        kinds = {kind for other in others for kind in other.kinds}
+        known = (task for task in fit if task.kind in worker.kinds)
+        return next(known, None) or next((task for task in fit if task.kind not in kinds), fit[0] if fit else None)
 
     def _stopped(self, worker: "_Worker") -> Iterator[tuple[int, Result]]:
         """The result of a case that has ended its process, or that is at a limit."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,12 +106,29 @@ def test_cases_of_a_kind_go_to_the_worker_that_has_compiled_one():
         next(t for t in made if t.case.name == name) for name in ("qkv_zeros", "qkv_nan_some", "rows_67")
     )
     assert zeros.kind == nan.kind != rows.kind
-    one, other = SimpleNamespace(kinds={zeros.kind}), SimpleNamespace(kinds={rows.kind})
+    one, other = (SimpleNamespace(kinds={task.kind}, task=None) for task in (zeros, rows))
     some = workers.Workers(Setup((), ()), 2, workers.Limits(1, 1), "cpu")
     some._workers = {0: one, 1: other}
     assert some._next(one, deque([rows, nan])) is nan
     assert some._next(other, deque([nan, made[0]])) is made[0]
     assert some._next(other, deque([nan])) is nan
+
+
+def test_one_case_at_a_time_fills_a_device():
+    large, small = (next(c for c in cases("gdn_post_conv") if c.name == name) for name in ("over_2_31", "rows_67"))
+    first, second, third = (
+        Task(n, "gdn_post_conv", c, ("torch",), "cuda", "full") for n, c in enumerate([large, large, small])
+    )
+    assert first.is_large
+    assert not replace(first, device="cpu").is_large
+    assert not third.is_large
+    one, other = SimpleNamespace(kinds=set(), task=first), SimpleNamespace(kinds=set(), task=None)
+    some = workers.Workers(Setup((), ()), 2, workers.Limits(1, 1), "cuda")
+    some._workers = {0: one, 1: other}
+    assert some._next(other, deque([second, third])) is third
+    assert some._next(other, deque([second])) is None
+    one.task = third
+    assert some._next(other, deque([second])) is second
 
 
 def test_a_leak_does_not_accumulate(plugin):
