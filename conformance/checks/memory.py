@@ -62,8 +62,11 @@ def _surrounded_arrays(attempt: Attempt, pattern: int, margin: int) -> tuple[dic
     return arrays, buffers
 
 
-def surrounded(value: Any, pattern: int, margin: int) -> tuple[Any, Any, Any]:
-    """The same tensor with the same strides inside of a larger buffer; that buffer, and which of its elements it is."""
+def surrounded(value: Any, pattern: int, margin: int, *, fresh: bool = False) -> tuple[Any, Any, Any]:
+    """The same tensor with the same strides inside of a larger buffer; that buffer, and which of its elements it is.
+
+    A `fresh` tensor has no values yet, and holds the pattern too.
+    """
     import torch
 
     buffer = _patterned(value, pattern, margin)
@@ -71,7 +74,8 @@ def surrounded(value: Any, pattern: int, margin: int) -> tuple[Any, Any, Any]:
     used = torch.zeros(buffer.numel(), dtype=torch.bool, device=value.device)
     used.as_strided(value.shape, value.stride(), margin).fill_(True)
     own = owned(value)
-    inside[own].copy_(value[own])
+    if not fresh:
+        inside[own].copy_(value[own])
     return inside, buffer, used
 
 
@@ -124,9 +128,7 @@ def _guarded(pattern: int) -> AbstractContextManager[Any]:
                 plain = x.layout is torch.strided and x.device.type != "meta" and x.numel() and type(x) is torch.Tensor
                 if not plain or x.untyped_storage()._cdata in given:
                     return x
-                inside, buffer, used = surrounded(x, pattern, ALIGNED)
-                if func in empty:
-                    buffer.view(torch.uint8).fill_(pattern)
+                inside, buffer, used = surrounded(x, pattern, ALIGNED, fresh=func in empty)
                 self.buffers.append((buffer, used))
                 return inside
 
