@@ -3,6 +3,9 @@
 Each sequence's rows lie in slots of 64 of their own, zeros behind them: within slots all is computed at once, and
 then the state goes from slot to slot. Nothing is read back to the host: sequence s begins at slot
 cu_seqlens[s] // 64 + s, so that no two share one, and rows // 64 + sequences slots are enough.
+
+Off a CPU a call computes as many slots at a time as any other, some of which may be empty: libraries pick their kernels
+for products and triangular systems by how many there are, and a sequence has the same bits in every batch.
 """
 
 import torch
@@ -12,6 +15,8 @@ from polyfuse.spec.gated_delta_rule import CHUNK, LEAST_G
 from polyfuse.torch_impl._pools import Slots
 
 CAPABILITY = Capability()
+
+BLOCK = 16  # slots that are computed at a time off a CPU
 
 
 def gated_delta_rule(
@@ -36,6 +41,8 @@ def gated_delta_rule(
     ends = torch.arange(2, device=v.device) * rows if cu_seqlens is None else cu_seqlens.contiguous()
     count = len(ends) - 1
     slots = rows // CHUNK + count
+    block = block_of(slots, v.device)
+    allocated = -(-slots // block) * block
     places = _places(ends, rows, slots)
     numbers = _sequence_of_slot(ends, slots)
     # A slot without rows would take a NaN of the state through its whole column.
@@ -43,15 +50,15 @@ def gated_delta_rule(
     begins = numbers != torch.cat([numbers.new_full((1,), -1), numbers[:-1]])
 
     def in_slots(x: torch.Tensor) -> torch.Tensor:
-        """[L, heads, ...] as fp32 [slots, heads, 64, ...]; rows of no sequence are left out."""
-        wide = x.new_zeros((slots * CHUNK + 1, *x.shape[1:]), dtype=torch.float32)
+        """[L, heads, ...] as fp32 [allocated slots, heads, 64, ...]; rows of no sequence are left out."""
+        wide = x.new_zeros((allocated * CHUNK + 1, *x.shape[1:]), dtype=torch.float32)
         wide.index_copy_(0, places, x.float())
-        return wide[:-1].unflatten(0, (slots, CHUNK)).transpose(1, 2)
+        return wide[:-1].unflatten(0, (allocated, CHUNK)).transpose(1, 2)
 
     factor = max(width, 1) ** -0.5 if scale is None else scale
     group = heads_v // max(q.shape[1], 1)
     queries, keys = (in_slots(x).repeat_interleave(group, 1) for x in (q, k))
-    u, w, mix, seen, kept, decay = _within_slots(queries, keys, in_slots(v), in_slots(g), in_slots(beta))
+    whole = queries, keys, in_slots(v), in_slots(g), in_slots(beta)
 
     shape = (count, heads_v, width, width_v)
     first = torch.zeros(shape, dtype=torch.float32, device=v.device) if initial_state is None else initial_state
@@ -62,18 +69,25 @@ def gated_delta_rule(
     last = torch.zeros(shape, dtype=torch.float32, device=v.device)
     o = torch.zeros(slots * CHUNK + 1, heads_v, width_v, dtype=torch.float32, device=v.device)
     state = torch.zeros(shape[1:], dtype=torch.float32, device=v.device)
-    for slot in range(slots):
-        number = numbers[slot : slot + 1]
-        state = torch.where(begins[slot], first.index_select(0, number)[0], state)
-        d = u[slot] - w[slot] @ state
-        own = seen[slot] @ state + mix[slot] @ d  # [HV, 64, V]
-        o[slot * CHUNK : (slot + 1) * CHUNK] = factor * own.transpose(0, 1)
-        state = torch.where(used[slot], decay[slot] * state + kept[slot].mT @ d, state)
-        # What follows in the same sequence writes over it.
-        last.index_copy_(0, number, state[None])
+    for begin in range(0, slots, block):
+        parts = _within_slots(*(x[begin : begin + block] for x in whole))
+        for slot, u, w, mix, seen, kept, decay in zip(range(begin, slots), *parts, strict=False):
+            number = numbers[slot : slot + 1]
+            state = torch.where(begins[slot], first.index_select(0, number)[0], state)
+            d = u - w @ state
+            own = seen @ state + mix @ d  # [HV, 64, V]
+            o[slot * CHUNK : (slot + 1) * CHUNK] = factor * own.transpose(0, 1)
+            state = torch.where(used[slot], decay * state + kept.mT @ d, state)
+            # What follows in the same sequence writes over it.
+            last.index_copy_(0, number, state[None])
     if owned is not None:
         owned.write(last)
     return o.index_select(0, places).to(v.dtype), last if output_final_state else last[:0]
+
+
+def block_of(slots: int, device: torch.device) -> int:
+    """How many slots are computed at a time."""
+    return max(slots, 1) if device.type == "cpu" else BLOCK
 
 
 def _places(ends: torch.Tensor, rows: int, slots: int) -> torch.Tensor:

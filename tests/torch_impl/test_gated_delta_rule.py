@@ -14,6 +14,7 @@ from polyfuse.conformance.cases import model_cases
 from polyfuse.dispatch import registry
 from polyfuse.spec import SpecError, Unsupported
 from polyfuse.spec.gated_delta_rule import NAME
+from polyfuse.torch_impl import gated_delta_rule as module
 from polyfuse.torch_impl.gated_delta_rule import gated_delta_rule
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -28,9 +29,12 @@ def test_case(case: Case, device: str) -> None:
     assert Trial(NAME, case, 0).on(registry().get("torch"), device) == ("passed", "")
 
 
+@pytest.mark.parametrize("block", [0, 1, 3, 16])
 @pytest.mark.parametrize("seed", range(6))
-def test_any_boundaries(seed: int) -> None:
-    """Slots of 64 rows: lengths around them, empty sequences, and rows of no sequence."""
+def test_any_boundaries(seed: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots of 64 rows: lengths around them, empty sequences, and rows of no sequence; some at a time, or all."""
+    if block:
+        monkeypatch.setattr(module, "block_of", lambda slots, device: block)
     rng = np.random.default_rng(seed)
     lengths = rng.choice([0, 0, 1, 7, 63, 64, 65, 127, 128, 129], 9)
     ends = tuple(int(n) for n in rng.integers(0, 140) + np.cumsum([0, *lengths]))
@@ -62,6 +66,22 @@ def tensors(*lengths: int, dtype: torch.dtype = torch.float32, device: str = "cp
     given |= {"initial_state": normal(len(lengths), 4, 16, 8)}
     ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     return given | {"cu_seqlens": ends, "output_final_state": True}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sequence_has_the_same_bits_in_every_batch(device: str) -> None:
+    lengths = [70, 1, 64, 200, 9]
+    given = tensors(*lengths, device=device)
+    o, last = gated_delta_rule(**given)
+    begin = 0
+    for number, length in enumerate(lengths):
+        own = slice(begin, begin + length)
+        alone = given | {name: given[name][own] for name in ("q", "k", "v", "g", "beta")}
+        alone |= {"initial_state": given["initial_state"][number : number + 1]}
+        alone |= {"cu_seqlens": given["cu_seqlens"].new_tensor([0, length])}
+        for got, want in zip(gated_delta_rule(**alone), (o[own], last[number : number + 1]), strict=True):
+            assert torch.equal(got, want)
+        begin += length
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
