@@ -51,7 +51,8 @@ class Workers:
 
         Raises `BackendError` if a worker cannot start.
         """
-        waiting = deque(tasks)
+        # Large ones first: later on other workers may keep much of the device's memory.
+        waiting = deque(sorted(tasks, key=lambda task: not task.is_large))
         programs = tempfile.TemporaryDirectory(prefix="polyfuse-")  # what one worker has compiled, for all
         try:
             while waiting or any(worker.task for worker in self._workers.values()):

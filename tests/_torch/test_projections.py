@@ -169,12 +169,20 @@ def test_parts_of_a_product_are_added_up_in_float32(before: bool | tuple[bool, b
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_product_on_a_gpu_is_rounded_once(dtype: torch.dtype) -> None:
+def test_a_product_on_a_gpu_is_rounded_once(dtype: torch.dtype, biased: bool, recorded: bool) -> None:
     """Integers of at most 3 have sums below 2048, which float16 and float32 have; bfloat16 rounds them once."""
     torch.manual_seed(0)
     for rows in (1, 4, 65):
         x, weight = (torch.randint(-3, 4, (size, 1024), device="cuda").to(dtype) for size in (rows, 64))
+        bias = torch.randint(-99, 100, (64,), device="cuda").to(dtype) if biased else None
+        want = (x.double() @ weight.double().T + (0 if bias is None else bias.double())).to(dtype)
+        weight.requires_grad_(recorded)
         with projections.rounded_once(x):
-            got = projections.product(x, weight, None)
-        assert torch.equal(got, (x.double() @ weight.double().T).to(dtype))
+            assert torch.equal(projections.product(x, weight, bias), want)
+            if not recorded:
+                columns = x.new_empty(rows, 96)[:, 8:72]
+                projections.product_into(columns, x, weight, bias)
+                assert torch.equal(columns, want)

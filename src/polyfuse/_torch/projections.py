@@ -132,18 +132,28 @@ def rounded_once(x: torch.Tensor) -> AbstractContextManager[None]:
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x @ weight.T + bias, rounded once: of a strided x of more dimensions `linear` rounds before it adds."""
-    rows = torch.nn.functional.linear(x.flatten(0, -2), weight, bias)
-    return rows.view(*x.shape[:-1], weight.shape[0])
+    rows = x.flatten(0, -2)
+    made = torch.nn.functional.linear(rows, weight) if bias is None else _with_bias(rows, weight, bias)
+    return made.view(*x.shape[:-1], weight.shape[0])
 
 
 def product_into(columns: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Write rows @ weight.T + bias, rounded once, to some columns of a result."""
     if bias is None:
         torch.mm(rows, weight.t(), out=columns)
-    elif columns.device.type == "cpu":  # where addmm rounds to float16 columns before it adds
-        columns.copy_(torch.nn.functional.linear(rows, weight, bias))
     else:
-        torch.addmm(bias, rows, weight.t(), out=columns)
+        columns.copy_(_with_bias(rows, weight, bias))
+
+
+def _with_bias(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """rows @ weight.T + bias, rounded once: on a GPU `linear` and `addmm` round to 16 bits before they add a bias."""
+    if rows.device.type == "cpu" or rows.dtype == torch.float32:
+        return torch.nn.functional.linear(rows, weight, bias)
+    if torch.version.hip is not None or is_recorded(rows, weight, bias):
+        wide = torch.nn.functional.linear(rows.float(), weight.float(), bias.float())
+    else:
+        wide = torch.mm(rows, weight.t(), out_dtype=torch.float32).add_(bias)
+    return wide.to(rows.dtype)
 
 
 def one_bias(large: Projection, small: Projection) -> torch.Tensor | None:
