@@ -23,6 +23,7 @@ API = {
     "Transformers models": "polyfuse.integrations.transformers",
     "Runtime": "polyfuse.runtime",
     "Fusion pass": "polyfuse.runtime.fusion",
+    "Compile ahead": "polyfuse.bench.warmup\n    options:\n      members: [warmup, Warmup, Kernel]",
     "Names of vLLM": "polyfuse.compat.vllm",
     "Names of SGLang": "polyfuse.compat.sglang",
 }
@@ -65,7 +66,9 @@ def lay_out() -> None:
         page.write_text(f"---\nsearch:\n  boost: 8\nhide: [toc]\n---\n\n{text}", encoding="utf-8")
     (PAGES / "site.css").write_text(CSS)
     ops = ", ".join(f"[`{name}`](ops/{name}.md)" for name in OPS)
-    parts = [f"# API\n\nEach op has a page: {ops}."]
+    names = ", ".join(f"`{name}`" for name in ("use_backend", "explain", "call_counts", "refresh"))
+    parts = [f"# API\n\nEach op has a page: {ops}. What a call can raise: [errors](errors.md)."]
+    parts += [f"{names} and `warmup` are also names of `polyfuse`."]
     parts += [f"## {title}\n\n::: {module}" for title, module in API.items()]
     (PAGES / "docs/api.md").write_text("\n\n".join(parts) + "\n")
 
