@@ -10,7 +10,7 @@ DEV := $(VENV)/.developed
 .PHONY: dist docs-site docs-browser help demo test test-all test-transformers check check-mypy check-rest generate docs clean
 
 help:
-	@echo "make demo    install, then show two accelerated models and cases of every op; about a minute"
+	@echo "make demo    install, then show two accelerated models and cases of every op; minutes"
 	@echo "make test    install, then run the tests"
 	@echo "make test-all   the same, with large matrices and compilations"
 	@echo "make test-transformers VERSION=5.24.0   the tests of the integrations with that version"
@@ -82,7 +82,7 @@ dist:
 	$(RELEASE)/bin/python -m build --outdir dist .
 	$(RELEASE)/bin/twine check --strict dist/*
 	$(RELEASE)/bin/check-wheel-contents dist/*.whl
-	$(RELEASE)/bin/pyroma --min 8 .
+	$(RELEASE)/bin/pyroma --min 8 . # of 10: the project has neither a URL nor an author's e-mail to state
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: PYTHON=python3.12 make")'

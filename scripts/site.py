@@ -1,7 +1,8 @@
 """Build the site of the documentation: `scripts/site.py FOLDER`. A warning of MkDocs is an error.
 
 The pages stay plain Markdown that reads well in a repository. Here they are laid out as in the repository, so that
-their links hold; a link to what is no page becomes its text.
+their links hold. A script of the examples becomes a page, any other file that a page links to is copied, and a link to
+a folder becomes its text.
 """
 
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from polyfuse.spec import OPS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "build/pages"
 # Of `polyfuse.dispatch` what a user of the ops or the author of a backend meets; the rest is the path of a call.
 CHOICE = ["use_backend", "explain", "call_counts", "refresh", "Explanation", "Candidate", "Preference"]
@@ -22,6 +23,7 @@ API = {
     "Transformers models": "polyfuse.integrations.transformers",
     "Runtime": "polyfuse.runtime",
     "Fusion pass": "polyfuse.runtime.fusion",
+    "Compile ahead": "polyfuse.bench.warmup\n    options:\n      members: [warmup, Warmup, Kernel]",
     "Names of vLLM": "polyfuse.compat.vllm",
     "Names of SGLang": "polyfuse.compat.sglang",
 }
@@ -37,20 +39,23 @@ CSS = """
 def lay_out() -> None:
     """Write the pages, the pictures and the configuration into build/pages."""
     shutil.rmtree(PAGES, ignore_errors=True)
-    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
     pages += [*ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/README.md")]
-    pictures = [*ROOT.glob("benchmarks/plots/*.svg"), *ROOT.glob("docs/**/*.svg"), *ROOT.glob("docs/**/*.png")]
-    reports = [*ROOT.glob("examples/*/report/*.html")]
+    files = {*ROOT.glob("benchmarks/plots/*.svg"), *ROOT.glob("docs/**/*.svg"), *ROOT.glob("docs/**/*.png")}
     notebooks = [*ROOT.glob("examples/*.ipynb")]
-    kept = {path.resolve() for path in (*pages, *pictures, *reports, *notebooks)}
     for page in pages:
         target = PAGES / page.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(_linked(page, kept), encoding="utf-8")
-    for path in (*pictures, *reports):
+        text, linked = _linked(page)
+        target.write_text(text, encoding="utf-8")
+        files |= linked.difference(pages, notebooks)
+    for path in files:
         target = PAGES / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
+    for script in scripts():
+        text = f"# {script.name}\n\n```python\n{script.read_text(encoding='utf-8')}```\n"
+        (PAGES / script.relative_to(ROOT)).with_suffix(".md").write_text(text, encoding="utf-8")
     for notebook in notebooks:
         # MkDocs does not see the links in a notebook: they lead from the page's own folder to that of another page.
         text = re.sub(r"\]\((\.\./[\w/]+)\.md\)", r"](../\1/)", notebook.read_text(encoding="utf-8"))
@@ -61,29 +66,46 @@ def lay_out() -> None:
         page.write_text(f"---\nsearch:\n  boost: 8\nhide: [toc]\n---\n\n{text}", encoding="utf-8")
     (PAGES / "site.css").write_text(CSS)
     ops = ", ".join(f"[`{name}`](ops/{name}.md)" for name in OPS)
-    parts = [f"# API\n\nEach op has a page: {ops}."]
+    names = ", ".join(f"`{name}`" for name in ("use_backend", "explain", "call_counts", "refresh"))
+    parts = [f"# API\n\nEach op has a page: {ops}. What a call can raise: [errors](errors.md)."]
+    parts += [f"{names} and `warmup` are also names of `polyfuse`."]
     parts += [f"## {title}\n\n::: {module}" for title, module in API.items()]
     (PAGES / "docs/api.md").write_text("\n\n".join(parts) + "\n")
 
 
-def _linked(page: Path, kept: set[Path]) -> str:
-    """A page's text, without the links that lead to no page or picture of the site."""
+def scripts() -> list[Path]:
+    """The scripts of the examples, each of which is a page."""
+    return sorted(ROOT.glob("examples/*.py"))
+
+
+def _linked(page: Path) -> tuple[str, set[Path]]:
+    """A page's text as the site has it, without links to folders, and the files that it links to but for scripts."""
+    files: set[Path] = set()
 
     def link(match: re.Match[str]) -> str:
         path = match[2].partition("#")[0]
-        outside = re.match(r"https?://", path)
-        return match[0] if outside or not path or (page.parent / path).resolve() in kept else match[1]
+        if not path or re.match(r"https?://", path):
+            return match[0]
+        target = (page.parent / path).resolve()
+        if target in scripts():
+            return f"[{match[1]}]({path.removesuffix('.py')}.md)"
+        if not target.is_file():
+            return match[1]
+        files.add(target)
+        return match[0]
 
     # What stands in a fence is code: `linears["gate"](x)` is no link.
     parts = re.split(r"(^```.*?^```$)", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     parts[::2] = [re.sub(r"(?<!!)\[([^\[\]]+)\]\(([^)\s]+)\)", link, part) for part in parts[::2]]
-    return "".join(parts)
+    return "".join(parts), files
 
 
 def main(folder: str) -> None:
     lay_out()
     ops = "\n".join(f"      - {name}: docs/ops/{name}.md" for name in OPS)
-    settings = (ROOT / "mkdocs.yml").read_text().replace("  - Ops: OPS", f"  - Ops:\n{ops}")
+    examples = "\n".join(f"      - {path.name}: examples/{path.stem}.md" for path in scripts())
+    settings = (ROOT / "mkdocs.yml").read_text()
+    settings = settings.replace("  - Ops: OPS", f"  - Ops:\n{ops}").replace("      - SCRIPTS", examples)
     configured = ROOT / "build/mkdocs.yml"
     configured.write_text(settings.replace("build/", "").replace("paths: [src]", "paths: [../src]"))
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", str(configured)]

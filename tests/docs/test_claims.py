@@ -111,7 +111,7 @@ def test_no_page_says_that_a_run_proves_a_backend() -> None:
 def test_the_site_has_every_page() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     listed = re.findall(r"(?:: |- )((?:docs|examples)/[\w/.-]+\.(?:md|ipynb)|[A-Z]+\.md)$", text, flags=re.MULTILINE)
-    patterns = ("docs/*.md", "examples/*/README.md", "examples/*.ipynb")
+    patterns = ("docs/*.md", "examples/README.md", "examples/*/README.md", "examples/*.ipynb")
     written = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
     assert set(listed) == written | {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/api.md"}
     assert len(listed) == len(set(listed))

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:Depr
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
-PAGES += sorted(ROOT.glob("examples/*/README.md"))
+PAGES += [ROOT / "examples/README.md", *sorted(ROOT.glob("examples/*/README.md"))]
 # The blocks of this page are files: its own test adds them to a copy of the tree.
 OTHERS = ROOT / "docs/adding_an_op.md"
 LANGUAGES = {"python", "console", "shell", "yaml", "text"}
