@@ -10,7 +10,7 @@ DEV := $(VENV)/.developed
 .PHONY: dist docs-site docs-browser help demo test test-all test-transformers check check-mypy check-rest generate docs clean
 
 help:
-	@echo "make demo    install, then show two accelerated models and cases of every op; minutes"
+	@echo "make demo    install, then show two accelerated models and cases of every op; about a minute"
 	@echo "make test    install, then run the tests"
 	@echo "make test-all   the same, with large matrices and compilations"
 	@echo "make test-transformers VERSION=5.24.0   the tests of the integrations with that version"

@@ -37,6 +37,7 @@ from polyfuse.spec import OPS
 exact = oracle("pos_embed_interpolate").intervals
 
 PHOTOS = ("astronaut", "coffee", "rocket", "chelsea")  # files of scikit-image itself: no download
+SMALL, LARGE = (2**14, 2**15), (2**16, 2**24)  # pixels of a photo: Qwen3-VL's own limits are the large ones
 FAST_TOWER: dict[str, Any] = {
     "depth": 3,
     "hidden_size": 64,
@@ -68,12 +69,13 @@ Timed = tuple[float, torch.Tensor]
 def run_tower(fast: bool, console: Console, device: str) -> list[str]:
     """Show what `accelerate` does to the output of a Qwen3-VL vision tower with random weights.
 
-    On an accelerator the time is shown too. On a CPU it would say nothing of the kernels, and the tower runs once.
-    `fast` takes a tower of 3 narrow layers in place of the 27 of Qwen3-VL. Returns what is wrong: an embedding that
-    breaks the op's error bound, or an accelerated tower that does not use what the op returns.
+    On an accelerator the time is shown too. On a CPU it would say nothing of the kernels: the tower runs once, in
+    float32, as many have no bfloat16 instructions, and on small photos. `fast` takes a tower of 3 narrow layers in
+    place of the 27 of Qwen3-VL. Returns what is wrong: an embedding that breaks the op's error bound, or an
+    accelerated tower that does not use what the op returns.
     """
     tower = build_tower(fast, device)
-    pixels, grid = load_photos()
+    pixels, grid = load_photos(SMALL if device == "cpu" else LARGE)
     _print_inputs(tower, grid, console)
     pixels, grid = pixels.to(device), grid.to(device)
     table = tower.pos_embed.weight.detach()
@@ -237,22 +239,26 @@ def _cell(results: list[Result]) -> str:
 
 
 def build_tower(fast: bool, device: str) -> Any:
-    """A bfloat16 vision tower with seeded random weights."""
+    """A vision tower with seeded random weights, in bfloat16, but in float32 on a CPU."""
     torch.manual_seed(0)
     config = Qwen3VLVisionConfig(**(FAST_TOWER if fast else {}))
-    tower: Any = Qwen3VLVisionModel._from_config(config, dtype=torch.bfloat16).eval()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    tower: Any = Qwen3VLVisionModel._from_config(config, dtype=dtype).eval()
     return tower.to(device)
 
 
-def load_photos() -> tuple[torch.Tensor, torch.Tensor]:
-    """The photos as a Qwen3-VL processor prepares them: pixels [patches, 1536] and grid_thw [4, 3]."""
+def load_photos(pixels: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The photos as a Qwen3-VL processor prepares them: pixels [patches, 1536] and grid_thw [4, 3].
+
+    Each has at least the first and at most the second number of `pixels`.
+    """
     processor = Qwen2VLImageProcessorPil(
         patch_size=16,
         temporal_patch_size=2,
         merge_size=2,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
-        size={"shortest_edge": 65536, "longest_edge": 16777216},
+        size=dict(zip(("shortest_edge", "longest_edge"), pixels, strict=True)),
     )
     batch = processor([getattr(skimage.data, name)() for name in PHOTOS], return_tensors="pt")
     return batch["pixel_values"], batch["image_grid_thw"]

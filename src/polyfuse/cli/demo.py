@@ -9,14 +9,13 @@ from polyfuse.cli._terminal import console
 
 
 @click.command()
-@click.option("--fast", is_flag=True, help="Use a tiny tower instead of the real one, in about a minute.")
+@click.option("--fast", is_flag=True, help="Use a tiny tower instead of the real one.")
 def command(fast: bool) -> None:
-    """Show what the ops do to two models, and how backends are compared with the oracle.
+    """Show in about a minute what the ops do to two models, and how backends are compared with the oracle.
 
     Real photos go through the Qwen3-VL vision tower, and a tiny Qwen3.5 model generates, both untouched and
     accelerated: on a CPU this is about what they compute, not about speed. Then two cases of every op run on every
-    backend. The last lines say what that shows and what not. Exit status 1 if something is wrong. On a CPU the
-    tower takes minutes.
+    backend. The last lines say what that shows and what not. Exit status 1 if something is wrong.
 
     \b
     Example:
