@@ -90,12 +90,17 @@ def register(plugins: Sequence[str]) -> None:
 
 
 def answers(device: str) -> bool:
-    """Whether an accelerator still computes: after some errors a process can use it no more."""
+    """Whether an accelerator still computes: after some errors a process can use it no more.
+
+    JAX that could not begin to use a GPU, for instance as its memory was full, does not try it again.
+    """
     if device == "cpu":
         return True
     import torch
 
     try:
+        if "jax" in sys.modules and device.partition(":")[0] == "cuda":
+            sys.modules["jax"].devices("cuda")
         return bool(torch.ones(2, device=device).sum().item() == 2)
     except Exception:
         return False

@@ -34,8 +34,8 @@ class Message:
 
     `ready` comes once, or `broken` with the reason. Of each case on each backend come `begin` with the memory that is
     resident and the length of the output so far, `at` with what goes on, and `found` with a `Result`, or before with a
-    `Support`. In the end comes `done`. A worker that takes no more tasks says `lost`: the device answers no more, and
-    the rest of the task is for another worker, or a large case is done, whose memory only the end of a process frees.
+    `Support`. In the end comes `done`, or `lost` if the device answers no more: the rest of the task is for another
+    worker.
     """
 
     kind: Literal["ready", "broken", "begin", "at", "found", "done", "lost"]
@@ -71,9 +71,6 @@ def serve(descriptor: int) -> None:
                 connection.send(Message("lost"))
                 return
         connection.send(Message("done"))
-        if task.is_large:
-            connection.send(Message("lost"))
-            return
 
 
 def resident(process: int) -> int:

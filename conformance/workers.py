@@ -49,9 +49,9 @@ class Workers:
     def perform(self, tasks: Sequence[Task]) -> Generator[tuple[int, Support | Result]]:
         """What becomes of the tasks as it comes, each result with its number in the run.
 
+        Large ones come first, and have a device to themselves: of what the others allocate much is kept until they end.
         Raises `BackendError` if a worker cannot start.
         """
-        # Large ones first: later on other workers may keep much of the device's memory.
         waiting = deque(sorted(tasks, key=lambda task: not task.is_large))
         programs = tempfile.TemporaryDirectory(prefix="polyfuse-")  # what one worker has compiled, for all
         try:
@@ -63,7 +63,7 @@ class Workers:
                     yield from self._stopped(worker)
                     if worker.task and worker.gone:
                         waiting.appendleft(worker.task)
-                    if worker.gone or (worker.idle and worker.grown > self._limits.memory / 2):
+                    if worker.gone or (worker.idle and self._holds_much(worker, waiting)):
                         worker.close()
                         del self._workers[slot]
         finally:
@@ -71,29 +71,29 @@ class Workers:
                 worker.close()
             programs.cleanup()
 
+    def _holds_much(self, worker: "_Worker", waiting: deque[Task]) -> bool:
+        """Whether an idle worker is to end, as what it holds of the memory is needed by others."""
+        return worker.grown > self._limits.memory / 2 or (worker.filled and not (waiting and waiting[0].is_large))
+
     def _employ(self, waiting: deque[Task], programs: str) -> None:
-        """Give every idle worker a task, and start those that are missing."""
-        for slot in range(self._count):
+        """Give every idle worker a task, and start missing ones; while a task is large, one for each device."""
+        large = (waiting and waiting[0].is_large) or any(w.task and w.task.is_large for w in self._workers.values())
+        for slot in range(min(self._count, accelerators(self._device)) if large else self._count):
             if waiting and slot not in self._workers:
                 environment = _environment(self._device, slot, self._count)
                 self._workers[slot] = _Worker(self._setup, {**_compiled_once(programs), **environment})
             if waiting and self._workers[slot].idle:
                 task = self._next(self._workers[slot], waiting)
-                if task:
-                    waiting.remove(task)
-                    self._workers[slot].give(task)
+                waiting.remove(task)
+                self._workers[slot].give(task)
 
-    def _next(self, worker: "_Worker", waiting: deque[Task]) -> Task | None:
-        """The first task of a kind that the worker has compiled already, else the first that no other worker has.
-
-        None if only large ones wait, and another worker is at one: two may not have room on one device.
-        """
-        others = [other for other in self._workers.values() if other is not worker]
-        large = any(other.task and other.task.is_large for other in others)
-        fit = [task for task in waiting if not task.is_large] if large else waiting
-        kinds = {kind for other in others for kind in other.kinds}
-        known = (task for task in fit if task.kind in worker.kinds)
-        return next(known, None) or next((task for task in fit if task.kind not in kinds), fit[0] if fit else None)
+    def _next(self, worker: "_Worker", waiting: deque[Task]) -> Task:
+        """The first task if it is large, or that is of a kind that the worker has compiled, or no other worker has."""
+        if waiting[0].is_large:
+            return waiting[0]
+        others = {kind for other in self._workers.values() if other is not worker for kind in other.kinds}
+        known = (task for task in waiting if task.kind in worker.kinds)
+        return next(known, None) or next((task for task in waiting if task.kind not in others), waiting[0])
 
     def _stopped(self, worker: "_Worker") -> Iterator[tuple[int, Result]]:
         """The result of a case that has ended its process, or that is at a limit."""
@@ -121,12 +121,13 @@ class _Stop:
 class _Worker:
     """One process, and how far it is. `task` is what it has to do yet: the backends that have no result.
 
-    `idle` is True if it waits for a task, and `gone` if it takes no more. `kinds` are those of its tasks so far.
+    `idle` is True if it waits for a task, `gone` if it takes no more, and `filled` if it had a large one. `kinds` are
+    those of its tasks so far.
     """
 
     def __init__(self, setup: Setup, environment: dict[str, str]) -> None:
         self.task: Task | None = None
-        self.idle, self.gone, self.stage = False, False, ""
+        self.idle, self.gone, self.filled, self.stage = False, False, False, ""
         self.kinds: set[str] = set()
         self._ready = self._dead = False
         self._since, self._counted = time.monotonic(), 0.0
@@ -149,6 +150,7 @@ class _Worker:
     def give(self, task: Task) -> None:
         """Send a task."""
         self.task, self.idle = task, False
+        self.filled = self.filled or task.is_large
         self.kinds.add(task.kind)
         self._begin()
         self._send(task)

@@ -106,7 +106,7 @@ def test_cases_of_a_kind_go_to_the_worker_that_has_compiled_one():
         next(t for t in made if t.case.name == name) for name in ("qkv_zeros", "qkv_nan_some", "rows_67")
     )
     assert zeros.kind == nan.kind != rows.kind
-    one, other = (SimpleNamespace(kinds={task.kind}, task=None) for task in (zeros, rows))
+    one, other = (SimpleNamespace(kinds={task.kind}) for task in (zeros, rows))
     some = workers.Workers(Setup((), ()), 2, workers.Limits(1, 1), "cpu")
     some._workers = {0: one, 1: other}
     assert some._next(one, deque([rows, nan])) is nan
@@ -114,21 +114,38 @@ def test_cases_of_a_kind_go_to_the_worker_that_has_compiled_one():
     assert some._next(other, deque([nan])) is nan
 
 
-def test_one_case_at_a_time_fills_a_device():
+class Sham:
+    """Stands in for a worker process: it is done with a task when the test says so."""
+
+    def __init__(self, *_):
+        self.task, self.idle, self.gone, self.filled, self.grown, self.kinds = None, True, False, False, 0.0, set()
+
+    def give(self, task):
+        self.task, self.idle, self.filled = task, False, self.filled or task.is_large
+
+    def done(self):
+        self.task, self.idle = None, True
+
+
+def test_large_cases_come_first_and_have_a_device_to_themselves(monkeypatch):
+    monkeypatch.setattr(workers, "_Worker", Sham)
+    monkeypatch.setattr(workers, "accelerators", lambda device: 1)
     large, small = (next(c for c in cases("gdn_post_conv") if c.name == name) for name in ("over_2_31", "rows_67"))
-    first, second, third = (
-        Task(n, "gdn_post_conv", c, ("torch",), "cuda", "full") for n, c in enumerate([large, large, small])
-    )
-    assert first.is_large
-    assert not replace(first, device="cpu").is_large
-    assert not third.is_large
-    one, other = SimpleNamespace(kinds=set(), task=first), SimpleNamespace(kinds=set(), task=None)
+    made = [Task(n, "gdn_post_conv", c, ("torch",), "cuda", "full") for n, c in enumerate([large, large, small, small])]
+    assert [task.is_large for task in made] == [True, True, False, False]
+    assert not replace(made[0], device="cpu").is_large
     some = workers.Workers(Setup((), ()), 2, workers.Limits(1, 1), "cuda")
-    some._workers = {0: one, 1: other}
-    assert some._next(other, deque([second, third])) is third
-    assert some._next(other, deque([second])) is None
-    one.task = third
-    assert some._next(other, deque([second])) is second
+    waiting = deque(made)
+    for task in made[:2]:
+        for _ in range(2):
+            some._employ(waiting, "programs")
+            assert {slot: worker.task for slot, worker in some._workers.items()} == {0: task}
+        some._workers[0].done()
+        assert some._holds_much(some._workers[0], waiting) == (task is made[1])
+    del some._workers[0]
+    some._employ(waiting, "programs")
+    assert [worker.task for worker in some._workers.values()] == made[2:]
+    assert not some._holds_much(some._workers[0], waiting)
 
 
 def test_a_leak_does_not_accumulate(plugin):
