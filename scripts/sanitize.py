@@ -14,8 +14,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,22 +29,23 @@ LIMIT = 500.0  # seconds for a run
 
 
 def main() -> int:
-    """Write the summary and print a line for each run."""
+    """Write the summary, and print a line for each run when it is done."""
     target, workers = Path(sys.argv[1]), int(sys.argv[2])
     version = subprocess.run([SANITIZER, "--version"], capture_output=True, text=True, check=True).stdout
+    summary: dict[str, Any] = {"compute-sanitizer": version.split("Version")[-1].split()[0], "runs": []}
     with ThreadPoolExecutor(workers) as pool:
-        made = [pool.submit(run, tool, op) for tool in TOOLS for op in OPS]
-        found, reports = zip(*(one.result() for one in made), strict=True)
-    about = {name: reports[0].get(name) for name in ("commit", "started", "level", "chip", "versions")}
-    summary = {"compute-sanitizer": version.split("Version")[-1].split()[0], **about, "runs": found}
-    target.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    for one in found:
-        print(*one.values())
-    return 0 if all(one["ok"] and one["reports"] == 0 for one in found) else 1
+        for made in as_completed([pool.submit(run, tool, op) for tool in TOOLS for op in OPS]):
+            found, report = made.result()
+            summary |= {name: report[name] for name in ("commit", "level", "chip", "versions") if name in report}
+            summary["runs"].append(found)
+            target.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")  # as far as it is
+            print(*found.values(), flush=True)
+    return 0 if all(one["ok"] and one["reports"] == 0 for one in summary["runs"]) else 1
 
 
 def run(tool: str, op: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """How often a tool reports something while an op's cases run, and what; and the report of the cases."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+", encoding="utf-8") as log:
         conformance = ["conformance", "--device", "cuda", "--level", "quick", "--backend", "triton", "--op", op]
         limit = ["-j", "0", "--time-limit", str(LIMIT), "--report", folder]
@@ -61,7 +63,8 @@ def run(tool: str, op: str) -> tuple[dict[str, Any], dict[str, Any]]:
     lines = [line for line in re.findall(r"^========= (\w.*)$", said, re.MULTILINE) if " SUMMARY" not in line]
     kinds = Counter(re.sub(r"0x[0-9a-f]+|\d+", "N", line) for line in lines if not line.startswith("COMPUTE-SANITIZER"))
     total = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", said)
-    found = {"tool": tool, "op": op, "cases": report["counts"], "ok": report["ok"]}
+    seconds = round(time.monotonic() - began)
+    found = {"tool": tool, "op": op, "seconds": seconds, "cases": report["counts"], "ok": report["ok"]}
     return {**found, "reports": int(total[-1]) if total else None, "kinds": dict(kinds.most_common(8))}, report
 
 

@@ -21,7 +21,13 @@ INTS = ("int32", "int64")
 FP32_ROUNDOFF = 2.0**-24  # unit roundoff of float32, the compute dtype of every op
 FP32_TINY = 2.0**-126  # least normal float32; an accelerator may flush what is smaller
 
-REQUIRED: Any = object()  # the default of an attribute that has none
+
+class Required:
+    """What stands for the default of an attribute that has none, where a value would stand."""
+
+
+REQUIRED: Any = Required()
+
 
 AttrKind = Literal["int", "float", "bool", "enum", "dtype"]
 

@@ -15,7 +15,7 @@ from types import CodeType
 from typing import Any, NoReturn
 
 from polyfuse.spec._errors import SpecError
-from polyfuse.spec._types import REQUIRED, AttrSpec, Call, OpSpec, Output, TensorSpec
+from polyfuse.spec._types import REQUIRED, AttrSpec, Call, OpSpec, Output, Required, TensorSpec
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 LONGEST_VALUE = 200  # characters
@@ -112,7 +112,8 @@ def bind(spec: OpSpec, arguments: Mapping[str, Any], *, read_host: bool = True) 
 
 def _attr(spec: OpSpec, attr: AttrSpec, value: Any) -> Any:
     """The canonical value of an attribute: a dtype by its name, a number or a flag as Python's own."""
-    if value is None or value is REQUIRED:
+    # torch.compile of PyTorch 2.11 cannot ask whether a number that it traces is a certain object.
+    if value is None or isinstance(value, Required):
         if attr.optional:
             return None
         fail(

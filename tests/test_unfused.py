@@ -163,3 +163,15 @@ def test_block_quant_takes_what_the_op_takes() -> None:
     del attributes["expert_alignment"], attributes["fill"]  # of experts, and of rows that are not valid
     parameters = signature(block_quant).parameters.values()
     assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == attributes
+
+
+def test_block_quant_compiles_with_numbers_that_change() -> None:
+    """From the second value on torch.compile traces a number as a symbol."""
+    compiled = torch.compile(block_quant, fullgraph=True, backend="eager")
+    x = torch.linspace(-3, 3, 8 * 256).view(8, 256)
+    for group_size in (128, 64, 32):
+        for scale_min in (None, 0.0, 1e-12, 0.5):
+            got = compiled(x, group_size=group_size, scale_min=scale_min)
+            want = block_quant(x, group_size=group_size, scale_min=scale_min)
+            assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8))
+            assert torch.equal(got[1], want[1])
