@@ -56,6 +56,7 @@ def gdn_conv_prep(
     results = fused(
         partial(_load, heads=num_k_heads, size=head_k_dim, per_head=per_head, activation=activation),
         _specs,
+        None,
         sources,
         (a, b, A_log, dt_bias),
         name="gdn_conv_prep",

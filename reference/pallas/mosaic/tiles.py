@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -30,14 +31,18 @@ class Tile(NamedTuple):
     vector: int
 
     @property
+    def _per_warp(self) -> int:
+        """Rows that a warp holds at once."""
+        return LANES * self.vector // self.width
+
+    @property
     def layout(self) -> Any:
         """Which warp, lane and register holds an element."""
-        per_warp = LANES * self.vector // self.width  # rows
-        every = (WARPS * per_warp, self.width)
-        if per_warp == 1:
+        every = (WARPS * self._per_warp, self.width)
+        if self._per_warp == 1:
             inner, warps, lanes = ((self.vector,),), (-3,), (-2,)
         else:
-            inner, warps, lanes = ((per_warp, self.width), (self.vector,)), (-5,), (-3, -2)
+            inner, warps, lanes = ((self._per_warp, self.width), (self.vector,)), (-5,), (-3, -2)
         tiling = plgpu.Tiling((every, *inner))
         return plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=lanes, vector_dim=-1)
 
@@ -45,9 +50,27 @@ class Tile(NamedTuple):
         """Return a tile of global memory, in the dtype it has there."""
         return _load(ref, layout=self.layout, optimized=False)
 
+    def load_row(self, ref: Any) -> jax.Array:
+        """Return a row [width] of global memory, which every warp holds."""
+        tiling = plgpu.Tiling(((self.width,), (self.vector,)))
+        lanes = (-2,) if self._per_warp == 1 else (plgpu.Replicated(self._per_warp), -2)
+        layout = plgpu.Layout.TILED(tiling, warp_dims=(plgpu.Replicated(WARPS),), lane_dims=lanes, vector_dim=-1)
+        return _load(ref, layout=layout, optimized=False)
+
     def across(self, values: jax.Array) -> jax.Array:
-        """Return a value for each row [rows] as a tile."""
-        return plgpu.layout_cast(lax.broadcast_in_dim(values, (self.rows, self.width), (0,)), self.layout)
+        """Return a tile with one value in each of its rows [rows]."""
+        return self._spread(values, 0)
+
+    def down(self, row: jax.Array) -> jax.Array:
+        """Return a tile with the same row [width] everywhere."""
+        return self._spread(row, 1)
+
+    def zeros(self) -> jax.Array:
+        """Return a tile of zeros in float32."""
+        return plgpu.layout_cast(jnp.zeros((self.rows, self.width), jnp.float32), self.layout)
+
+    def _spread(self, x: jax.Array, axis: int) -> jax.Array:
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.rows, self.width), (axis,)), self.layout)
 
 
 def tile_of(count: int, width: int, most: int) -> Tile | None:
