@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from polyfuse.reference._jax.compilation import jit
 from polyfuse.reference._jax.projection import channels_of
 from polyfuse.reference._jax.sequences import sequences, states_after, states_before
+from polyfuse.reference.pallas import mosaic
 from polyfuse.reference.pallas.gdn_post_conv import CAPABILITY as CAPABILITY
 from polyfuse.reference.pallas.gdn_post_conv import fused
 
@@ -53,9 +54,11 @@ def gdn_conv_prep(
     if state is not None:
         sources["state"] = state
     per_head = x.shape[1] // num_k_heads if interleaved else 0
+    kernels = mosaic.preferred("gdn_conv_prep")
     results = fused(
         partial(_load, heads=num_k_heads, size=head_k_dim, per_head=per_head, activation=activation),
         _specs,
+        partial(kernels.kernel_of, interleaved=interleaved, activation=activation) if kernels else None,
         sources,
         (a, b, A_log, dt_bias),
         name="gdn_conv_prep",

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from polyfuse.reference._jax.compilation import jit
+from polyfuse.reference.pallas import mosaic
 from polyfuse.spec import FP32_TINY, Capability, Unsupported
 
 # No TPU: Mosaic cannot gather columns by a vector of column numbers.
@@ -41,9 +42,11 @@ def gdn_post_conv(
     output_g_exp: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """q, k [L, H, K], v [L, HV, V], g, beta [L, HV]."""
+    kernels = mosaic.preferred("gdn_post_conv")
     return fused(
         _load,
         _spec,
+        kernels.kernel_of if kernels else None,
         conv_out,
         (a, b, A_log, dt_bias),
         name="gdn_post_conv",
@@ -68,6 +71,7 @@ def _load(conv_ref: Any, row: jax.Array, column: jax.Array, mask: jax.Array) -> 
 def fused(
     load: Callable[..., jax.Array],
     specs: Callable[[Any, int], Any],
+    kernel_of: Callable[..., Callable[..., Any] | None] | None,
     source: Any,
     gates: Sequence[jax.Array],
     *,
@@ -82,7 +86,8 @@ def fused(
 
     The refs are those of the array or arrays in `source`, with the block specs `specs(source, rows)` for programs of so
     many rows; `row` counts from the program's first. The gates are a, b (in either of their shapes), A_log,
-    dt_bias. Raises `Unsupported` for no value heads.
+    dt_bias. On CUDA the kernel that `kernel_of` returns for a call, if any, takes its place. Raises `Unsupported` for
+    no value heads.
     """
     a, b, *per_head = gates
     length, heads_v = len(a), len(per_head[0])
@@ -98,15 +103,15 @@ def fused(
     tile_heads = min(pl.next_power_of_2(heads), max(1, _GPU_TILE_WIDTH // lanes))
     tile_values = min(pl.next_power_of_2(values), _GPU_TILE_VALUES)
     shares = max(pl.cdiv(heads, tile_heads), pl.cdiv(values, tile_values))
-    launch = partial(
-        _launch, load=load, specs=specs, name=name, dtype=dtype, heads=heads, size=size, values=values, **attrs
-    )
+    attrs |= {"dtype": dtype, "heads": heads, "size": size, "values": values}
+    launch = partial(_launch, load=load, specs=specs, name=name, **attrs)
     native = partial(
         launch,
         rows=max(1, min(_GPU_TILE // (tile_heads * lanes), 2 * _GPU_TILE // tile_values)),
         shares=shares,
         tiles=(tile_heads, lanes, tile_values, pl.next_power_of_2(pl.cdiv(heads_v, shares))),
     )
+    on_cuda = kernel_of and kernel_of(source, *gates, **attrs)
     interpreted = partial(
         launch,
         rows=min(_CPU_TILE_ROWS, length),
@@ -114,7 +119,7 @@ def fused(
         tiles=(heads, size, values, heads_v),
         interpret=True,
     )
-    q, k, v, g, beta = lax.platform_dependent(source, *gates, cpu=interpreted, cuda=native, rocm=native)
+    q, k, v, g, beta = lax.platform_dependent(source, *gates, cpu=interpreted, cuda=on_cuda or native, rocm=native)
     return q, k, v.reshape(length, heads_v, size_v), g, beta
 
 

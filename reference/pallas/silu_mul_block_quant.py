@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from polyfuse.reference._jax.blocks import grouped, stored, valid_rows
 from polyfuse.reference._jax.compilation import jit
 from polyfuse.reference._jax.quantisation import block_scale, divisor, exponent_byte, quantised, silu_mul, weighted
+from polyfuse.reference.pallas import mosaic
 from polyfuse.spec import Capability, dtype_name
 
 # Triton casts to float8_e4m3fn from compute capability 8.9 on.
@@ -123,6 +124,8 @@ def _quantise(
     attrs |= {"masked": masked, "width": width, "quant_dtype": quant_dtype, "scale_format": scale_format}
     native = partial(_in_parts, tile=_gpu_tile(groups, group_size), **attrs)
     interpreted = partial(_in_parts, tile=(min(_CPU_TILE_ROWS, shape[1]), groups, group_size), interpret=True, **attrs)
+    if kernels := mosaic.preferred("silu_mul_block_quant"):
+        native = kernels.kernel_of(*sources, *others, **attrs) or native
     q, scale = lax.platform_dependent(*sources, *others, cpu=interpreted, cuda=native)
     if quant_dtype == "float8_e4m3fnuz":
         q = lax.bitcast_convert_type(q, quant_dtype)
