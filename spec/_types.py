@@ -27,8 +27,6 @@ class Required:
 
 
 REQUIRED: Any = Required()
-
-
 AttrKind = Literal["int", "float", "bool", "enum", "dtype"]
 
 

@@ -57,7 +57,7 @@ def test_a_conformance_report_says_itself_how_it_was_made(tmp_path):
     data = read(path)
     assert data["made"] == {"by": "run a; run b", "commit": "0123456", "date": "2026-01-02"}
     assert "| gdn_post_conv | 1 |" in conformance({"conformance_x": data})
-    earlier = {**data, "made": {**data["made"], "date": "2020-01-01"}, "results": data["results"] * 3}
+    earlier = {**data, "finished": "2020-01-01T00:00:00Z", "results": data["results"] * 3}
     assert "| gdn_post_conv | 1 |" in conformance({"conformance_x": data, "conformance_y": earlier})
     report.commit = None
     report.write_file(path)

@@ -3,7 +3,7 @@
 `python -m polyfuse.bench.page` writes the page from `benchmarks/results/*.json` and the text around the tables in
 `benchmarks/page.md.j2`. A result names the command, the commit and the date that it was made with under `made`, which
 is added by hand when the file is committed: a new run drops it, and the page is refused until it is there again.
-A conformance report with a schema number says so itself.
+A conformance report says so itself.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -258,7 +258,7 @@ def conformance(results: Mapping[str, Result]) -> str:
     """Cases passed by each backend in the last report on an op that it is in, and all of them."""
     reports = {name: data for name, data in results.items() if name.startswith("conformance_")}
     counted: dict[str, dict[str, dict[str, int]]] = {}
-    for data in sorted(reports.values(), key=lambda data: data["made"]["date"]):
+    for data in sorted(reports.values(), key=lambda data: data["finished"]):
         found: dict[tuple[str, str], dict[str, int]] = {}
         for row in data["results"]:
             status = found.setdefault((row["op"], row["backend"]), {})
