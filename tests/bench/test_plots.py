@@ -171,6 +171,8 @@ def test_a_chart_of_ops_has_the_limit_and_the_peers():
         ("64x64_host_grid", "64x64 patches, grid on the host"),
         ("16_images_32k_rows", "16 images, 32k rows"),
         ("one_image_4096", "one image 4096"),
+        ("E256_T64_D2048_8_live", "256 experts, 64 tokens, 2,048 wide, 8 live"),
+        ("T4096_D2048_mxfp4", "4k tokens, 2,048 wide, MXFP4"),
     ],
 )
 def test_labels(code, label):

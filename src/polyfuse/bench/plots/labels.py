@@ -5,7 +5,13 @@ from functools import cache
 
 from polyfuse.configs import model_configs
 
-WORDS = {"mxfp8": "MXFP8", "nvfp4": "NVFP4", "host_grid": "grid on the host", "images_32k": "images, 32k"}
+WORDS = {
+    "mxfp8": "MXFP8",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+    "host_grid": "grid on the host",
+    "images_32k": "images, 32k",
+}
 
 
 @cache
@@ -28,12 +34,12 @@ def case_label(case: str) -> str:
         case = re.sub(rf"(?<![a-z]){code}", words.replace(" ", "~"), case)
     texts: list[str] = []
     for part in case.split("_"):
-        match = re.fullmatch(r"(T|L|B|D|g)(\d+)", part)
+        match = re.fullmatch(r"(E|T|L|B|D|g)(\d+)", part)
         if match:
             texts.append(_sized(match[1], int(match[2])))
         elif re.fullmatch(r"\d+x\d+", part):
             texts.append(f"{part} patches")
-        elif texts and not re.search(r"tokens?$|sequences?$|wide$|patches$|^groups", texts[-1]):
+        elif texts and not re.search(r"tokens?$|experts?$|sequences?$|wide$|patches$|^groups", texts[-1]):
             texts[-1] += f" {part}"
         else:
             texts.append(part)
@@ -45,7 +51,7 @@ def _sized(code: str, count: int) -> str:
         return f"{count:,} wide"
     if code == "g":
         return f"groups of {count}"
-    return counted(count, "sequence" if code == "B" else "token")
+    return counted(count, {"B": "sequence", "E": "expert"}.get(code, "token"))
 
 
 def counted(count: int, noun: str) -> str:
