@@ -16,14 +16,20 @@ GPT_OSS = {"alpha": 1.702, "up_offset": 1.0, "limit": 7.0}
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("fill", ["", "zeros", "nan_some", "inf_some", "large", "tiny", "decades", "outliers"])
-@pytest.mark.parametrize("attrs", [{}, {"scale_format": "ue8m0_packed", "group_size": 32}, {"quant_dtype": "int8"}])
+@pytest.mark.parametrize(
+    "attrs", [{}, *map(slow, ({"scale_format": "ue8m0_packed", "group_size": 32}, {"quant_dtype": "int8"}))]
+)
 def test_fills(pallas_layer: Any, interpreted: list[int], fill: str, attrs: dict[str, Any]) -> None:
     case = Case("fill", {"...": (3,), "D": 1024}, attrs, {"T": "bfloat16"}, fill={"x": fill} if fill else {})
     assert pallas_layer.problem(Trial(OP, case, seed=0)) is None
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", slow("float16"), slow("float32")])
 @pytest.mark.parametrize(
     "attrs",
     [
