@@ -76,8 +76,9 @@ def _compared(attempt: Attempt, name: str, got: F64, weights: dict[str, F64], te
         # Of 16-bit results what flows back is rounded on the way too.
         size = sqrt(float((got * got).sum())) * (roundoff + outputs) * DEVIATIONS
         size += float(np.abs(got).sum()) * FP32_ROUNDOFF * STEPS
-        # Where terms cancel, each has roundings of its own: a weight times a result, a difference, a product with it.
-        size += terms * largest * FP32_ROUNDOFF * 4
+        # Where terms cancel, each has roundings of its own: a weight times a result, a difference, a product with it,
+        # and the sums of such terms in vector lanes.
+        size += terms * largest * FP32_ROUNDOFF * 8
         noise = 2.0**-50 * max(abs(high), abs(low), 1.0) * 100 / step
         if not abs(found - slope) <= size + noise + 1e-6 * abs(slope):
             yield (
