@@ -24,6 +24,8 @@ pytestmark = pytest.mark.skipif(bool(INSTALLED), reason=f"Transformers takes {',
 @pytest.fixture
 def logged():
     """The lines that Transformers logs from here on, each with the prefix that it prints."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
     logging.Logger.warning_once.cache_clear()  # each line is logged once in a process
     logger, lines = transformers_logging.get_logger("transformers"), []
     handler = logging.Handler()
@@ -31,6 +33,7 @@ def logged():
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)
+    transformers_logging.set_verbosity(verbosity)
 
 
 def functions(lines):
