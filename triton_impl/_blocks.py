@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 
+from polyfuse._torch.memory import allocator, contiguous_strides
 from polyfuse.spec.block_quant import FLOAT4, QMAX, scale_floor, scale_form
 from polyfuse.triton_impl._common import INTERPRETED
 
@@ -31,9 +32,10 @@ class Results:
     """The results of calls of one kind, and what a kernel takes to write them."""
 
     q_shape: tuple[int, ...]
+    q_strides: tuple[int, ...]
     q_dtype: torch.dtype
     scale_shape: tuple[int, ...]
-    scale_strides: tuple[int, ...] | None
+    scale_strides: tuple[int, ...]
     scale_dtype: torch.dtype
     codes: bool  # q is written as bytes
     numbers: tuple[int, ...]  # scale_expert, scale_row, scale_group
@@ -42,12 +44,11 @@ class Results:
 
     def allocate(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """New q and scale."""
-        q = torch.empty(*self.q_shape, dtype=self.q_dtype, device=device)  # a tuple takes longer
+        make = allocator(device)
+        q = make(self.q_shape, self.q_strides, self.q_dtype)
         if self.first is not None:
             return q, self._filled(device, self.first)
-        if self.scale_strides is None:
-            return q, torch.empty(*self.scale_shape, dtype=self.scale_dtype, device=device)
-        return q, torch.empty_strided(self.scale_shape, self.scale_strides, dtype=self.scale_dtype, device=device)
+        return q, make(self.scale_shape, self.scale_strides, self.scale_dtype)
 
     def writable(self, q: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same memory, in the dtypes that a kernel writes."""
@@ -57,13 +58,12 @@ class Results:
         )
 
     def _filled(self, device: torch.device, number: int | float) -> torch.Tensor:
-        strides = self.scale_strides or _contiguous(self.scale_shape)
-        size = 1 + sum((n - 1) * step for n, step in zip(self.scale_shape, strides, strict=True))
+        size = 1 + sum((n - 1) * step for n, step in zip(self.scale_shape, self.scale_strides, strict=True))
         if not prod(self.scale_shape):
             size = 0
         storage = torch.uint8 if self.scale_dtype is torch.float8_e4m3fn else self.scale_dtype
         buffer = torch.full((size,), number, dtype=storage, device=device)
-        return buffer.view(self.scale_dtype).as_strided(self.scale_shape, strides)
+        return buffer.view(self.scale_dtype).as_strided(self.scale_shape, self.scale_strides)
 
 
 def results(
@@ -95,12 +95,14 @@ def results(
     byte = _fill_number(fill, scale_format, swizzled)
     wanted = (masked or with_ends or padded) and (fill is not None or swizzled)
     four_bit = quant_dtype == FLOAT4
+    q_shape = *lead, width // 2 if four_bit else width
     q_dtype = torch.uint8 if four_bit else getattr(torch, quant_dtype)
     return Results(
-        q_shape=(*lead, width // 2 if four_bit else width),
+        q_shape=q_shape,
+        q_strides=contiguous_strides(q_shape),
         q_dtype=q_dtype,
         scale_shape=form.shape,
-        scale_strides=form.strides,
+        scale_strides=form.strides or contiguous_strides(form.shape),
         scale_dtype=getattr(torch, form.dtype),
         codes=quant_dtype not in ("int8", FLOAT4) and not _converts(device, quant_dtype),
         numbers=numbers,
@@ -130,10 +132,6 @@ def _fill_number(fill: float | None, scale_format: str, swizzled: bool) -> int |
 
 def _four_times(byte: int) -> int:
     return int.from_bytes(bytes([byte] * 4), "little", signed=True)
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _converts(device: torch.device, quant_dtype: str) -> bool:

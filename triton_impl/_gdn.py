@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyfuse._torch.memory import new
 from polyfuse.triton_impl._common import INTERPRETED, LOG2_E, widen
 
 SMALL_X = tl.constexpr(-20.0)  # below, softplus(x) is exp(x) to 1e-9
@@ -131,8 +132,5 @@ def gate_layout(a: torch.Tensor, b: torch.Tensor, H: int, HV: int) -> tuple[int,
 
 def new_outputs(x: torch.Tensor, length: int, HV: int, H: int, K: int, V: int) -> tuple[torch.Tensor, ...]:
     """q, k [length, H, K] and v [length, HV, V] in the dtype of x; g and beta [length, HV] in float32."""
-    q = x.new_empty(length, H, K)
-    k = torch.empty_like(q)
-    v = x.new_empty(length, HV, V)
-    g = torch.empty(length, HV, dtype=torch.float32, device=x.device)
-    return q, k, v, g, torch.empty_like(g)
+    keys, gates = ((length, H, K), x.dtype), ((length, HV), torch.float32)
+    return new(x.device, keys, keys, ((length, HV, V), x.dtype), gates, gates)

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyfuse._torch.memory import new
 from polyfuse.spec import gated_delta_rule as spec
 from polyfuse.triton_impl._common import capability, round_to, widen
 from polyfuse.triton_impl._launch import Launcher
@@ -341,14 +342,13 @@ def gated_delta_rule(
     (length, _, K), (_, heads, V) = q.shape, v.shape
     sequences = 1 if cu_seqlens is None else len(cu_seqlens) - 1
     states = sequences if output_final_state else 0
-    o = v.new_empty(length, heads, V)
-    final = torch.empty(states, heads, K, V, dtype=torch.float32, device=v.device)
+    o, final = new(v.device, ((length, heads, V), v.dtype), ((states, heads, K, V), torch.float32))
     if not o.numel() or not K:
         final.copy_(initial_state) if initial_state is not None and states else final.zero_()
         if state_pool is None or not state_pool.numel():
             return o.zero_(), final
-    t, p = (v.new_empty(heads, length, ROWS.value) for _ in range(2))
-    decay = torch.empty(heads, length, 2, dtype=torch.float32, device=v.device)
+    square = (heads, length, ROWS.value), v.dtype
+    t, p, decay = new(v.device, square, square, ((heads, length, 2), torch.float32))
     first, last = (initial_state, final) if state_pool is None else (state_pool, state_pool)
     inputs = q, k, v, g, beta, cu_seqlens, first, state_indices, has_initial_state
     plan, addresses = _plans(inputs, output_final_state, state_pool is not None, scale)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyfuse._torch.memory import new
 from polyfuse.spec import FP32_TINY
 from polyfuse.triton_impl._common import capability, round_to, widen
 from polyfuse.triton_impl._gdn import fast_sigmoid, silu, sum_of_squares
@@ -177,7 +178,7 @@ def gated_rms_norm(
     weight_offset: float = 0.0,
 ) -> torch.Tensor:
     """Returns y [..., V], rounded once."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (y,) = new(x.device, ((*x.shape,), x.dtype))
     if y.numel():
         inputs = x, gate, weight
         plan, addresses = _plans(inputs, eps, activation == "silu", weight_offset, TILES.forced)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyfuse._torch.memory import allocator
 from polyfuse.spec import FP32_TINY
 from polyfuse.triton_impl._common import capability, round_to, widen
 from polyfuse.triton_impl._conv_state import begin_window, store_final_state, update_pool
@@ -369,7 +370,8 @@ def gdn_conv_prep(
     states = 0 if not output_final_state else 1 if cu_seqlens is None else len(cu_seqlens) - 1
     outputs = new_outputs(x, length, A_log.shape[0], num_k_heads, head_k_dim, head_v_dim)
     state_dtype = x.dtype if initial_state is None else initial_state.dtype
-    final_state = x.new_empty(states, width - 1, channels, dtype=state_dtype).transpose(1, 2)
+    taps = width - 1
+    final_state = allocator(x.device)((states, channels, taps), (taps * channels, 1, channels), state_dtype)
     results = *outputs, final_state
     if length or state_pool is not None:
         inputs = (

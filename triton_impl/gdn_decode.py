@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyfuse._torch.memory import new
 from polyfuse.spec import FP32_TINY
 from polyfuse.triton_impl._common import INTERPRETED, capability, round_to, widen
 from polyfuse.triton_impl._conv_step import conv_at, read, shifted, store_shifted
@@ -331,7 +332,7 @@ def gdn_decode(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Returns out, rounded once; both states are updated."""
-    out = x.new_empty(*x.shape[:-1], A_log.shape[0] * head_v_dim)
+    (out,) = new(x.device, ((*x.shape[:-1], A_log.shape[0] * head_v_dim), x.dtype))
     if out.numel():
         inputs = (
             *(x, z, a, b, conv_weight, A_log, dt_bias, norm_weight, conv_state, recurrent_state),

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyfuse._torch.memory import new
 from polyfuse._torch.projections import (
     Pair,
     Projection,
@@ -124,7 +125,7 @@ BIASES = 5, 6  # their places among the inputs
 def fused(x: torch.Tensor, large: Projection, small: Projection) -> Pair:
     """All products in one launch."""
     lead = x.shape[:-1]
-    qkvz, ba = x.new_empty(*lead, large.width), x.new_empty(*lead, small.width)
+    qkvz, ba = new(x.device, ((*lead, large.width), x.dtype), ((*lead, small.width), x.dtype))
     flat = x if len(lead) == 1 else x.flatten(0, -2)
     if flat.shape[0] and qkvz.shape[-1] + ba.shape[-1]:
         inputs = flat, large.weight, large.following, small.weight, small.following, large.bias, small.bias

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyfuse._torch.memory import new
 from polyfuse.triton_impl._common import INTERPRETED, capability, round_to, widen
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, adjacent
@@ -361,7 +362,7 @@ def pos_embed_interpolate(
     rows = pieces[-1].first + pieces[-1].rows
     columns = table.shape[1]
     dtype = getattr(torch, out_dtype) if out_dtype else (table if base is None else base).dtype
-    out = torch.empty(rows, columns, dtype=dtype, device=table.device)
+    (out,) = new(table.device, ((rows, columns), dtype))
     if rows == 0 or columns == 0:
         return out
     settings = merge_size, mode == "bicubic", align_corners, table_height

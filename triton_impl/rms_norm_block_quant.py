@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyfuse._torch.memory import new
 from polyfuse.spec import FP32_TINY
 from polyfuse.triton_impl import _blocks
 from polyfuse.triton_impl._blocks import ANY_VALUE
@@ -153,7 +154,7 @@ def _plan(
         tuple(lead), width, x.device, masked, ends is not None, group, quant_dtype, scale_format, scale_layout,
         scale_min, reciprocal, fill,
     )  # fmt: skip
-    kept = results, (0, width) if residual is None else x.shape
+    kept = results, (0, width) if residual is None else (*x.shape,)
     changes: dict[int, Change] = dict.fromkeys((2, 3, 4), contiguous)
     if not masked:
         changes |= dict.fromkeys((0, 1), rows_together)
@@ -208,7 +209,7 @@ def rms_norm_block_quant(
         *(reciprocal, expert_alignment, fill),
     )
     results, shape_of_total = plan.kept
-    total = x.new_empty(*shape_of_total)
+    (total,) = new(x.device, (shape_of_total, x.dtype))
     q, scale = results.allocate(x.device)
     plan(inputs, addresses, (*results.writable(q, scale), total))
     return q, scale, total

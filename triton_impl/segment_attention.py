@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyfuse._torch.memory import new
 from polyfuse.spec import Deferral
 from polyfuse.triton_impl._common import INTERPRETED, capability, round_to
 from polyfuse.triton_impl._launch import Launcher
@@ -186,7 +187,7 @@ def segment_attention(
     A tensor is copied first unless its last stride is 1, its others are multiples of 8, and it starts at a multiple of
     16 bytes. Nothing is read on the host, with or without `max_seqlen`.
     """
-    out = q.new_empty(*q.shape)
+    (out,) = new(q.device, ((*q.shape,), q.dtype))
     if q.numel() and len(cu_seqlens) > 1:
         inputs = q, k, v, cu_seqlens
         plan, addresses = _plans(inputs, scale)

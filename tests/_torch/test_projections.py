@@ -107,7 +107,18 @@ def test_recorded_is_what_requires_a_gradient_while_gradients_are_enabled(x: tor
 
 
 def test_without_a_measurement_the_choice_is_sequential(x: torch.Tensor, weights: list[torch.Tensor]) -> None:
-    assert choose(x, weights[0], weights[2], GEMMS) == "sequential"
+    assert choose(x, weights[0], weights[2], (*GEMMS, "fused")) == "sequential"
+
+
+def test_on_a_gpu_few_rows_of_16_bits_without_a_measurement_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projections, "_table", lambda device: {(64, 96, 8, "bfloat16"): ((None, ("sequential",)),)})
+    device = torch.device("cuda", 0)
+    sizes = {"bfloat16": ("fused",), "float16": ("fused",), "float32": ()}
+    for dtype, ranking in sizes.items():
+        assert projections._ranking(device, 64, 128, 8, getattr(torch, dtype), 64) == ranking
+    assert projections._ranking(device, 64, 128, 8, torch.bfloat16, 65) == ()
+    assert projections._ranking(device, 64, 96, 8, torch.bfloat16, 64) == ("sequential",)
+    assert projections._ranking(torch.device("cpu"), 64, 128, 8, torch.bfloat16, 64) == ()
 
 
 def test_the_choice_follows_the_table(
@@ -118,8 +129,8 @@ def test_the_choice_follows_the_table(
     monkeypatch.setattr(projections, "_table", lambda device: {(64, 96, 8, "bfloat16"): ranges})
     every = (*GEMMS, "fused")
     assert choose(x, w1, w2, every) == "sequential"
-    monkeypatch.setattr(projections, "_capturing", lambda device: True)
     assert choose(x[:4], w1, w2, every) == "fused"
+    monkeypatch.setattr(projections, "_capturing", lambda device: True)
     assert choose(x[:4], w1, w2, GEMMS) == "parallel"
     assert choose(x, *stack_weights(w1, w2), every) == "merged"
     assert choose(x, w1, w2, every) == "parallel"

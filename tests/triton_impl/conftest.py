@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from polyfuse._torch import memory
 from polyfuse.triton_impl import _launch
 from polyfuse.triton_impl._common import INTERPRETED
 from polyfuse.triton_impl._plans import Plans
@@ -80,6 +81,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return allocate_poisoned
 
+    monkeypatch.setattr(memory, "deterministic", lambda: True)  # new memory comes from torch.empty_strided
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
