@@ -13,23 +13,24 @@ from torch._C import _accelerator_getDeviceIndex as current_device_index
 from torch._C import _get_deterministic_algorithms as deterministic
 from torch._C._dynamo import guards
 
+_GUARDS: Any = guards
 Shape = tuple[int, ...]
 # Makes a tensor without values of a shape, strides and a dtype. It takes tuples, and no `torch.Size`.
 Allocate = Callable[[Shape, Shape, torch.dtype], torch.Tensor]
 
 _ON_CURRENT: dict[str, Any] = {
-    "cpu": guards._empty_strided_cpu,
-    "cuda": guards._empty_strided_cuda,
-    "xpu": guards._empty_strided_xpu,
+    "cpu": _GUARDS._empty_strided_cpu,
+    "cuda": _GUARDS._empty_strided_cuda,
+    "xpu": _GUARDS._empty_strided_xpu,
 }
 
 
 def allocator(device: torch.device) -> Allocate:
     """What makes new tensors on the device."""
     on_current, anywhere = _makers(device)
-    if deterministic() or (device.index is not None and device.index != current_device_index()):
-        return anywhere
-    return on_current
+    index: int | None = device.index
+    here = index is None or index == current_device_index()
+    return on_current if here and not deterministic() else anywhere
 
 
 @lru_cache(maxsize=64)
