@@ -75,9 +75,15 @@ def test_nothing_to_compute_is_no_launch(launches: list[Any]) -> None:
     assert launches == []
 
 
-def test_auto_without_a_measurement_launches_no_kernel(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_without_a_measurement_is_fused_for_few_rows_on_a_gpu(
+    launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("polyfuse._torch.projections._table", lambda device: {})
     x, w1, wz, w2, wa = operands(5)
+    polyfuse.gdn_in_proj(x, w1, w2, w_z=wz, w_a=wa, backend="triton")
+    assert launches == ([(7, 1, 1)] if x.is_cuda else [])
+    del launches[:]
+    x = operands(65)[0]
     auto = polyfuse.gdn_in_proj(x, w1, w2, w_z=wz, w_a=wa, backend="triton")
     assert launches == []
     one_by_one = polyfuse.gdn_in_proj(x, w1, w2, w_z=wz, w_a=wa, strategy="sequential", backend="triton")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from polyfuse.reference.pallas.mosaic.gdn_post_conv import MOST_ELEMENTS, ROWS, kernel_of_heads
+from polyfuse.reference.pallas.mosaic.gdn_post_conv import ROWS, kernel_of_heads, whole_program
 from polyfuse.reference.pallas.mosaic.tiles import Tile
 
 
@@ -25,7 +25,7 @@ def kernel_of(
     **attrs: Any,
 ) -> Callable[..., Any] | None:
     """Return the kernel of a call, or None if it has none: for interleaved columns, and see `kernel_of_heads`."""
-    if interleaved or max(array.size for array in sources.values()) >= MOST_ELEMENTS:
+    if interleaved:
         return None
     names = sorted(sources)
 
@@ -39,7 +39,9 @@ def kernel_of(
 
 
 def _in_heads(name: str, array: jax.Array, size: int) -> jax.Array:
-    """An array of channels as [..., heads, size]; `age` and `number` as they are."""
+    """An array of channels as [..., heads, size]; of x, `age` and `number` as many rows as a program takes."""
+    if name in ("x", "age", "number"):
+        array = whole_program(array)
     if name in ("age", "number"):
         return array
     if name in ("weight", "state"):  # [C, W] and [S, C, n]

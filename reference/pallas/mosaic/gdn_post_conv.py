@@ -19,20 +19,17 @@ from polyfuse.spec import FP32_TINY
 
 ROWS = 8  # of a program
 _TILE = 1024  # elements that a program has of a row
-MOST_ELEMENTS = 2**31
 
 
 def kernel_of(conv_out: jax.Array, *gates: jax.Array, size: int, **attrs: Any) -> Callable[..., Any] | None:
     """Return the kernel of a call, or None if it has none: see `kernel_of_heads`."""
 
     def arrays(conv_out: jax.Array) -> list[jax.Array]:
-        return [conv_out.reshape(len(conv_out), -1, size)]
+        return [whole_program(conv_out.reshape(len(conv_out), -1, size))]
 
     def load(refs: list[Any], row: jax.Array, columns: Any, tile: Tile) -> list[jax.Array]:
         return [tile.load(refs[0].at[row + i, columns, :]) for i in range(ROWS)]
 
-    if conv_out.size >= MOST_ELEMENTS:
-        return None
     return kernel_of_heads(arrays, load, *gates, name="gdn_post_conv", size=size, **attrs)
 
 
@@ -47,15 +44,16 @@ def kernel_of_heads(
 ) -> Callable[..., Any] | None:
     """Return the kernel of rows [q | k | v], or None if it has none for them.
 
-    It has one for 16, 32, 64, 128 or 256 value heads, at least 8 rows, heads of q and k that are 32, 64, 128 or 256
-    wide and fill a multiple of 512 columns (1024 if they are 256 wide), and columns of v that do so too.
+    It has one for 16, 32, 64, 128 or 256 value heads, heads of q and k that are 32, 64, 128 or 256 wide and fill a
+    multiple of 512 columns (1024 if they are 256 wide), and columns of v that do so too. How many rows a call has does
+    not matter, as another kernel gives other bits; none at all need no kernel.
 
     The kernel takes the op's source and its gates. `load(refs, row, heads, tile)` gives the tiles of ROWS rows, from
-    `row` on, of some of their heads; the refs are those of `arrays(source)`.
+    `row` on, of some of their heads; the refs are those of `arrays(source)`, which have ROWS rows or more.
     """
     length, heads_v = gates[0].shape
     tile = tile_of(gcd(heads, values // size), size, _TILE)
-    if tile is None or values % size or heads_v not in (16, 32, 64, 128, 256) or length < ROWS:
+    if tile is None or values % size or heads_v not in (16, 32, 64, 128, 256) or not length:
         return None
     gate_tile = Tile(ROWS, heads_v, max(1, heads_v // LANES))
     attrs |= {"tile": tile, "gate_tile": gate_tile, "heads": heads, "values": values}
@@ -77,7 +75,9 @@ def _launch(
     output_g_exp: bool,
 ) -> Any:
     """q, k [L, H, K], v [L, values], g, beta [L, HV]."""
-    length, heads_v = gates[0].shape
+    rows, heads_v = gates[0].shape
+    length = max(rows, ROWS)
+    a, b, *vectors = gates
     of_qk, of_v = heads // tile.rows, values // tile.width // tile.rows  # tiles of a row
     tiles = 2 * of_qk + of_v + 1  # the last of the gates
 
@@ -109,8 +109,15 @@ def _launch(
     v = jax.ShapeDtypeStruct((length, values // tile.width, tile.width), dtype)
     gate = jax.ShapeDtypeStruct((length, heads_v), jnp.float32)
     programs = pl.cdiv(length, ROWS) * tiles
-    q, k, v, *of_gates = launch(body, (qk, qk, v, gate, gate), programs, *sources, *gates, name=name)
-    return q, k, v.reshape(length, values), *of_gates
+    arrays = *sources, whole_program(a), whole_program(b), *vectors
+    q, k, v, *of_gates = launch(body, (qk, qk, v, gate, gate), programs, *arrays, name=name)
+    return tuple(x[:rows] for x in (q, k, v.reshape(length, values), *of_gates))
+
+
+def whole_program(array: jax.Array) -> jax.Array:
+    """Rows of an array, with zeros behind them if they are fewer than a program takes."""
+    missing = max(0, ROWS - len(array))
+    return jnp.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)]) if missing else array
 
 
 def _store(ref: Any, row: jax.Array, head: jax.Array, found: list[jax.Array], tile: Tile, eps: float | None) -> None:

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from polyfuse.conformance import Case, Trial
@@ -71,6 +72,19 @@ def test_dtypes(pallas_layer: Any, interpreted: list[int], dtype: str, attrs: di
     assert pallas_layer.problem(Trial(OP, case, seed=0)) is None
 
 
+@pytest.mark.parametrize("length", [1, 7])
+def test_fewer_rows_than_a_program_has_the_same_bits_alone(
+    pallas_layer: Any, interpreted: list[int], length: int
+) -> None:
+    case = Case("few", {"L": 9, "HV": 16, "W": 4}, HEADS | {"output_final_state": False}, {"T": "bfloat16"})
+    values, _ = Trial(OP, case, seed=0).inputs()
+    rows = {name: values[name][:length] for name in ("x", "a", "b")}
+    whole, few = pallas_layer.call(values), pallas_layer.call({**values, **rows})
+    assert interpreted == [2 * 7, 7]  # a tile of q, one of k, four of v, and the gates, for each 8 rows
+    for one, other in zip(whole[:5], few[:5], strict=True):
+        np.testing.assert_array_equal(np.asarray(other), np.asarray(one)[:length])
+
+
 @pytest.mark.slow
 def test_pool_of_states(pallas_layer: Any, interpreted: list[int]) -> None:
     case = Case(
@@ -97,7 +111,8 @@ def arrays(length: int, heads: int, heads_v: int, size: int, packed: bool, **col
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    ("length", "heads", "heads_v", "size"), [(8192, 16, 32, 128), (64, 16, 64, 128), (9, 4, 16, 256)]
+    ("length", "heads", "heads_v", "size"),
+    [(8192, 16, 32, 128), (64, 16, 64, 128), (9, 4, 16, 256), (7, 16, 32, 128), (300_000, 16, 32, 128)],
 )
 def test_lowers_to_one_kernel(
     pallas_layer: Any, mosaic_kernels: Any, length: int, heads: int, heads_v: int, size: int, packed: bool
@@ -107,9 +122,7 @@ def test_lowers_to_one_kernel(
     assert mosaic_kernels(op, **arrays(length, heads, heads_v, size, packed)) == 1
 
 
-@pytest.mark.parametrize(
-    ("length", "size", "interleaved"), [(64, 128, True), (7, 128, False), (64, 80, False), (300_000, 128, False)]
-)
+@pytest.mark.parametrize(("length", "size", "interleaved"), [(64, 128, True), (0, 128, False), (64, 80, False)])
 def test_keeps_the_other_kernel(
     pallas_layer: Any, traced: list[int], length: int, size: int, interleaved: bool
 ) -> None:

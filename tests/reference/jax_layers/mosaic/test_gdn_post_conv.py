@@ -66,6 +66,19 @@ def test_tiles(
     assert interpreted == [programs]
 
 
+@pytest.mark.parametrize("length", [1, 7])
+def test_fewer_rows_than_a_program_has_the_same_bits_alone(
+    pallas_layer: Any, interpreted: list[int], length: int
+) -> None:
+    case = Case("few", {"L": 9, "HV": 16}, HEADS, {"T": "bfloat16"})
+    values, _ = Trial(OP, case, seed=0).inputs()
+    rows = {name: values[name][:length] for name in ("conv_out", "a", "b")}
+    whole, few = pallas_layer.call(values), pallas_layer.call({**values, **rows})
+    assert interpreted == [2 * 7, 7]  # a tile of q, one of k, four of v, and the gates, for each 8 rows
+    for one, other in zip(whole, few, strict=True):
+        np.testing.assert_array_equal(np.asarray(other), np.asarray(one)[:length])
+
+
 def test_gates_of_key_heads(pallas_layer: Any, interpreted: list[int]) -> None:
     case = Case("split", {"L": 9, "HV": 16}, HEADS, {"T": "bfloat16"}, split=("a", "b"))
     assert pallas_layer.problem(Trial(OP, case, seed=0)) is None
@@ -83,7 +96,15 @@ def test_log1p_is_accurate(interpreted: list[int]) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    ("length", "heads", "heads_v", "size"), [(8192, 16, 32, 128), (64, 16, 64, 128), (9, 4, 16, 256), (100, 8, 32, 64)]
+    ("length", "heads", "heads_v", "size"),
+    [
+        (8192, 16, 32, 128),
+        (64, 16, 64, 128),
+        (9, 4, 16, 256),
+        (100, 8, 32, 64),
+        (1, 16, 32, 128),  # fewer rows than a program has
+        (300_000, 16, 32, 128),  # more than 2**31 elements
+    ],
 )
 def test_lowers_to_one_kernel(
     pallas_layer: Any, mosaic_kernels: Any, length: int, heads: int, heads_v: int, size: int, dtype: str
@@ -97,12 +118,11 @@ def test_lowers_to_one_kernel(
 @pytest.mark.parametrize(
     ("length", "heads", "heads_v", "size"),
     [
-        (7, 16, 32, 128),  # fewer rows than a program has
         (64, 3, 16, 128),
         (64, 16, 8, 128),
         (64, 16, 48, 128),
         (64, 16, 32, 80),
-        (300_000, 16, 32, 128),  # more than 2**31 elements
+        (0, 16, 32, 128),
     ],
 )
 def test_keeps_the_other_kernel(
