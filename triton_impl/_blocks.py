@@ -5,11 +5,10 @@ from math import log2, prod
 from typing import Any
 
 import torch
-import triton
 
 from polyfuse._torch.memory import allocator, contiguous_strides
 from polyfuse.spec.block_quant import FLOAT4, QMAX, scale_floor, scale_form
-from polyfuse.triton_impl._common import INTERPRETED
+from polyfuse.triton_impl._common import INTERPRETED, next_power_of_2
 
 # (up to this many bytes that are read, bytes of them per program, per thread), of groups from 128 columns on, and
 # smaller. A program takes at least one group. Few rows need many programs; of many rows, each thread has 32 bytes or
@@ -143,7 +142,7 @@ def _converts(device: torch.device, quant_dtype: str) -> bool:
 
 def tile(group: int, itemsize: int, elements: int, experts: bool) -> tuple[int, int]:
     """How many groups and warps a program has, if `itemsize` bytes are read for each element of the result."""
-    columns = triton.next_power_of_2(group)
+    columns = next_power_of_2(group)
     tiles = TILES if group >= 128 else SMALL_GROUP_TILES
     tile_bytes, thread_bytes = next(t[1:] for t in tiles if elements * itemsize <= t[0])
     if experts and elements * itemsize > tiles[0][0]:

@@ -24,6 +24,20 @@ def capability(**restrictions: Any) -> Capability:
     return Capability(devices=(*ACCELERATORS, "cpu"), interpreted=("cpu",), compiled=ACCELERATORS, **restrictions)
 
 
+# Triton has both, but lets other packages replace its own: SGLang's stands for plain integers alone, so that no kernel
+# that names it compiles any more.
+@triton.constexpr_function
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up."""
+    return -(-x // y)
+
+
+@triton.constexpr_function
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 @triton.jit
 def round_to(value, dtype: tl.constexpr):
     """fp32 `value` as `dtype`, to nearest even. The interpreter's own cast to bf16 is wrong."""

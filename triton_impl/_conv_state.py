@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._common import cdiv, next_power_of_2, round_to, widen
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Step, Taken
 
@@ -147,14 +147,14 @@ def _update_pool(
     programs all read their sequence's slot, has ended before this one begins. A column may move to one that another
     thread has still to read, so that all are read before the first is written.
     """
-    BLOCKS: tl.constexpr = triton.cdiv(C, CHANNELS)
+    BLOCKS: tl.constexpr = cdiv(C, CHANNELS)
     sequence = tl.program_id(0) // BLOCKS
     slot = sequence.to(tl.int64)
     if slots_ptr is not None:
         slot = tl.load(slots_ptr + sequence).to(tl.int64)
     if (slot >= 0) & (slot < slots):
         channel = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-        to = tl.arange(0, triton.next_power_of_2(COLUMNS))[:, None]
+        to = tl.arange(0, next_power_of_2(COLUMNS))[:, None]
         mask = (channel < C) & (to < COLUMNS)
         begin, end = _rows_of(cu_ptr, sequence, length)
         since = to - COLUMNS + (end - begin)  # the row of the sequence that belongs there; negative for an old column
@@ -184,7 +184,7 @@ def update_pool(
     values = max(1, HV // H) * V
     key_head = 2 * K + 2 * values if interleaved else 0
     slots, channels, columns = pool.shape
-    tile = min(triton.next_power_of_2(channels), max(1, TILE // triton.next_power_of_2(columns)))
+    tile = min(next_power_of_2(channels), max(1, TILE // next_power_of_2(columns)))
     programs = (1 if cu_seqlens is None else len(cu_seqlens) - 1) * -(-channels // tile)
     fixed = x.stride(0), *pool.stride(), key_head, H, K, values, channels, columns, tile
     return Step(_update, (programs, 1, 1), taken, (len(x), slots), fixed, warps=4, takes=places, gives=())

@@ -7,7 +7,7 @@ column from which the first token's conv reads; the weights, their strides, and 
 import triton
 import triton.language as tl
 
-from polyfuse.triton_impl._common import round_to, widen
+from polyfuse.triton_impl._common import next_power_of_2, round_to, widen
 from polyfuse.triton_impl._gdn import silu
 
 
@@ -58,7 +58,7 @@ def shifted(conv, column, channel, mask, shift, T: tl.constexpr, N: tl.constexpr
     """What the conv states of some channels become: their columns behind number `shift`, and the tokens."""
     x_ptr, x_token = conv[0]
     state_ptr, state_channel, state_column, _ = conv[1]
-    place = tl.arange(0, triton.next_power_of_2(N))[None, :]
+    place = tl.arange(0, next_power_of_2(N))[None, :]
     token = place - (N - T)
     mask = mask[:, None] & (place < N)
     state_ptr += channel.to(tl.int64)[:, None] * state_channel
@@ -71,7 +71,7 @@ def shifted(conv, column, channel, mask, shift, T: tl.constexpr, N: tl.constexpr
 def store_shifted(conv, value, channel, mask, tokens, T: tl.constexpr, N: tl.constexpr):
     """Writes what `shifted` gives, but for the columns of padding: so many `tokens` are none."""
     state_ptr, state_channel, state_column, _ = conv[1]
-    place = tl.arange(0, triton.next_power_of_2(N))[None, :]
+    place = tl.arange(0, next_power_of_2(N))[None, :]
     mask = mask[:, None] & (place - (N - T) < tokens)
     state_ptr += channel.to(tl.int64)[:, None] * state_channel
     tl.store(state_ptr + place * state_column, round_to(value, state_ptr.dtype.element_ty), mask=mask & (place < N))

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from polyfuse.triton_impl._common import widen
+from polyfuse.triton_impl._common import next_power_of_2, widen
 
 
 def as_one_number(weight: torch.Tensor) -> torch.Tensor:
@@ -29,7 +29,7 @@ def read_weights(weight_ptr, mask, stride, W: tl.constexpr, DTYPE: tl.constexpr)
             _unpacked(packed >> 16, DTYPE),
             _unpacked(packed, DTYPE),
         )
-    TAPS: tl.constexpr = triton.next_power_of_2(W)
+    TAPS: tl.constexpr = next_power_of_2(W)
     tap = tl.arange(0, TAPS)[None, None, None, :]
     inside = mask[:, :, :, None] & (tap < W)
     weight = widen(tl.load(weight_ptr[:, :, :, None] + tap * stride, mask=inside, other=0.0))

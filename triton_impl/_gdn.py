@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from polyfuse._torch.memory import new
-from polyfuse.triton_impl._common import INTERPRETED, LOG2_E, widen
+from polyfuse.triton_impl._common import INTERPRETED, LOG2_E, next_power_of_2, widen
 
 SMALL_X = tl.constexpr(-20.0)  # below, softplus(x) is exp(x) to 1e-9
 PTX = tl.constexpr(torch.version.cuda is not None and not INTERPRETED.value)
@@ -75,7 +75,7 @@ def gate_tile(
     """
     a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr = gates
     a_row, a_group, a_column, b_row, b_group, b_column = strides
-    HEADS: tl.constexpr = triton.next_power_of_2(HV) if HV else 1
+    HEADS: tl.constexpr = next_power_of_2(HV) if HV else 1
     token = (tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     gate = tl.arange(0, HEADS).to(tl.int64)[None, :]
     live = (token < length) & (gate < HV)

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from polyfuse._torch.memory import new
 from polyfuse.spec import gated_delta_rule as spec
-from polyfuse.triton_impl._common import capability, round_to, widen
+from polyfuse.triton_impl._common import capability, cdiv, next_power_of_2, round_to, widen
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, adjacent, contiguous
 from polyfuse.triton_impl._products import FP32, TO_BF16, dot, load_operand, rounded_operand, unit_inverse
@@ -105,7 +105,7 @@ def _prepare(
         return
 
     key_head = head // (HV // H)
-    key = tl.arange(0, triton.next_power_of_2(max(16, K)))[None, :]
+    key = tl.arange(0, next_power_of_2(max(16, K)))[None, :]
     keys = live[:, None] & (key < K)
     q = load_operand(q_ptr + row[:, None] * q_row + (key_head * q_head + key), keys)
     k = load_operand(k_ptr + row[:, None] * k_row + (key_head * k_head + key), keys)
@@ -168,8 +168,8 @@ def _scan(
     OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = triton.cdiv(V, BLOCK_V)
-    PADDED_K: tl.constexpr = triton.next_power_of_2(max(16, K))
+    BLOCKS: tl.constexpr = cdiv(V, BLOCK_V)
+    PADDED_K: tl.constexpr = next_power_of_2(max(16, K))
     program = tl.program_id(0)
     first_value = program % BLOCKS * BLOCK_V
     head = (program // BLOCKS % HV).to(tl.int64)
@@ -264,7 +264,7 @@ class Tiling(NamedTuple):
 def _tiling(K: int, V: int, itemsize: int) -> Tiling:
     """What an H200 was fastest with for one sequence and heads of 128: 128 programs scan 32 heads, one for each SM."""
     stages = 3 if K * itemsize <= 256 else 2 if K * itemsize <= 512 else 1  # so that the tiles fit in shared memory
-    return Tiling(2 if itemsize == 2 else 4, min(32, max(16, triton.next_power_of_2(V))), 4, stages)
+    return Tiling(2 if itemsize == 2 else 4, min(32, max(16, next_power_of_2(V))), 4, stages)
 
 
 def _operand(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from polyfuse._torch.memory import new
 from polyfuse.spec import FP32_TINY
-from polyfuse.triton_impl._common import capability, round_to, widen
+from polyfuse.triton_impl._common import capability, next_power_of_2, round_to, widen
 from polyfuse.triton_impl._gdn import fast_sigmoid, silu, sum_of_squares
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, contiguous
@@ -56,7 +56,7 @@ def _kernel(
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    COLUMNS: tl.constexpr = triton.next_power_of_2(V)
+    COLUMNS: tl.constexpr = next_power_of_2(V)
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.uint32
     row = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS).to(INDEX)  # [ROWS]
     live = row < rows.to(INDEX)
@@ -126,7 +126,7 @@ def _rows(
     dims = _merged(tuple(lead), x_strides[:-1], gate_strides[:-1])
     if len(dims) > MOST_DIMS or (width > 1 and (x_strides[-1] != 1 or gate_strides[-1] != 1)):
         return None
-    rows, columns = prod(lead), triton.next_power_of_2(width)
+    rows, columns = prod(lead), next_power_of_2(width)
     tile_rows = max(1, elements // columns)
     outer, *between, inner = [(1, 0, 0)] * (2 - len(dims)) + dims
     middle = between[0] if between else (1, 0, 0)

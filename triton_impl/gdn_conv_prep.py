@@ -13,7 +13,7 @@ import triton.language as tl
 
 from polyfuse._torch.memory import allocator
 from polyfuse.spec import FP32_TINY
-from polyfuse.triton_impl._common import capability, round_to, widen
+from polyfuse.triton_impl._common import capability, cdiv, next_power_of_2, round_to, widen
 from polyfuse.triton_impl._conv_state import begin_window, store_final_state, update_pool
 from polyfuse.triton_impl._conv_weights import as_one_number, read_weights
 from polyfuse.triton_impl._gdn import gate_layout, gate_tile, l2_normalise, new_outputs, silu
@@ -101,7 +101,7 @@ def _strip(
     """
     x_ptr, weight_ptr, bias_ptr, cu_ptr, x_row, weight_channel, weight_tap, states = conv
     row, rows, length, sequences = span
-    PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
+    PADDED: tl.constexpr = next_power_of_2(WIDTH)
     lane = tl.zeros([1, HEADS, PADDED], tl.int32) + tl.arange(0, PADDED)[None, None, :]
     mask = lane < WIDTH
     column = (first_head + tl.arange(0, HEADS))[None, :, None] * WIDTH + lane  # [1, HEADS, PADDED], as all tiles here
@@ -226,7 +226,7 @@ def _kernel(
     BLOCKS: tl.constexpr = 2 * QK_BLOCKS + HV // HEADS_V
     VALUE_HEADS: tl.constexpr = max(1, HV // H)  # of a key head
     KEY_HEAD: tl.constexpr = 2 * K + 2 * (HV // H) * V if INTERLEAVED else 0
-    STATE_BLOCKS: tl.constexpr = triton.cdiv(C, CHANNELS)
+    STATE_BLOCKS: tl.constexpr = cdiv(C, CHANNELS)
     before = (state_ptr, state_slot, state_channel, state_tap, (slots_ptr, valid_ptr, slots))
     conv = (x_ptr, weight_ptr, bias_ptr, cu_ptr, x_row, weight_channel, weight_tap, before)
     gates = (a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr)
@@ -270,9 +270,9 @@ def _tile(length: int, sequences: int, H: int, K: int, HV: int, V: int) -> tuple
     single = length < step * sequences  # most rows are among the first of their sequence
     rows = 1 if single else step * max(1 + (length > SHORT), length // (step * STRIPS))
     columns = COLUMNS[not single]
-    heads = gcd(H, max(1, columns // triton.next_power_of_2(K)))
-    heads_v = gcd(HV, max(1, columns // triton.next_power_of_2(V)))
-    gate_tokens = max(1, GATES[length > SHORT] // triton.next_power_of_2(HV or 1))
+    heads = gcd(H, max(1, columns // next_power_of_2(K)))
+    heads_v = gcd(HV, max(1, columns // next_power_of_2(V)))
+    gate_tokens = max(1, GATES[length > SHORT] // next_power_of_2(HV or 1))
     return rows, heads, heads_v, gate_tokens, columns
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from polyfuse._torch.memory import new
 from polyfuse.spec import FP32_TINY
-from polyfuse.triton_impl._common import INTERPRETED, capability, round_to, widen
+from polyfuse.triton_impl._common import INTERPRETED, capability, next_power_of_2, round_to, widen
 from polyfuse.triton_impl._conv_step import conv_at, read, shifted, store_shifted
 from polyfuse.triton_impl._gdn import log_decay, sigmoid, silu
 from polyfuse.triton_impl._launch import Launcher
@@ -92,7 +92,7 @@ def _value_heads(
     slot, source, index_ptr, index_token = slots
     state_slot, state_head, state_column = strides
     scale, l2norm_eps, norm_eps = numbers
-    lane = tl.arange(0, triton.next_power_of_2(V))
+    lane = tl.arange(0, next_power_of_2(V))
     known = lane < V
     mask = keys[2][:, None] & known[None, :]
     readable = keys[2][:, None] & (lane < tl.where(source >= 0, V, 0))[None, :]
@@ -139,7 +139,7 @@ def _halved_value_heads(
     slot, source, _, _ = slots
     state_slot, state_head, state_column = strides
     scale, l2norm_eps, norm_eps = numbers
-    HALF: tl.constexpr = triton.next_power_of_2(V) // 2
+    HALF: tl.constexpr = next_power_of_2(V) // 2
     FULL: tl.constexpr = sizes[2]
     lane = tl.arange(0, HALF)
     later = lane + HALF
@@ -235,7 +235,7 @@ def _kernel(
         index_ptr += row * index_row
         slot = tl.load(index_ptr).to(tl.int64)
     if slot < 0:
-        output = tl.arange(0, triton.next_power_of_2(G * V))
+        output = tl.arange(0, next_power_of_2(G * V))
         for token in range(T):
             zeros = tl.zeros(output.shape, out_ptr.dtype.element_ty)
             tl.store(out_ptr + token * HV * V + output, zeros, mask=output < G * V)
@@ -251,7 +251,7 @@ def _kernel(
         conv_ptr += slot * conv_slot
         state = (conv_ptr, conv_channel, conv_column, begin)
         conv = ((x_ptr, x_token), state, (weight_ptr, weight_channel, weight_tap, bias_ptr))
-        lane = tl.arange(0, triton.next_power_of_2(K))
+        lane = tl.arange(0, next_power_of_2(K))
         q_channel = head * K + lane
         k_channel = H * K + q_channel
         v_channel = 2 * H * K + value_head * V
@@ -280,20 +280,20 @@ def _kernel(
         gates = (a_ptr, a_token, a_column, b_ptr, b_token, b_column, A_log_ptr, dt_bias_ptr)
         strides = (state_slot, state_head, state_column)
         heads_ptr = state_ptr + value_head.to(tl.int64) * state_head + lane.to(tl.int64)[:, None] * state_key
-        value_lane = tl.arange(0, triton.next_power_of_2(G * V))
+        value_lane = tl.arange(0, next_power_of_2(G * V))
         value_mask = value_lane < G * V
         q_new = shifted(conv, q_column, q_channel, lane < K, shift, T, N)
         k_new = shifted(conv, k_column, k_channel, lane < K, shift, T, N)
         v_new = shifted(conv, v_column + value_lane, v_channel + value_lane, value_mask, shift, T, N)
         tokens = shift * 0 + T
         if T > 1:
-            place = tl.arange(0, triton.next_power_of_2(T))
+            place = tl.arange(0, next_power_of_2(T))
             index = tl.load(index_ptr + place * index_token, mask=place < T, other=-1)
             tokens = tl.min(tl.where(index < 0, place, T), 0)
         slots = (slot, source, index_ptr, index_token)
         numbers = (scale, l2norm_eps, norm_eps)
         arguments = (out_ptr, heads_ptr, slots, tokens, conv, keys, values, gates, norm, strides, numbers)
-        full: tl.constexpr = triton.next_power_of_2(K) == K and triton.next_power_of_2(V) == V
+        full: tl.constexpr = next_power_of_2(K) == K and next_power_of_2(V) == V
         if HALVED:
             _halved_value_heads(*arguments, G, HV, V, (T, W, full))
         else:

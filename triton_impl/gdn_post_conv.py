@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from polyfuse.spec import FP32_TINY
-from polyfuse.triton_impl._common import capability, round_to, widen
+from polyfuse.triton_impl._common import capability, next_power_of_2, round_to, widen
 from polyfuse.triton_impl._gdn import gate_layout, gate_tile, l2_normalise, new_outputs
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, contiguous
@@ -46,7 +46,7 @@ def _heads(
     NORMALISE: tl.constexpr,
 ):
     """Computes TOKENS x HEADS heads of the q, k or v whose columns in `in_ptr` begin at `first_column`."""
-    PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
+    PADDED: tl.constexpr = next_power_of_2(WIDTH)
     row = (tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
     lane = tl.arange(0, PADDED)[None, None, :]
     column = (first_head + tl.arange(0, HEADS))[None, :, None] * WIDTH + lane  # [1, HEADS, PADDED]
@@ -129,8 +129,8 @@ TILES = Tiles(_launch, ("elements", "gates"), RANGES, ((1024, 2048, 4096, 8192),
 
 def _tile(elements: int, gates: int, strided: bool, H: int, K: int, HV: int, V: int) -> tuple[int, int, int, int, int]:
     """What a program takes: tokens, heads of q and k, heads of v, tokens of gates; and its warps."""
-    width, width_v = triton.next_power_of_2(K), triton.next_power_of_2(V)
-    gate_tokens = max(1, gates // triton.next_power_of_2(HV or 1))
+    width, width_v = next_power_of_2(K), next_power_of_2(V)
+    gate_tokens = max(1, gates // next_power_of_2(HV or 1))
     if strided:
         return max(1, min(64, STRIDED_ELEMENTS // max(width, width_v))), 1, 1, gate_tokens, 8
     heads = gcd(H, max(1, COLUMNS // width))

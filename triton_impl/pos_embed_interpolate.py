@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from polyfuse._torch.memory import new
-from polyfuse.triton_impl._common import INTERPRETED, capability, round_to, widen
+from polyfuse.triton_impl._common import INTERPRETED, capability, cdiv, next_power_of_2, round_to, widen
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken, adjacent
 from polyfuse.triton_impl._tuning import Ranges, Tiles, Values
@@ -251,8 +251,8 @@ TILES = Tiles(_launch, ("block_rows", "most_blocks"), RANGES, ((8, 16, 32, 64), 
 
 def _blocks(width: int, itemsize: int, most: int) -> tuple[int, int]:
     """Columns per block, and blocks per program so that programs side by side do equal work."""
-    block = min(BLOCK_BYTES // itemsize, triton.next_power_of_2(width))
-    across = triton.cdiv(width, block)
+    block = min(BLOCK_BYTES // itemsize, next_power_of_2(width))
+    across = cdiv(width, block)
     return block, max(n for n in range(1, most + 1) if across % n == 0)
 
 

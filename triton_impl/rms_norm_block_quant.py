@@ -15,7 +15,7 @@ from polyfuse._torch.memory import new
 from polyfuse.spec import FP32_TINY
 from polyfuse.triton_impl import _blocks
 from polyfuse.triton_impl._blocks import ANY_VALUE
-from polyfuse.triton_impl._common import capability, round_to, widen
+from polyfuse.triton_impl._common import capability, next_power_of_2, round_to, widen
 from polyfuse.triton_impl._experts import each_tile, share_out
 from polyfuse.triton_impl._gdn import sum_of_squares
 from polyfuse.triton_impl._launch import Launcher
@@ -43,8 +43,8 @@ def _tile(
 ):  # fmt: skip
     """One tile of an expert: a row is its row `first` or later."""
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-    LINES: tl.constexpr = triton.next_power_of_2(GROUPS)
-    LANES: tl.constexpr = triton.next_power_of_2(GROUP)
+    LINES: tl.constexpr = next_power_of_2(GROUPS)
+    LANES: tl.constexpr = next_power_of_2(GROUP)
     line = tl.arange(0, ROWS * LINES)
     row = tile.to(tl.int64) * ROWS + line // LINES  # [ROWS * LINES]
     group = line % LINES
@@ -162,7 +162,7 @@ def _plan(
     if not prod(x.shape) or count == 0:
         return Plan(taken, kept=kept)
     experts, rows = lead if masked else (1, prod(lead))
-    padded = triton.next_power_of_2(-(-width // group)) * triton.next_power_of_2(group)
+    padded = next_power_of_2(-(-width // group)) * next_power_of_2(group)
     elements = next(most[1] for most in TILES if experts * rows * width <= most[0])
     tile_rows = max(1, elements // padded)
     if masked or ends is not None:

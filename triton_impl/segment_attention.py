@@ -13,7 +13,7 @@ import triton.language as tl
 
 from polyfuse._torch.memory import new
 from polyfuse.spec import Deferral
-from polyfuse.triton_impl._common import INTERPRETED, capability, round_to
+from polyfuse.triton_impl._common import INTERPRETED, capability, next_power_of_2, round_to
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Change, Plan, Plans, Step, Taken
 
@@ -139,7 +139,7 @@ _launches = {tiling.stages: Launcher(NAME, _kernel, num_stages=tiling.stages) fo
 def _split(head_dim: int) -> tuple[int, int]:
     """Columns of the main tile and of the tile that takes the rest."""
     main = 1 << head_dim.bit_length() - 1
-    return main, max(16, triton.next_power_of_2(head_dim - main))
+    return main, max(16, next_power_of_2(head_dim - main))
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -166,7 +166,7 @@ def _plan(inputs: tuple[Any, ...], scale: float | None) -> Plan:
     strides = [stride // 8 for tensor in (q, k, v) for stride in tensor.stride()[:2]]
     grid = (rows // tiling.block_queries + segments, heads, 1)
     numbers = (segments, (dim**-0.5 if scale is None else scale) * log2(torch.e))
-    sizes = (heads, dim, main, rest, triton.next_power_of_2(segments), tiling.block_queries, tiling.block_keys)
+    sizes = (heads, dim, main, rest, next_power_of_2(segments), tiling.block_queries, tiling.block_keys)
     return Plan(taken, Step(_launches[tiling.stages], grid, taken, numbers, (*strides, *sizes), tiling.warps))
 
 

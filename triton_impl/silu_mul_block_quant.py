@@ -14,7 +14,7 @@ import triton.language as tl
 from polyfuse.spec import Unsupported
 from polyfuse.triton_impl import _blocks
 from polyfuse.triton_impl._blocks import ANY_VALUE
-from polyfuse.triton_impl._common import capability, round_to, widen
+from polyfuse.triton_impl._common import capability, next_power_of_2, round_to, widen
 from polyfuse.triton_impl._experts import each_tile, share_out
 from polyfuse.triton_impl._launch import Launcher
 from polyfuse.triton_impl._plans import Change, Plan, Plans, Step, Taken, contiguous, rows_together
@@ -37,7 +37,7 @@ def _tile(
 ):  # fmt: skip
     """One tile of an expert: a row is its row `first` or later."""
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-    COLUMNS: tl.constexpr = triton.next_power_of_2(GROUP)
+    COLUMNS: tl.constexpr = next_power_of_2(GROUP)
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.uint32
     pair = tile.to(INDEX) * BLOCK + tl.arange(0, BLOCK).to(INDEX)  # [BLOCK]
     row = pair // GROUPS

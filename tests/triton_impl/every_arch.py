@@ -14,7 +14,7 @@ from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
-import triton  # noqa: F401  before polyfuse, which chooses the interpreter where there is no GPU
+import triton  # before polyfuse, which chooses the interpreter where there is no GPU
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -88,6 +88,7 @@ def pretend(arch: int) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("polyfuse.triton_impl.") and hasattr(module, "_converts"):  # as a GPU does: here is a CPU
             vars(module)["_converts"] = lambda device, dtype: arch >= 89 and dtype != "float8_e4m3fnuz"
+    triton.cdiv = triton.next_power_of_2 = None  # other packages put functions for plain integers in their places
     _launch._on_device = lambda op, device: nullcontext()
     _launch.Launch.__call__ = note  # type: ignore[method-assign]
 
