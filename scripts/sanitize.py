@@ -1,10 +1,11 @@
 """Runs the Triton backend's conformance at level quick under NVIDIA's compute-sanitizer, each tool on each op.
 
-    python scripts/sanitize.py benchmarks/results/sanitizer_h200.json 12
+    python scripts/sanitize.py benchmarks/results/sanitizer_h200.json 12 [TOOL:OP ...]
 
-The arguments are the file of the summary and how many runs go on at a time. Without PyTorch's cache every tensor is an
+The arguments are the file of the summary, how many runs go on at a time, and the runs; all of them where none is
+named. A run that is named takes the place of what the file has of it. Without PyTorch's cache every tensor is an
 allocation of its own, so that memcheck sees a step beside it and initcheck what nothing has written. Exit status 1 if
-a tool reports anything or a case fails.
+a tool reports anything or a case fails, or if the file lacks a run.
 """
 
 import json
@@ -32,15 +33,20 @@ def main() -> int:
     """Write the summary, and print a line for each run when it is done."""
     target, workers = Path(sys.argv[1]), int(sys.argv[2])
     version = subprocess.run([SANITIZER, "--version"], capture_output=True, text=True, check=True).stdout
-    summary: dict[str, Any] = {"compute-sanitizer": version.split("Version")[-1].split()[0], "runs": []}
+    every = [(tool, op) for tool in TOOLS for op in OPS]
+    named = [(tool, op) for tool, _, op in (name.partition(":") for name in sys.argv[3:])]
+    known = json.loads(target.read_text(encoding="utf-8"))["runs"] if target.exists() and named else []
+    runs = {(one["tool"], one["op"]): one for one in known}
+    summary: dict[str, Any] = {"compute-sanitizer": version.split("Version")[-1].split()[0]}
     with ThreadPoolExecutor(workers) as pool:
-        for made in as_completed([pool.submit(run, tool, op) for tool in TOOLS for op in OPS]):
+        for made in as_completed([pool.submit(run, tool, op) for tool, op in named or every]):
             found, report = made.result()
             summary |= {name: report[name] for name in ("commit", "level", "chip", "versions") if name in report}
-            summary["runs"].append(found)
+            runs[found["tool"], found["op"]] = found
+            summary["runs"] = [runs[name] for name in every if name in runs]
             target.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")  # as far as it is
-            print(*found.values(), flush=True)
-    return 0 if all(one["ok"] and one["reports"] == 0 for one in summary["runs"]) else 1
+            print(*list(found.values())[:-1], flush=True)
+    return 0 if len(runs) == len(every) and all(one["ok"] and one["reports"] == 0 for one in runs.values()) else 1
 
 
 def run(tool: str, op: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -65,7 +71,11 @@ def run(tool: str, op: str) -> tuple[dict[str, Any], dict[str, Any]]:
     total = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", said)
     seconds = round(time.monotonic() - began)
     found = {"tool": tool, "op": op, "seconds": seconds, "cases": report["counts"], "ok": report["ok"]}
-    return {**found, "reports": int(total[-1]) if total else None, "kinds": dict(kinds.most_common(8))}, report
+    found |= {"reports": int(total[-1]) if total else None, "kinds": dict(kinds.most_common(8))}
+    blocks = re.split(r"^=========\s*$", said, flags=re.MULTILINE)
+    reports = [block.strip() for block in blocks if re.search(r"^========= \w", block, re.MULTILINE)]
+    failures = re.findall(r"^FAILED.*(?:\n {2,}.*)*", said, re.MULTILINE)
+    return {**found, "examples": [text[:1500] for text in (reports[1:4] + failures[:2]) if found["reports"]]}, report
 
 
 if __name__ == "__main__":

@@ -69,8 +69,11 @@ def run_model_bench(
     compiled: bool = True,
     parts: Sequence[str] = PARTS,
     on_row: Callable[[ModelBench, Any], None] | None = None,
+    on_start: Callable[[str], None] = lambda name: None,
 ) -> ModelBench:
     """Measure `parts` of the results; `on_row` is called with what there is after each row, and with the row.
+
+    `on_start` is called with what is measured next, in words.
 
     `prefill` are numbers of tokens of one sequence, `decode` numbers of sequences that get one token each; they default
     to `PREFILL` and `DECODE`, or small ones for a tiny model. `compiled` measures a conv under torch.compile too. What
@@ -82,6 +85,7 @@ def run_model_bench(
     counts = TINY_ROWS if subject.tiny else STRATEGY_ROWS
     result = ModelBench.of(subject)
     with torch.no_grad(), subject.fp8_linear():
+        on_start("first calls, which compile")
         result.delta_rule = delta_rules(subject, sizes, result.notes)
         jobs: Mapping[str, Iterable[Job]] = {
             "rows": _model_jobs(subject, prefill, decode, list(result.delta_rule)),
@@ -91,6 +95,7 @@ def run_model_bench(
         }
         for part in PARTS:
             for name, measure in jobs[part] if part in parts else ():
+                on_start(name)
                 for row in _noting_errors(name, measure, result.notes):
                     getattr(result, part).append(row)
                     if on_row:

@@ -70,13 +70,12 @@ def command(
 
     def show(result: "ModelBench", row: object) -> None:
         screen.print(escape(str(row)), soft_wrap=True)
-        shown.update(f"after {row}")
         if out:  # what a killed run leaves behind
             result.write(out)
 
-    with activity(screen, "measuring") as shown:
+    with activity(screen, "making the model") as shown:
         subject = TextModel(model, device, tiny, layers, fp8)
-        result = run_model_bench(subject, prefill, decode, not no_compile, parts or PARTS, show)
+        result = run_model_bench(subject, prefill, decode, not no_compile, parts or PARTS, show, shown.update)
     for table in _tables(result):
         screen.print(table)
     for variant, rules in result.delta_rule.items():
