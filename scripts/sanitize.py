@@ -72,10 +72,11 @@ def run(tool: str, op: str) -> tuple[dict[str, Any], dict[str, Any]]:
     seconds = round(time.monotonic() - began)
     found = {"tool": tool, "op": op, "seconds": seconds, "cases": report["counts"], "ok": report["ok"]}
     found |= {"reports": int(total[-1]) if total else None, "kinds": dict(kinds.most_common(8))}
-    blocks = re.split(r"^=========\s*$", said, flags=re.MULTILINE)
-    reports = [block.strip() for block in blocks if re.search(r"^========= \w", block, re.MULTILINE)]
-    failures = re.findall(r"^FAILED.*(?:\n {2,}.*)*", said, re.MULTILINE)
-    return {**found, "examples": [text[:1500] for text in (reports[1:4] + failures[:2]) if found["reports"]]}, report
+    blocks = re.findall(r"(?:^=========.*\n)+", said, re.MULTILINE)  # a report is lines behind one another
+    examples = [block for block in blocks if not re.match(r"========= (?:COMPUTE-SANITIZER\n\Z|\w+ SUMMARY)", block)]
+    if not report["ok"]:
+        examples.append(said[-1500:])  # why a run ended, or which cases failed
+    return {**found, "examples": [text[:1500] for text in examples[:3] + examples[3:][-1:]]}, report
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ function, to the accuracy of a GEMM:
                  A backend of arrays that have addresses declines others; JAX joins them inside the compiled function
     fused        one launch over all weights, for few rows
     auto         the fastest of them by a table measured per device; it takes merged only for weights that are one
-                 already, and parallel only inside a graph capture, where launches cost the host nothing
+                 already, and parallel only inside a graph capture, where launches cost the host nothing. For sizes
+                 that the table lacks it is sequential, or, for few rows of 16-bit numbers on a GPU, fused
 
 A GEMM library picks its kernel by size, so this op alone is not bitwise batch-invariant.
 """
