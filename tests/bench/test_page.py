@@ -132,7 +132,15 @@ def test_a_table_has_its_numbers_to_the_right():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "-"), (0, "0.00"), (0.0024, "0.002"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234")],
+    [
+        (None, "-"),
+        (0, "0.00"),
+        (0.0024, "0.002"),
+        (1.234, "1.23"),
+        (12.34, "12.3"),
+        (1234.5, "1,234"),
+        (-18.3, "-18.3"),
+    ],
 )
 def test_short(value, text):
     assert short(value) == text

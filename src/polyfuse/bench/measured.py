@@ -44,11 +44,12 @@ def short(value: float | None) -> str:
     """A number with the digits that count, or a dash for none."""
     if value is None:
         return "-"
-    if value >= 100:
+    size = abs(value)
+    if size >= 100:
         return f"{value:,.0f}"
-    if value >= 10:
+    if size >= 10:
         return f"{value:.1f}"
-    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.1g}"
+    return f"{value:.2f}" if size >= 0.1 or value == 0 else f"{value:.1g}"
 
 
 def bytes_us(row: Result, ceiling_gb_s: float) -> float:

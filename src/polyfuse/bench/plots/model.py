@@ -15,7 +15,8 @@ ROLES |= {"sequential": "plain", "parallel": "peer", "merged": "ours", "fused": 
 def model_charts(data: Mapping[str, Any]) -> list[Chart]:
     """Calls of the whole model, a layer by its parts, conv in one pass or two, and strategies of the projection."""
     subject = f"{data.get('sizes', data['model'])}, {data['layers']} layers"
-    subject += ", FP8 MLPs" if data.get("fp8") else ""
+    if data.get("fp8"):
+        subject += ", FP8 MLPs and experts" if "moe" in data["model"] else ", FP8 MLPs"
     phases = ("prefill", "decode")
     # Files from before the delta rule was one of the parts have no variants of a layer.
     layers = [row for row in data["layer"] if "variant" in row]
