@@ -44,7 +44,7 @@ def test_diff_exits_2_for_a_file_that_it_cannot_read(files, tmp_path):
 
 
 def test_diff_compares_with_a_committed_file(tmp_path):
-    old = RESULTS / "conformance_h200_80bf6e3.json"
+    old = RESULTS / "conformance_h200_af79ec6.json"
     now = read(old)
     now.results.pop()
     done = polyfuse("diff", old, now.write_file(tmp_path / "now.json"))
