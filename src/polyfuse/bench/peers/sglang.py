@@ -73,7 +73,13 @@ PACKAGE = Package(
         Peer(
             "block_quant",
             "sglang per_token_group_quant_fp8",
-            (places("sglang_per_token_group_quant_fp8", "sglang.srt.layers.quantization.fp8_kernel"),),
+            (
+                places(
+                    "sglang_per_token_group_quant_fp8",
+                    "sglang.kernels.ops.quantization.fp8_kernel",
+                    "sglang.srt.layers.quantization.fp8_kernel",
+                ),
+            ),
             per_token_group_quant,
             options("block_quant", group_size=None, scale_layout=("row_major", "col_major", "col_major_tma")),
             tolerance={"q": ROUNDED_TWICE},
