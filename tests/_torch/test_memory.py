@@ -1,7 +1,10 @@
 """New tensors are those that PyTorch's own functions make."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyfuse._torch.memory import allocator, contiguous_strides, new
 
@@ -48,6 +51,19 @@ def test_memory_that_pytorch_fills_is_filled() -> None:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     assert x.isnan().all()
+
+
+def test_a_dispatch_mode_hears_of_a_new_tensor() -> None:
+    seen: list[object] = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **kwargs or {})
+
+    with Listener():
+        new(torch.device("cpu"), ((4,), torch.float32))
+    assert seen == [torch.ops.aten.empty_strided.default]
 
 
 def test_tensors_of_one_call_share_no_memory() -> None:

@@ -1,7 +1,7 @@
 """New tensors for results, by the shortest way that PyTorch has: the one that its compiled graphs take.
 
-`torch.empty` passes through PyTorch's dispatcher, which takes two to three times as long. It is what fills new memory
-while deterministic algorithms are on, so it is taken then.
+`torch.empty` passes through PyTorch's dispatcher, which takes two to three times as long. It is taken while somebody
+wants to hear of it, by a `TorchDispatchMode`, and while deterministic algorithms are on, which fill new memory.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch._C import _accelerator_getDeviceIndex as current_device_index
 from torch._C import _get_deterministic_algorithms as deterministic
+from torch._C import _len_torch_dispatch_stack as listeners
 from torch._C._dynamo import guards
 
 _GUARDS: Any = guards
@@ -30,7 +31,7 @@ def allocator(device: torch.device) -> Allocate:
     on_current, anywhere = _makers(device)
     index: int | None = device.index
     here = index is None or index == current_device_index()
-    return on_current if here and not deterministic() else anywhere
+    return on_current if here and not listeners() and not deterministic() else anywhere
 
 
 @lru_cache(maxsize=64)
