@@ -39,7 +39,15 @@ def new_request(example, layer, rows=3, wanted=2):
     return example.Request(list(torch.randn(rows, layer.hidden)), wanted)
 
 
-@pytest.mark.parametrize(("dtype", "seeds"), [(torch.float32, range(75)), (torch.bfloat16, range(75, 100))], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "seeds"),
+    [
+        (torch.float32, range(25)),
+        pytest.param(torch.float32, range(25, 75), marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, range(75, 100), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_requests_that_are_served_together_have_the_rows_of_requests_run_alone(example, dtype, seeds):
     total = served(example, example.Layer(dtype=dtype), seeds)
     assert total["mismatches"] == 0

@@ -186,7 +186,7 @@ def test_the_end_of_a_run_of_all_cases_says_what_is_conformant(repository):
     assert last == "numpy: 1 of 1 ops conformant"
 
 
-@pytest.mark.parametrize("options", [[], ["-n", "2"]])
+@pytest.mark.parametrize("options", [[], pytest.param(["-n", "2"], marks=pytest.mark.slow)])
 def test_a_part_of_the_cases_proves_a_part(repository, options):
     some = f"{OP}-float32-l2norm_True-g_exp_True or {OP}-float32-l2norm_False-g_exp_False or gdn_in_proj-float32"
     chosen = (*OPS_OF_TWO, "--polyfuse-backend", "numpy", "--polyfuse-level", "standard", "-k", some)

@@ -70,6 +70,7 @@ def test_the_public_function_is_there_with_its_types(tree: Path) -> None:
     assert (tree / "docs/ops/rms_norm.md").is_file()
 
 
+@pytest.mark.slow
 def test_the_repositorys_own_tests_pass_with_it(tree: Path) -> None:
     tests = ["tests/reference/test_rms_norm.py", "tests/test_layout.py", "tests/test_generated.py"]
     tests += ["tests/conformance/test_mutants.py", "tests/spec", "tests/dispatch/test_torch_library.py"]

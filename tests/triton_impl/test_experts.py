@@ -111,7 +111,7 @@ def test_more_experts_than_a_program_looks_at_together() -> None:
     assert sorted(by) == [0] + [1] * 20
 
 
-@pytest.mark.parametrize(("most_tiles", "step"), [(32, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize(("most_tiles", "step"), [(32, 1), (2, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_many_experts_with_as_many_programs_each(most_tiles: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_experts, "MOST_TILES", most_tiles)
     monkeypatch.setattr(_experts, "_most_programs", lambda device: 3)

@@ -22,6 +22,7 @@ from polyfuse.triton_impl._plans import Plan, Plans, Step, Taken
 from tests.triton_impl.helpers import DEVICE
 
 TRITON = registry().get("triton")
+LONG = dict.fromkeys(("gdn_conv_prep", "gated_delta_rule"), pytest.mark.slow)
 HELD = [op for op in OPS if not TRITON.missing(op)]
 X = torch.zeros(64, device=DEVICE)
 
@@ -199,7 +200,7 @@ def test_a_call_launches_what_it_does_alone(op: str, noted: list[Launched], forg
 
 @pytest.mark.skipif(not INTERPRETED.value, reason="for other strides a compiler may sum in another order")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("op", HELD)
+@pytest.mark.parametrize("op", [pytest.param(op, marks=LONG.get(op, ())) for op in HELD])
 @pytest.mark.usefixtures("poisoned_memory")
 @torch.no_grad()
 def test_layouts_change_no_bit(op: str) -> None:

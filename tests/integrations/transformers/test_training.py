@@ -41,7 +41,7 @@ def losses(model: Any, folder: Path) -> list[tuple[str, float]]:
 
 
 @pytest.mark.filterwarnings("default")  # of Trainer and of the data loader
-@pytest.mark.parametrize("family", ["Qwen3Next", "Qwen3_5"])
+@pytest.mark.parametrize("family", [pytest.param("Qwen3Next", marks=pytest.mark.slow), "Qwen3_5"])
 def test_a_trainer_reports_the_losses_of_the_model_as_it_is(family: str, tmp_path: Path) -> None:
     model = build(family)
     twin = accelerate(copy.deepcopy(model))

@@ -98,10 +98,10 @@ def test_log1p_is_accurate(interpreted: list[int]) -> None:
 @pytest.mark.parametrize(
     ("length", "heads", "heads_v", "size"),
     [
-        (8192, 16, 32, 128),
-        (64, 16, 64, 128),
+        slow(8192, 16, 32, 128),
+        slow(64, 16, 64, 128),
         (9, 4, 16, 256),
-        (100, 8, 32, 64),
+        slow(100, 8, 32, 64),
         (1, 16, 32, 128),  # fewer rows than a program has
         (300_000, 16, 32, 128),  # more than 2**31 elements
     ],
