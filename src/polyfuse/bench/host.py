@@ -95,7 +95,6 @@ def _whole(op: str, device: str) -> tuple[float, float, str]:
     call = partial(getattr(polyfuse, op), **values)
     found = call()
     results = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
-
     layouts = [((*x.shape,), x.stride(), x.dtype) for x in results]
 
     def allocate() -> None:

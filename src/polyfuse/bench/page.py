@@ -17,6 +17,7 @@ from polyfuse.bench.plots import charts_of, origin_of
 from polyfuse.bench.plots.chart import embedded
 from polyfuse.bench.plots.labels import case_label, model_label
 from polyfuse.bench.plots.limit import LIMIT, RESULTS, limit_chart
+from polyfuse.bench.plots.model import subject_of
 
 TEMPLATE = "page.md.j2"
 Cells = Sequence[object]
@@ -42,6 +43,7 @@ def render(benchmarks: Path) -> str:
         "trace": lambda name: trace(results[name]["trace"]),
         "parallel": lambda name: parallel(results[name]["parallel"]),
         "soak": lambda name: soak(results[name]),
+        "subject": lambda name: subject_of(results[name]),
         "rules": lambda name: rules(results[name]),
         "layers": lambda name: layers(results[name]),
         "whole_model": lambda name: whole_model(results[name]),

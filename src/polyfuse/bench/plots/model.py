@@ -12,11 +12,17 @@ ROLES |= {"one pass": "ours", "compiled": "peer", "separate": "plain"}
 ROLES |= {"sequential": "plain", "parallel": "peer", "merged": "ours", "fused": "other"}
 
 
-def model_charts(data: Mapping[str, Any]) -> list[Chart]:
-    """Calls of the whole model, a layer by its parts, conv in one pass or two, and strategies of the projection."""
+def subject_of(data: Mapping[str, Any]) -> str:
+    """Which model was measured, how many layers of it, and which of its weights are FP8."""
     subject = f"{data.get('sizes', data['model'])}, {data['layers']} layers"
     if data.get("fp8"):
         subject += ", FP8 MLPs and experts" if "moe" in data["model"] else ", FP8 MLPs"
+    return subject
+
+
+def model_charts(data: Mapping[str, Any]) -> list[Chart]:
+    """Calls of the whole model, a layer by its parts, conv in one pass or two, and strategies of the projection."""
+    subject = subject_of(data)
     phases = ("prefill", "decode")
     # Files from before the delta rule was one of the parts have no variants of a layer.
     layers = [row for row in data["layer"] if "variant" in row]
