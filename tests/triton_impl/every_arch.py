@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from polyfuse.conformance.cases import cases, model_case
 from polyfuse.conformance.inputs import Described, described
 from polyfuse.dispatch import registry
 from polyfuse.spec import OPS, bind
-from polyfuse.triton_impl import _launch
+from polyfuse.triton_impl import _expert_products, _launch
 
 launched: list[tuple[_launch.Launch, tuple[Any, ...]]] = []
 
@@ -80,6 +81,24 @@ def launches_of(op: str, how: str, arch: int, forms: dict[str, set[_launch.Launc
                 forms.setdefault(f"{model}: {case.attrs} {case.dtypes} {case.present}", set()).add(launch)
 
 
+def launches_of_experts(arch: int) -> Iterator[Any]:
+    """The launches of Qwen3.5-35B-A3B's FP8 experts for 1, 64 and 2,048 tokens, with their arguments."""
+    if divmod(arch, 10) < _expert_products.ARCH:
+        return
+    experts, chosen, hidden, inner = 256, 8, 2048, 512
+    launched.clear()
+    for tokens in (1, 64, 2048):
+        rows = torch.empty(tokens * chosen, dtype=torch.int64)
+        ends = torch.empty(experts, dtype=torch.int32)
+        for count, k, n, index in ((tokens, hidden, 2 * inner, rows), (len(rows), inner, hidden, None)):
+            x, scale = torch.empty(count, k, dtype=torch.float8_e4m3fn), torch.empty(count, k // 128)
+            weight = torch.empty(experts, n, k, dtype=torch.float8_e4m3fn)
+            weight_scale = torch.empty(experts, n // 128, k // 128)
+            out = _expert_products.products(x, scale, weight, weight_scale, ends, index, torch.bfloat16)
+        _expert_products.sums(out, torch.empty(tokens, chosen), rows.view(tokens, chosen), ends)
+    yield from dict(launched).items()
+
+
 def pretend(arch: int) -> None:
     """Stand in for a GPU of this architecture on which nothing is launched."""
     target = GPUTarget("cuda", arch, 32)
@@ -105,18 +124,20 @@ def main(how: str, arch: int) -> None:
     pretend(arch)
     compiled = set()
     forms: dict[str, set[_launch.Launch]] = {}
-    for op in ops:
-        for launch, passed in launches_of(op, how, arch, forms):
-            kernel = launch.kernel
-            compiled.add(kernel)
-            start = perf_counter()
-            made = kernel.run(*passed, grid=(1, 1, 1), warmup=True, **launch.options)
-            if f".target sm_{arch}" not in made.asm["ptx"] or not made.asm["cubin"].startswith(b"\x7fELF"):
-                raise SystemExit(f"{kernel.__module__}: {kernel.__name__}: no binary for sm_{arch}")
-            print(named(kernel), f"{perf_counter() - start:.2f}", len(made.asm["cubin"]), flush=True)
+    of_ops = (found for op in ops for found in launches_of(op, how, arch, forms))
+    for launch, passed in chain(of_ops, launches_of_experts(arch)):
+        kernel = launch.kernel
+        compiled.add(kernel)
+        start = perf_counter()
+        made = kernel.run(*passed, grid=(1, 1, 1), warmup=True, **launch.options)
+        if f".target sm_{arch}" not in made.asm["ptx"] or not made.asm["cubin"].startswith(b"\x7fELF"):
+            raise SystemExit(f"{kernel.__module__}: {kernel.__name__}: no binary for sm_{arch}")
+        print(named(kernel), f"{perf_counter() - start:.2f}", len(made.asm["cubin"]), flush=True)
     modules = [module for name, module in sys.modules.items() if name.startswith("polyfuse.triton_impl.")]
     known = [x for module in modules for x in vars(module).values() if isinstance(x, _launch.Launcher)]
     left = {x.kernel.__name__ for x in known if x.kernel not in compiled}
+    if divmod(arch, 10) < _expert_products.ARCH:
+        left -= {"_products", "_sums"}
     if left:
         raise SystemExit(f"compiled by no call: {', '.join(sorted(left))}")
     for chosen, launches in forms.items():

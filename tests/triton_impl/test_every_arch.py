@@ -16,7 +16,10 @@ KERNELS = {
     "gated_delta_rule _prepare",
     "gated_delta_rule _scan",
     "gdn_decode _kernel",
+    "_expert_products _products",
+    "_expert_products _sums",
 }
+NEW = {"_expert_products _products", "_expert_products _sums"}  # need float8_e4m3fn on matrix units: from sm_89 on
 MOST_FORMS = 4  # of a kernel, in a model that chooses attributes, dtypes and arrays
 
 
@@ -35,6 +38,6 @@ def test_every_kernel_compiles_for_blackwell(run_uninterpreted: Callable[[str], 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
 def test_every_form_that_models_need_compiles(arch: int, run_uninterpreted: Callable[[str], list[str]]) -> None:
     lines = run_uninterpreted(f"from tests.triton_impl.every_arch import main; main('models', {arch})")
-    assert compiled(lines) >= KERNELS
+    assert compiled(lines) >= (KERNELS if arch > 80 else KERNELS - NEW)
     needed = [line.rsplit(" ", 1) for line in lines if ":" in line]
     assert {name: count for name, count in needed if int(count) > MOST_FORMS} == {}

@@ -61,7 +61,7 @@ def is_captured(device: Device) -> bool:
 def device_of(value: Any, family: str) -> Device:
     """The device of an array; for a tracer, JAX's default backend."""
     if family == "torch":
-        return _torch_device(value.device)
+        return torch_device(value.device)
     if family == "jax":
         import jax
 
@@ -72,7 +72,7 @@ def device_of(value: Any, family: str) -> Device:
 
 
 @lru_cache(maxsize=64)
-def _torch_device(device: Any) -> Device:
+def torch_device(device: Any) -> Device:
     import torch
 
     if device.type != "cuda":

@@ -22,7 +22,8 @@ from polyfuse.runtime.quantized.activation import (
     rms_norm_block_quantized,
     silu_mul_block_quantized,
 )
-from polyfuse.runtime.quantized.gemm import block_scaled_mm, block_scaled_mm_by_expert
+from polyfuse.runtime.quantized.experts import block_scaled_mm_by_expert
+from polyfuse.runtime.quantized.gemm import block_scaled_mm
 
 __all__ = [
     "BufferSpec",

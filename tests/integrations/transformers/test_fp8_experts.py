@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 
 import polyfuse
-from polyfuse.integrations.transformers import accelerate, report, restore
+from polyfuse.integrations.transformers import _fp8_experts, accelerate, report, restore
 from polyfuse.integrations.transformers._fp8_experts import NAME, _why_not, fp8_experts, why_not
 from tests.integrations.transformers.fp8_experts_models import (
     CHOSEN,
@@ -71,6 +71,23 @@ def test_bitwise_equal_to_transformers_and_to_the_written_out_path(
 def test_other_dtypes(dtype: torch.dtype) -> None:
     call = sample(5, dtype=dtype)
     assert torch.equal(run(fused(), *call), written_out(experts_of(build()), *call))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 37])
+def test_on_triton_only_the_order_of_sums_differs(tokens: int, dtype: torch.dtype) -> None:
+    """A last bit of either product may differ, and with it a value between the two by a step of e4m3."""
+    pytest.importorskip("triton")
+    x, chosen, weights = sample(tokens, dtype=dtype)
+    chosen[0, 1] = EXPERTS  # is on another device
+    experts = fused()
+    with polyfuse.use_backend("triton"):
+        got = run(experts, x, chosen, weights)
+        assert part_of(experts).gemm == "a Triton kernel, all experts in one launch"
+    want = written_out(experts, x, chosen, weights)
+    assert want.abs().amax() > 0.01
+    torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6 * float(want.abs().amax()))
+    assert part_of(experts).fused_calls == 1
 
 
 def test_a_float32_routing_is_rounded_as_the_model_rounds_it() -> None:
@@ -131,16 +148,13 @@ def test_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def recorded(x: Any, name: str = name, real: Any = real, **options: Any) -> Any:
             seen.append((name, len(x)))
-            ends = options.get("expert_ends")
-            assert name == "block_quant" or (options["materialize"] and options["expert_alignment"] == 4)
-            assert ends is None or [end % 4 for end in ends.tolist()].count(0) < EXPERTS
+            assert name == "block_quant" or (options["materialize"] and options["expert_ends"][-1] == len(x))
             return real(x, **options)
 
         monkeypatch.setattr(polyfuse, name, recorded)
     x, chosen, weights = sample(7)
     run(fused(), x, chosen, weights)
-    rows = sum(-(-int(count) // 4) * 4 for count in chosen.flatten().bincount())
-    assert seen == [("block_quant", 7), ("silu_mul_block_quant", rows)]
+    assert seen == [("block_quant", 7), ("silu_mul_block_quant", chosen.numel())]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -162,10 +176,15 @@ def test_whole_models(family: str) -> None:
     assert GEMM.split(",")[0] in " ".join(str(report(model)).split())
 
 
-def test_accelerate_takes_them_only_by_their_name() -> None:
+def test_accelerate_takes_them_where_they_are_one_launch() -> None:
     model = accelerate(build())
     assert {part.kind for part in report(model).parts if part.fused} == {"gated_delta_net"}
+    assert part_of(experts_of(model)).reason == f"products are {GEMM} on cpu: parts has to name it"
     accelerate(model, parts=["fp8_experts"])
+    assert {part.kind for part in report(model).parts if part.fused} == {"gated_delta_net", "fp8_experts"}
+    pytest.importorskip("triton")
+    with polyfuse.use_backend("triton"):
+        model = accelerate(build())
     assert {part.kind for part in report(model).parts if part.fused} == {"gated_delta_net", "fp8_experts"}
 
 
@@ -316,11 +335,16 @@ def test_calls_that_take_their_own_path() -> None:
 def test_calls_on_other_devices_and_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     experts, (_, chosen, weights) = experts_of(build()), sample(3)
     x: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    found = {"experts_gemm_for": "", "reads_ends": True}
+    for name in found:
+        monkeypatch.setattr(_fp8_experts, name, lambda device, dtype, name=name: found[name])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with torch.no_grad():
         assert _why_not(experts, x, chosen, weights) == "no block-scaled GEMM for torch.float16 on cuda"
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        found["experts_gemm_for"] = "a GEMM"
         assert _why_not(experts, x, chosen, weights).startswith("it is captured in a graph, and the host has to know")
+        found["reads_ends"] = False
+        assert _why_not(experts, x, chosen, weights) == "it has tensors of other classes than torch.Tensor"
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(array) for array in sample(3)]
         assert _why_not(experts, *fakes) == "it has tensors of other classes than torch.Tensor"

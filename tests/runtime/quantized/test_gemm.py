@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import ScalingType, scaled_grouped_mm
 
 import polyfuse
 from polyfuse.runtime import (
@@ -12,12 +11,10 @@ from polyfuse.runtime import (
     QuantizedFormat,
     block_quantized,
     block_scaled_mm,
-    block_scaled_mm_by_expert,
 )
 from polyfuse.runtime.quantized import gemm
 
 FP8 = torch.float8_e4m3fn
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def weights(*shape: int) -> tuple[Any, Any]:
@@ -46,16 +43,6 @@ def test_the_product_is_that_of_the_dequantised(layout: str) -> None:
     x, w = dequantised(quantized.values, quantized.scales, 1), dequantised(weight, scale, 128)
     assert ((got - x @ w.t()).abs() <= x.abs() @ w.abs().t() * 2.0**-22).all()
     assert got.abs().amax() > 1
-
-
-def test_each_expert_has_its_rows() -> None:
-    quantized, (weight, scale) = activation(7, 256), weights(4, 128, 256)
-    got = block_scaled_mm_by_expert(quantized, weight, scale, [3, 0, 2, 2], torch.bfloat16)
-    for rows, expert in ((range(3), 0), (range(3, 5), 2), (range(5, 7), 3)):
-        one = quantized.take(torch.tensor(list(rows)))
-        assert torch.equal(got[list(rows)], block_scaled_mm(one, weight[expert], scale[expert], torch.bfloat16))
-    with pytest.raises(polyfuse.SpecError, match="rows: expected 4, 7 in all, got 4 numbers, 8 in all"):
-        block_scaled_mm_by_expert(quantized, weight, scale, [3, 1, 2, 2], torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +75,6 @@ def test_scaled_mm_takes_these_layouts(rows: int, columns: int, layout: str) -> 
     weight, scale = (array.to("meta") for array in weights(256, columns))
     out = block_scaled_mm(quantized, weight, scale, torch.bfloat16)
     assert (out.shape, out.dtype) == ((rows, 256), torch.bfloat16)
-    counts = [rows - 4, 0, 4]
-    out = block_scaled_mm_by_expert(
-        quantized, torch.stack([weight] * 3), torch.stack([scale] * 3), counts, torch.bfloat16
-    )
-    assert (out.shape, out.dtype) == ((rows, 256), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -108,22 +90,3 @@ def test_only_hopper_has_these_scales(
     assert has_scaled_mm(torch.device("cuda")) is expected
     monkeypatch.setattr(torch.version, "cuda", None)
     assert not has_scaled_mm(torch.device("cuda"))
-
-
-@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-def test_pytorch_has_no_grouped_gemm_of_these_blocks() -> None:
-    """Once it has one, `block_scaled_mm_by_expert` is to call it: this fails then."""
-    weight, scale = (array.cuda() for array in weights(2, 256, 256))
-    quantized = activation(8, 256)
-    ends = torch.tensor([4, 8], dtype=torch.int32, device="cuda")
-    with pytest.raises(ValueError, match="No gemm implementation was found"):
-        scaled_grouped_mm(
-            quantized.values.cuda(),
-            weight.transpose(1, 2),
-            quantized.scales.cuda(),
-            ScalingType.BlockWise1x128,
-            scale,
-            ScalingType.BlockWise128x128,
-            offs=ends,
-            output_dtype=torch.bfloat16,
-        )

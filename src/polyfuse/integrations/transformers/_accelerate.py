@@ -24,7 +24,7 @@ def accelerate(
 
     An accelerated model computes what the model itself would with the weights, adapters, hooks, settings and calls that
     it has at that moment; what the fused code does not cover runs the model's own. `report(model)` says what runs how.
-    `parts` names the kinds to patch, of which each must be found; None patches all of these but "fp8_experts":
+    `parts` names the kinds to patch, of which each must be found; None patches all of these:
 
     - "vision": the towers of Qwen3-VL, Qwen3.5 (dense and MoE) and Qwen2.5-VL, SigLIP and CLIP. Inference then runs in
       graphs, one per token budget, that are captured at the first request. `graphs` holds settings of `EncoderConfig`;
@@ -42,7 +42,8 @@ def accelerate(
     - "fp8_mlp": MLPs with FP8 weights. Inference then quantises the activation in one kernel with SiLU and product, bit
       for bit as the model does.
     - "fp8_experts": the experts of MoE layers with FP8 weights. Inference then quantises each token once, and the rest
-      as in an MLP; the products are block-scaled GEMMs, one expert after the other, and not captured in a graph.
+      as in an MLP; all experts are multiplied in one launch. Where that has to be one expert after the other, as
+      without Triton, `parts` has to name this kind, and no graph can hold it.
     - "torchao_mlp": MLPs with torchao's MXFP8 or MXFP4 weights, and NVFP4 ones if `parts` names this kind. Inference
       then quantises their input once, and the activation in one kernel with SiLU and product, for torchao's own GEMMs.
 
@@ -119,7 +120,7 @@ def _forwards(model: nn.Module) -> list[AcceleratedForward]:
 def _wanted(parts: Iterable[str] | None) -> list[str]:
     """The kinds of parts that are asked for."""
     if parts is None:
-        return [kind for kind in KINDS if KINDS[kind].by_default]
+        return list(KINDS)
     if isinstance(parts, str) or not isinstance(parts, Iterable):
         fail("accelerate", "parts", f"a list of {', '.join(KINDS)}", parts)
     wanted = list(parts)

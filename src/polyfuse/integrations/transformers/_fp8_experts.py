@@ -6,7 +6,6 @@ share and pickles hold, and puts `forward` into the module, as with the other pa
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import CodeType, MethodType
 from typing import Any
 
@@ -17,7 +16,14 @@ from polyfuse.integrations.transformers import _patch
 from polyfuse.integrations.transformers._formula import SILU, formula
 from polyfuse.integrations.transformers._plain import odd_weights, oddity
 from polyfuse.runtime.quantized.activation import block_quantized, silu_mul_block_quantized
-from polyfuse.runtime.quantized.gemm import ALIGNED, BLOCK, block_scaled_mm_by_expert, gemm_for
+from polyfuse.runtime.quantized.experts import (
+    block_scaled_mm_by_expert,
+    experts_gemm_for,
+    reads_ends,
+    route,
+    sums_of_experts,
+)
+from polyfuse.runtime.quantized.gemm import BLOCK
 
 NAME = "polyfuse"
 MODULE = "transformers.integrations.finegrained_fp8"
@@ -48,28 +54,31 @@ def is_fused(module: nn.Module) -> bool:
 
 def fuse(module: nn.Module, name: str, by_request: bool) -> str:
     """Put `forward` in the place of the experts' own, or say why not."""
+    device = next(module.parameters()).device
+    if not by_request and reads_ends(device, torch.bfloat16):
+        return f"products are {gemm(module)} on {device.type}: parts has to name it"
     _patch.install(module, MethodType(forward, module), name, by_request)
     return ""
 
 
 def gemm(module: nn.Module) -> str:
     """What multiplies the experts' rows by their weights on the device where these are."""
-    found = gemm_for(next(module.parameters()).device, torch.bfloat16)
-    return f"{found}, expert by expert" if found else "none on this device"
+    return experts_gemm_for(next(module.parameters()).device, torch.bfloat16) or "none on this device"
 
 
 @_patch.stand_in
 def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward pass of experts with FP8 weights: one quantisation before each of their two products.
 
-    - A token is quantised once, however many experts take it; its rows are then gathered as bytes.
+    - A token is quantised once, however many experts take it.
     - SiLU, product and quantisation are one kernel, over the rows that experts own, that rounds where separate ones do.
-    - Both products are block-scaled GEMMs, one expert after the other: the host reads how many rows each expert has.
+    - Both products are block-scaled GEMMs: one launch each where Triton runs, which a graph can hold, and else one
+      expert after the other, for which the host reads how many rows each has.
     - Routing weights multiply in the model's dtype, and a token's results are summed up in float32, in the order of the
       config's implementation: by its experts' numbers as in the loop over experts, else by their ranks.
 
-    In a call that records gradients, trains, is compiled, or is captured in a graph, the class's own `forward` runs, as
-    it does for experts that are not as `fp8_experts` says any more.
+    In a call that records gradients, trains, is compiled, or is captured where the host has to read, the class's own
+    `forward` runs, as it does for experts that are not as `fp8_experts` says any more.
     """
     return _run(module, args, kwargs, type(module).forward)
 
@@ -116,10 +125,10 @@ def _why_not(module: nn.Module, x: torch.Tensor, chosen: torch.Tensor, weights: 
         return "it is compiled"
     if found := _patch.not_inference(module, x.device):
         return found
-    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return "it is captured in a graph, and the host has to know the rows of each expert"
-    if not gemm_for(x.device, x.dtype):
+    if not experts_gemm_for(x.device, x.dtype):
         return f"no block-scaled GEMM for {x.dtype} on {x.device.type}"
+    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing() and reads_ends(x.device, x.dtype):
+        return "it is captured in a graph, and the host has to know the rows of each expert"
     if any(type(tensor) is not torch.Tensor for tensor in (x, chosen, weights)):  # fake and sharded ones, say
         return "it has tensors of other classes than torch.Tensor"
     if x.ndim != 2 or chosen.ndim != 2 or chosen.shape != weights.shape or len(chosen) != len(x):
@@ -129,55 +138,16 @@ def _why_not(module: nn.Module, x: torch.Tensor, chosen: torch.Tensor, weights: 
     return why_not(module)
 
 
-@dataclass(frozen=True)
-class _Routing:
-    """Rows of tokens, sorted by expert, each of which begins at a multiple of `ALIGNED`.
-
-    `tokens` [rows] says whose row each is, `ends` [experts] where those of an expert end, and `places` [T * k] which
-    row a token's k-th expert has. `rows` are how many an expert has up to where the next begins; `taken` is how many of
-    the T * k any expert here has: with expert parallelism, others are on other devices.
-    """
-
-    tokens: torch.Tensor
-    ends: torch.Tensor
-    places: torch.Tensor
-    rows: list[int]
-    taken: int
-
-
-def _route(chosen: torch.Tensor, experts: int) -> _Routing:
-    """The routing of tokens to `chosen` [T, k] of `experts`; those from that number on are on other devices."""
-    found, order = chosen.reshape(-1).sort(stable=True)
-    limits = torch.searchsorted(found, torch.arange(experts, device=found.device, dtype=found.dtype), right=True)
-    sizes = limits.diff(prepend=limits.new_zeros(1))
-    padded = (sizes + ALIGNED - 1) // ALIGNED * ALIGNED
-    starts = padded.cumsum(0) - padded
-    *rows, taken = torch.cat([padded, limits[-1:]]).tolist()
-    found, order = found[:taken], order[:taken]
-    slots = torch.arange(taken, device=found.device) + (starts - limits + sizes)[found]
-    tokens = slots.new_zeros(sum(rows)).index_copy_(0, slots, order // chosen.shape[1])
-    places = slots.new_zeros(chosen.numel()).index_copy_(0, order, slots)
-    return _Routing(tokens, (starts + sizes).int(), places, rows, taken)
-
-
 def _fused(module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The experts' result for tokens x [T, hidden], in its dtype."""
-    if _implementation(module) in BY_NUMBER:
-        order = chosen.argsort(1)
-        chosen, weights = chosen.gather(1, order), weights.gather(1, order)
-    routing = _route(chosen, module.num_experts)
-    if not routing.taken:
-        return torch.zeros_like(x)
-    rows = block_quantized(x, scale_min=0.0).take(routing.tokens)
-    first = block_scaled_mm_by_expert(rows, module.gate_up_proj, module.gate_up_proj_scale_inv, routing.rows, x.dtype)
-    product = silu_mul_block_quantized(
-        first, expert_ends=routing.ends, expert_alignment=ALIGNED, scale_min=0.0, materialize=True
+    routing = route(chosen, module.num_experts)
+    tokens = block_quantized(x, scale_min=0.0)
+    first = block_scaled_mm_by_expert(
+        tokens, module.gate_up_proj, module.gate_up_proj_scale_inv, routing.ends, x.dtype, tokens=routing.tokens
     )
-    second = block_scaled_mm_by_expert(product, module.down_proj, module.down_proj_scale_inv, routing.rows, x.dtype)
-    weighted = second[routing.places] * weights.reshape(-1, 1).to(second.dtype)
-    if routing.taken < len(weighted):
-        weighted.masked_fill_(chosen.reshape(-1, 1) >= module.num_experts, 0.0)
-    return weighted.view(*chosen.shape, -1).sum(1)
+    rows = silu_mul_block_quantized(first, expert_ends=routing.ends, scale_min=0.0, materialize=True)
+    second = block_scaled_mm_by_expert(rows, module.down_proj, module.down_proj_scale_inv, routing.ends, x.dtype)
+    return sums_of_experts(second, weights, routing, by_number=_implementation(module) in BY_NUMBER)
 
 
 def _fits(module: nn.Module) -> bool:

@@ -22,7 +22,6 @@ class Kind:
     """One kind of part: what finds them by name, and what says why one of them, as it is now, is not fused.
 
     `is_fused` says whether calls of one come to a forward of ours, and `gemm` what multiplies what it quantises.
-    Unless it is one `by_default`, it is patched only where its name is asked for.
     """
 
     doc: str
@@ -30,7 +29,6 @@ class Kind:
     why_not: Callable[[Any], str]
     is_fused: Callable[[Any], bool] = _patch.is_installed
     gemm: Callable[[Any], str] = lambda module: ""
-    by_default: bool = True
 
 
 KINDS: Mapping[str, Kind] = {
@@ -39,7 +37,6 @@ KINDS: Mapping[str, Kind] = {
     "fp8_mlp": Kind("an FP8 MLP", _fp8_mlp.fp8_mlps, _fp8_mlp.why_not, _fp8_mlp.is_fused, _fp8_mlp.gemm),
     "fp8_experts": Kind(
         *("FP8 experts", _fp8_experts.fp8_experts, _fp8_experts.why_not, _fp8_experts.is_fused, _fp8_experts.gemm),
-        by_default=False,  # expert by expert is many launches where Transformers' own kernel from the hub is one
     ),
     "torchao_mlp": Kind(
         "an MLP that torchao has quantised to MXFP8, MXFP4 or NVFP4",

@@ -1,6 +1,5 @@
 """Products of quantised activations: float8_e4m3fn in blocks of 1 x 128, with weights in blocks of 128 x 128."""
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -32,39 +31,14 @@ def block_scaled_mm(
     before it is rounded; elsewhere it is `scaled_mm`, with M a multiple of 4, and scales that are column-major save a
     copy. Raises `SpecError` for other formats and shapes.
     """
-    _check(activation, weight, weight_scale)
-    return _product(activation.values, activation.scales, weight, weight_scale, dtype)
+    check_product(activation, weight, weight_scale)
+    return product(activation.values, activation.scales, weight, weight_scale, dtype)
 
 
-def block_scaled_mm_by_expert(
-    activation: QuantizedActivation,
-    weights: torch.Tensor,
-    weight_scales: torch.Tensor,
-    rows: Sequence[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """`block_scaled_mm` of each expert's rows, which lie behind one another, with its weight of [E, N, K].
-
-    `rows` says how many each expert has; off a CPU they are multiples of 4. One product after the other: PyTorch's
-    `scaled_grouped_mm` takes scales of whole rows and those of MXFP8, MXFP4 and NVFP4, but not these blocks.
-    """
-    if len(rows) != len(weights) or sum(rows) != len(activation.values):
-        got = f"{len(rows)} numbers, {sum(rows)} in all"
-        fail("block_scaled_mm_by_expert", "rows", f"{len(weights)}, {len(activation.values)} in all", got)
-    _check(activation, weights[0], weight_scales[0])
-    parts = zip(activation.values.split(list(rows)), activation.scales.split(list(rows)), strict=True)
-    return torch.cat(
-        [
-            _product(values, scales, weights[expert], weight_scales[expert], dtype)
-            for expert, (values, scales) in enumerate(parts)
-            if len(values)
-        ]
-    )
-
-
-def _product(
+def product(
     q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
+    """`block_scaled_mm` of arrays that `check_product` has let pass."""
     if q.device.type != "cpu":
         missing = -weight_scale.shape[1] % ALIGNED
         blocks = (pad(weight_scale, (0, missing)) if missing else weight_scale).t()
@@ -79,7 +53,8 @@ def _product(
     return total.to(dtype)
 
 
-def _check(activation: QuantizedActivation, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
+def check_product(activation: QuantizedActivation, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
+    """Raise `SpecError` for what `block_scaled_mm` does not take."""
     given = activation.format
     if (given.group_size, given.quant_dtype, given.scale_format) != (BLOCK, "float8_e4m3fn", "float32"):
         expected = f"a format of group_size={BLOCK}, float8_e4m3fn and float32"
