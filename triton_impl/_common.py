@@ -49,6 +49,16 @@ def round_to(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def product(a, b):
+    """a * b, rounded, in fp32, as what a sum over lanes of few numbers each takes.
+
+    A plain product is fused with the first addition, of another lane's product, which is rounded: of two lanes that add
+    up each other's, either has other bits, and which of them a kernel stores is chance.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def widen(value):
     """`value` in fp32. For bf16 by shifting: two instructions a pair of elements, where a cast takes three."""
     if value.dtype == tl.bfloat16:

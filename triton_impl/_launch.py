@@ -86,11 +86,12 @@ class Launcher:
     - numbers are floats, and the integers that the kernel names in `do_not_specialize`, of any value.
     - fixed are the `tl.constexpr` and all other integers: each value of theirs is another kind of call.
 
-    `options` go to every launch, such as num_stages.
+    `options` go to every launch, such as num_stages. Products and sums are fused unless they say otherwise, whatever
+    the default of an installed Triton is.
     """
 
     def __init__(self, op: str, kernel: Any, **options: int) -> None:
-        self.op, self.kernel, self.options = op, kernel, options
+        self.op, self.kernel, self.options = op, kernel, {"enable_fp_fusion": True, **options}
         self.launches: dict[tuple[Any, ...], Launch] = {}
 
     def __call__(

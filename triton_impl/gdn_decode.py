@@ -13,7 +13,7 @@ import triton.language as tl
 
 from polyfuse._torch.memory import new
 from polyfuse.spec import FP32_TINY
-from polyfuse.triton_impl._common import INTERPRETED, capability, next_power_of_2, round_to, widen
+from polyfuse.triton_impl._common import INTERPRETED, capability, next_power_of_2, product, round_to, widen
 from polyfuse.triton_impl._conv_step import conv_at, read, shifted, store_shifted
 from polyfuse.triton_impl._gdn import log_decay, sigmoid, silu
 from polyfuse.triton_impl._launch import Launcher
@@ -26,6 +26,7 @@ CAPABILITY = capability()
 WARPS = 4  # with 8 the sums over K cross twice as many
 HALVED_WARPS = 2
 LEAST_HALVED = 32  # columns of a value head
+MOST_SPREAD = tl.constexpr(4096)  # elements of a state of which a thread may have a single one of a column
 
 
 @triton.jit
@@ -36,8 +37,12 @@ def _add_pairs(a0, a1, b0, b1):
 @triton.jit
 def _answers(state, k, q):
     """S^T k and S^T q of a state [K, V]."""
-    of_k = state * k[:, None]
-    of_q = state * q[:, None]
+    if state.shape[0] * state.shape[1] > MOST_SPREAD:
+        of_k = state * k[:, None]
+        of_q = state * q[:, None]
+    else:
+        of_k = product(state, k[:, None])
+        of_q = product(state, q[:, None])
     if INTERPRETED:  # where a reduction of a pair is slow
         return tl.sum(of_k, 0), tl.sum(of_q, 0)
     return tl.reduce((of_k, of_q), 0, _add_pairs)
@@ -49,7 +54,7 @@ def _keys(conv, keys, token, eps, sizes: tl.constexpr):
     columns, channels, mask = keys
     q = conv_at(conv, columns[0], channels[0], mask, token, sizes)
     k = conv_at(conv, columns[1], channels[1], mask, token, sizes)
-    return q * tl.rsqrt(tl.sum(q * q, 0) + eps), k * tl.rsqrt(tl.sum(k * k, 0) + eps)
+    return q * tl.rsqrt(tl.sum(product(q, q), 0) + eps), k * tl.rsqrt(tl.sum(product(k, k), 0) + eps)
 
 
 @triton.jit
@@ -110,12 +115,12 @@ def _value_heads(
             factor = _factor(norm, lane, values[2] + g * V, token, V)
             of_k, of_q = _answers(state, k, q)
             delta = beta * (v - decay * of_k)
-            o = scale * (decay * of_q + delta * tl.sum(q * k, 0))
+            o = scale * (decay * of_q + delta * tl.sum(product(q, k), 0))
             if token < tokens:
                 state = decay * state + k[:, None] * delta[None, :]
                 tl.debug_barrier()  # all threads have read what is written here
                 tl.store(at + target * state_slot, round_to(state, state_ptr.dtype.element_ty), mask=mask)
-            y = tl.where(token < tokens, o * tl.rsqrt(tl.sum(o * o, 0) / V + norm_eps) * factor, 0.0)
+            y = tl.where(token < tokens, o * tl.rsqrt(tl.sum(product(o, o), 0) / V + norm_eps) * factor, 0.0)
             tl.store(out_ptr + (token * HV + g) * V + lane, round_to(y, out_ptr.dtype.element_ty), mask=known)
 
 
@@ -152,7 +157,7 @@ def _halved_value_heads(
     state = read(at + source * state_slot, readable, FULL)
     token = tokens * 0
     q, k = _keys(conv, keys, token, l2norm_eps, sizes)
-    qk = tl.sum(q * k, 0)
+    qk = tl.sum(product(q, k), 0)
     for g in tl.static_range(G):
         column = values[0] + g * V + lane
         channel = values[1] + g * V + lane
@@ -165,7 +170,8 @@ def _halved_value_heads(
         later_at = at + HALF * state_column
         state = read(later_at + source * state_slot, later_readable, FULL)
         later_o = _half(later_at + slot * state_slot, state, later_mask, k, q, qk, later_v, decay, beta, scale)
-        inverse = tl.rsqrt((tl.sum(o * o, 0) + tl.sum(later_o * later_o, 0)) / V + norm_eps)
+        squares = tl.sum(product(o, o), 0) + tl.sum(product(later_o, later_o), 0)
+        inverse = tl.rsqrt(squares / V + norm_eps)
         y = o * inverse * _factor(norm, lane, values[2] + g * V, token, V)
         later_y = later_o * inverse * _factor(norm, later, values[2] + g * V, token, V)
         tl.store(out_ptr + g * V + lane, round_to(y, out_ptr.dtype.element_ty))

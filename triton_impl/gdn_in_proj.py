@@ -37,8 +37,10 @@ LEAST_ROWS, MOST_ROWS = 16, 64  # rows a program computes: what the matrix unit 
 
 
 @triton.jit
-def _project(activation, weight, result, block, row, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _project(activation, weight, result, block, row, tile: tl.constexpr):
     """out[row, first + block of columns] = x[row] @ w[block of columns].T + bias[first + block of columns]."""
+    BLOCK_N: tl.constexpr = tile[0]
+    BLOCK_K: tl.constexpr = tile[1]
     x_ptr, x_stride, rows, hidden = activation
     w_ptr, w_stride, w_step, columns = weight
     out_ptr, bias_ptr, first, width = result
@@ -98,24 +100,22 @@ def _kernel(
     end1 = tl.cdiv(n1, BLOCK_N)
     endz = end1 + tl.cdiv(nz, BLOCK_N)
     end2 = endz + tl.cdiv(n2, BLOCK_N)
+    # Triton 3.9 wants what branches assign to be of one type in all of them, and a weight or bias may be None.
+    tile: tl.constexpr = (BLOCK_N, BLOCK_K)
     if block < end1:
-        weight = (w1_ptr, w1_stride, w1_step, n1)
-        result = (out1_ptr, bias1_ptr, 0, n1 + nz)
-        _project(activation, weight, result, block, row, BLOCK_N, BLOCK_K)
+        _project(activation, (w1_ptr, w1_stride, w1_step, n1), (out1_ptr, bias1_ptr, 0, n1 + nz), block, row, tile)
     elif block < endz:
         if wz_ptr is not None:
-            weight = (wz_ptr, wz_stride, wz_step, nz)
-            result = (out1_ptr, bias1_ptr, n1, n1 + nz)
-            _project(activation, weight, result, block - end1, row, BLOCK_N, BLOCK_K)
+            z = (wz_ptr, wz_stride, wz_step, nz)
+            _project(activation, z, (out1_ptr, bias1_ptr, n1, n1 + nz), block - end1, row, tile)
     elif block < end2:
-        weight = (w2_ptr, w2_stride, w2_step, n2)
-        result = (out2_ptr, bias2_ptr, 0, n2 + na)
-        _project(activation, weight, result, block - endz, row, BLOCK_N, BLOCK_K)
+        _project(
+            activation, (w2_ptr, w2_stride, w2_step, n2), (out2_ptr, bias2_ptr, 0, n2 + na), block - endz, row, tile
+        )
     else:
         if wa_ptr is not None:
-            weight = (wa_ptr, wa_stride, wa_step, na)
-            result = (out2_ptr, bias2_ptr, n2, n2 + na)
-            _project(activation, weight, result, block - end2, row, BLOCK_N, BLOCK_K)
+            a = (wa_ptr, wa_stride, wa_step, na)
+            _project(activation, a, (out2_ptr, bias2_ptr, n2, n2 + na), block - end2, row, tile)
 
 
 _launch = Launcher(NAME, _kernel, num_stages=STAGES)

@@ -17,9 +17,12 @@ KERNELS = {
     "gated_delta_rule _scan",
     "gdn_decode _kernel",
     "_expert_products _products",
+    "_expert_products _route",
     "_expert_products _sums",
 }
-NEW = {"_expert_products _products", "_expert_products _sums"}  # need float8_e4m3fn on matrix units: from sm_89 on
+NEW = {
+    name for name in KERNELS if name.startswith("_expert_products ")
+}  # need float8_e4m3fn on matrix units: from sm_89 on
 MOST_FORMS = 4  # of a kernel, in a model that chooses attributes, dtypes and arrays
 
 
@@ -31,6 +34,22 @@ def compiled(lines: list[str]) -> set[str]:
 def test_every_kernel_compiles_for_blackwell(run_uninterpreted: Callable[[str], list[str]]) -> None:
     """Of these GPUs the one whose compiler is least like that of the others, and that fewest people have run."""
     lines = run_uninterpreted("from tests.triton_impl.every_arch import main; main('once', 100)")
+    assert compiled(lines) >= KERNELS
+
+
+@pytest.mark.parametrize("op", ["gdn_decode", "gdn_in_proj"])
+def test_cases_compile_whose_sums_or_arrays_were_refused(
+    op: str, run_uninterpreted: Callable[[str], list[str]]
+) -> None:
+    """Small states, of which a thread has one element of a column, and biases of one of two products."""
+    lines = run_uninterpreted(f"from tests.triton_impl.every_arch import main; main('quick', 90, '{op}')")
+    assert compiled(lines) == {f"{op} _kernel"}
+    assert len(lines) >= 20
+
+
+@pytest.mark.slow
+def test_every_case_of_level_quick_compiles(run_uninterpreted: Callable[[str], list[str]]) -> None:
+    lines = run_uninterpreted("from tests.triton_impl.every_arch import main; main('quick', 90)")
     assert compiled(lines) >= KERNELS
 
 

@@ -25,7 +25,7 @@ def test_arguments_grid_and_options_reach_the_kernel(remembers: None) -> None:
     for grid in (GRID, (2, 3, 1)):
         launch(grid, (X, None), (X,), (7, 1e-6), (1, "e4m3"), 4)
     arguments = (X, None, X, 7, 1e-6, 1, "e4m3")
-    options = {"num_warps": 4, "num_stages": 3}
+    options = {"enable_fp_fusion": True, "num_warps": 4, "num_stages": 3}
     assert kernel.launches == [("jit", GRID, arguments, options), ("compiled", (2, 3, 1), arguments, options)]
 
 
