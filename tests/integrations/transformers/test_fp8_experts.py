@@ -32,6 +32,7 @@ from tests.integrations.transformers.fp8_experts_models import (
     sample,
     written_out,
 )
+from tests.triton_impl.helpers import DEVICE
 
 pytestmark = pytest.mark.usefixtures("fp8_calls")
 
@@ -80,11 +81,11 @@ def test_on_triton_only_the_order_of_sums_differs(tokens: int, dtype: torch.dtyp
     pytest.importorskip("triton")
     x, chosen, weights = sample(tokens, dtype=dtype)
     chosen[0, 1] = EXPERTS  # is on another device
-    experts = fused()
+    experts = fused().to(DEVICE)
     with polyfuse.use_backend("triton"):
-        got = run(experts, x, chosen, weights)
+        got = run(experts, *(tensor.to(DEVICE) for tensor in (x, chosen, weights))).cpu()
         assert part_of(experts).gemm == "a Triton kernel, all experts in one launch"
-    want = written_out(experts, x, chosen, weights)
+    want = written_out(experts.cpu(), x, chosen, weights)
     assert want.abs().amax() > 0.01
     torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6 * float(want.abs().amax()))
     assert part_of(experts).fused_calls == 1
@@ -184,7 +185,7 @@ def test_accelerate_takes_them_where_they_are_one_launch() -> None:
     assert {part.kind for part in report(model).parts if part.fused} == {"gated_delta_net", "fp8_experts"}
     pytest.importorskip("triton")
     with polyfuse.use_backend("triton"):
-        model = accelerate(build())
+        model = accelerate(build().to(DEVICE))
     assert {part.kind for part in report(model).parts if part.fused} == {"gated_delta_net", "fp8_experts"}
 
 

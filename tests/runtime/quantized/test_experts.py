@@ -43,7 +43,9 @@ def on(device: torch.device, quantized: Any) -> Any:
 
 def case(rows: int, experts: int, n: int, k: int, layout: str = "row_major") -> tuple[Any, Any, Any]:
     weight, scale = (array.to(DEVICE) for array in weights(experts, n, k))
-    return on(DEVICE, activation(rows, k, layout)), weight, scale
+    with polyfuse.use_backend("torch"):  # on a CPU
+        quantized = activation(rows, k, layout)
+    return on(DEVICE, quantized), weight, scale
 
 
 def errors(got: Any, quantized: Any, weight: Any, scale: Any, ends: Any, tokens: Any = None) -> Any:

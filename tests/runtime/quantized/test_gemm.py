@@ -66,6 +66,30 @@ def test_what_is_refused(format: QuantizedFormat, weight: Any, scale: Any, messa
         block_scaled_mm(block_quantized(torch.ones(4, 256), format), weight, scale, torch.bfloat16)
 
 
+@pytest.mark.parametrize("columns", [128, 512])
+@pytest.mark.parametrize(("skipped", "copied"), [(2, True), (4, False)])
+def test_cublaslt_is_given_no_view_that_begins_in_between(
+    columns: int, skipped: int, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two multiples of 16 bytes, as the scales of an expert's rows do."""
+    given: list[Any] = []
+    monkeypatch.setattr(gemm, "scaled_mm", lambda *arrays, **_: given.extend(x for x in arrays if torch.is_tensor(x)))
+    real, blocks = activation(70, columns), columns // 128
+    values, scale = (array.to("meta") for array in (real.values, real.scales))
+    weight = torch.empty(384 * columns + skipped * 4, dtype=FP8, device="meta")[skipped * 4 :].view(384, columns)
+    weight_scale = torch.empty(3 * blocks + skipped, device="meta")[skipped:].view(3, blocks)
+    gemm.product(values[skipped:], scale[skipped:], weight, weight_scale, torch.bfloat16)
+    shapes = [[70 - skipped, columns], [columns, 384], [70 - skipped, blocks], [4, 3]]
+    assert [list(x.shape) for x in given] == shapes
+    begins = [
+        skipped * columns,
+        0 if copied else 16,
+        0 if copied or blocks > 1 else 4,
+        0 if copied or blocks == 1 else 4,
+    ]
+    assert [x.storage_offset() for x in given] == begins
+
+
 @pytest.mark.parametrize("layout", ["row_major", "col_major"])
 @pytest.mark.parametrize(("rows", "columns"), [(4, 128), (12, 512), (8, 640)])
 def test_scaled_mm_takes_these_layouts(rows: int, columns: int, layout: str) -> None:

@@ -10,6 +10,7 @@ from polyfuse.spec import FLOATS, dtype_name, fail
 
 BLOCK = 128  # rows and columns of a weight, and columns of an activation, that share a scale
 ALIGNED = 4  # cuBLASLt takes multiples of this many rows, and of this many blocks along K
+BEGIN = 16  # and arrays that begin at a multiple of this many bytes
 
 
 def gemm_for(device: torch.device, dtype: torch.dtype) -> str:
@@ -28,8 +29,8 @@ def block_scaled_mm(
 
     Both are float8_e4m3fn, with float32 scales; `weight_scale` is [N / 128, K / 128]. Each block along K is a float32
     sum of products, times the two scales, and the blocks are summed up in float32. On a CPU a block's sum is exact
-    before it is rounded; elsewhere it is `scaled_mm`, with M a multiple of 4, and scales that are column-major save a
-    copy. Raises `SpecError` for other formats and shapes.
+    before it is rounded; elsewhere it is `scaled_mm`, with M a multiple of 4. Scales that are column-major save a copy,
+    and views that do not begin at a multiple of 16 bytes are copied. Raises `SpecError` for other formats and shapes.
     """
     check_product(activation, weight, weight_scale)
     return product(activation.values, activation.scales, weight, weight_scale, dtype)
@@ -41,16 +42,21 @@ def product(
     """`block_scaled_mm` of arrays that `check_product` has let pass."""
     if q.device.type != "cpu":
         missing = -weight_scale.shape[1] % ALIGNED
-        blocks = (pad(weight_scale, (0, missing)) if missing else weight_scale).t()
+        blocks = pad(weight_scale, (0, missing)) if missing else weight_scale
         recipes = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
-        columns_of_scales = scale.t().contiguous().t()
-        return scaled_mm(q, weight.t(), columns_of_scales, recipes[0], blocks, recipes[1], output_dtype=dtype)
+        rows, columns, scales, blocks = (readable(x) for x in (q, weight, scale.t().contiguous(), blocks))
+        return scaled_mm(rows, columns.t(), scales.t(), recipes[0], blocks.t(), recipes[1], output_dtype=dtype)
     columns = weight_scale.repeat_interleave(BLOCK, dim=0)  # [N, K / 128]
     total = scale.new_zeros(len(q), len(weight))
     for block, (part, weight_part) in enumerate(zip(q.split(BLOCK, dim=1), weight.split(BLOCK, dim=1), strict=True)):
         products = (part.double() @ weight_part.double().t()).float()  # float64 holds any sum of 128 exactly
         total += products * scale[:, block, None] * columns[:, block]
     return total.to(dtype)
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy if it is a view that begins in between; a storage does not."""
+    return x.clone() if x.storage_offset() * x.element_size() % BEGIN else x
 
 
 def check_product(activation: QuantizedActivation, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
