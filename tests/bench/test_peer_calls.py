@@ -112,6 +112,14 @@ def rms_norm_per_block_quant(input, weight, epsilon, quant_dtype, group_size, sc
     return q, scale
 
 
+current_platform = SimpleNamespace(is_cuda=lambda: True, name="cuda")
+
+
+def by_triton_without_cuda(y, tokens_per_expert, num_parallel_tokens=16, group_size=128):
+    assert (current_platform.is_cuda(), current_platform.name) == (False, "cuda")
+    return persistent_masked_m_silu_mul_quant(y, tokens_per_expert, num_parallel_tokens, group_size)
+
+
 def per_token_group_quant_fp8(x, group_size, eps=1e-10, dtype=None, column_major_scales=False,
                               tma_aligned_scales=False, out_q=None, use_ue8m0=None):  # fmt: skip
     layout = "col_major" if column_major_scales else "row_major"
@@ -192,6 +200,7 @@ STAND_INS = {
     "vllm silu_and_mul_per_block_quant": [vllm.silu_and_mul_per_block_quant],
     "vllm silu_mul_per_token_group_quant_fp8_colmajor": [silu_mul_per_token_group_quant_fp8_colmajor],
     "vllm persistent_masked_m_silu_mul_quant": [persistent_masked_m_silu_mul_quant],
+    "vllm persistent_masked_m_silu_mul_quant, its Triton kernel": [by_triton_without_cuda],
     "vllm per_token_group_quant_fp8": [per_token_group_quant_fp8],
     "vllm rms_norm_per_block_quant": [rms_norm_per_block_quant],
     "vllm rmsnorm_fn": [vllm.rmsnorm_fn],
@@ -240,6 +249,13 @@ def test_every_peer_has_a_stand_in():
 def test_a_call_gives_the_ops_results(name):
     found = judged(PEERS[name], case_of(PEERS[name]), STAND_INS[name])
     assert found.status == ("differs" if name in ROUNDING else "right"), found.note
+
+
+def test_the_platform_is_as_it_was_after_a_call():
+    peer, before = PEERS["vllm persistent_masked_m_silu_mul_quant, its Triton kernel"], current_platform
+    judged(peer, MASKED, [by_triton_without_cuda])
+    assert current_platform is before
+    assert before.is_cuda()
 
 
 @pytest.mark.parametrize("name", ["fla chunk_gated_delta_rule", "vllm chunk_gated_delta_rule"])

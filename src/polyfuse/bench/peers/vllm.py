@@ -1,5 +1,6 @@
 """vLLM: its quantisers, what it has around a Gated DeltaNet layer, and its position embeddings."""
 
+import sys
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,34 @@ def silu_mul_quant_colmajor(quant: Any, a: SimpleNamespace) -> Prepared:
 
 def masked_silu_mul_quant(quant: Any, a: SimpleNamespace) -> Prepared:
     return Prepared(lambda: quant(a.x, a.num_rows, group_size=a.group_size))
+
+
+class _NotCuda:
+    """A platform of vLLM's that says of itself that it is not CUDA."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def is_cuda(self) -> bool:
+        return False
+
+
+def masked_silu_mul_quant_by_triton(quant: Any, a: SimpleNamespace) -> Prepared:
+    """With the Triton kernel that the function takes where it finds no CUDA, as its module alone is told here."""
+    module = sys.modules[quant.__module__]
+    real = module.current_platform
+
+    def run() -> Any:
+        module.current_platform = _NotCuda(real)  # type: ignore[attr-defined]
+        try:
+            return quant(a.x, a.num_rows, group_size=a.group_size)
+        finally:
+            module.current_platform = real  # type: ignore[attr-defined]
+
+    return Prepared(run)
 
 
 def group_quant(quant: Any, a: SimpleNamespace) -> Prepared:
@@ -110,7 +139,10 @@ def chunk_gated_delta_rule(rule: Any, a: SimpleNamespace) -> Prepared:
 
 
 def decode(conv: Any, rule: Any, norm: Any, a: SimpleNamespace) -> Prepared:
-    """States are pools, updated in place: [V, K], and the last W - 1 inputs. Slot 0 is nobody's, as above."""
+    """States are pools, updated in place: [V, K], and the last W - 1 inputs. Slot 0 is nobody's, as above.
+
+    The conv writes over its input, so that only the first call is that of the op.
+    """
     import torch
 
     batch, heads, value, before = len(a.x), len(a.A_log), a.head_v_dim, a.conv_weight.shape[1] - 1
@@ -119,10 +151,10 @@ def decode(conv: Any, rule: Any, norm: Any, a: SimpleNamespace) -> Prepared:
     conv_pool[1:] = a.conv_state[:batch, :, -before:]
     pool = a.recurrent_state.new_zeros(batch + 1, heads, value, a.head_k_dim)
     pool[1:] = a.recurrent_state[:batch].mT
-    gate, scale = a.z.reshape(-1, value), a.head_k_dim**-0.5 if a.scale is None else a.scale
+    x, gate, scale = a.x.clone(), a.z.reshape(-1, value), a.head_k_dim**-0.5 if a.scale is None else a.scale
 
     def run() -> Any:
-        y = conv(a.x, conv_pool, a.conv_weight, a.conv_bias, "silu", conv_state_indices=slots)
+        y = conv(x, conv_pool, a.conv_weight, a.conv_bias, "silu", conv_state_indices=slots)
         o = y.new_empty(batch, 1, heads, value)
         rule(
             mixed_qkv=y,
@@ -160,6 +192,12 @@ def pos_embed(interpolate: Any, a: SimpleNamespace) -> Prepared:
     return Prepared(run)
 
 
+MASKED = places(
+    "persistent_masked_m_silu_mul_quant",
+    f"{MOE}.experts.batched_deep_gemm_moe",
+    f"{MOE}.batched_deep_gemm_moe",
+)
+
 PACKAGE = Package(
     ("vllm",),
     (
@@ -187,18 +225,22 @@ PACKAGE = Package(
         Peer(
             "silu_mul_block_quant",
             "vllm persistent_masked_m_silu_mul_quant",
-            (
-                places(
-                    "persistent_masked_m_silu_mul_quant",
-                    f"{MOE}.experts.batched_deep_gemm_moe",
-                    f"{MOE}.batched_deep_gemm_moe",
-                ),
-            ),
+            (MASKED,),
             masked_silu_mul_quant,
             options("silu_mul_block_quant", scale_layout=LAYOUTS),
             needs=("num_rows",),
             tolerance={"q": ROUNDED_TWICE, "scale": 2.0**-7},
             reason="the product is one of 16-bit numbers, and q is y times a rounded 1 / scale",
+        ),
+        Peer(
+            "silu_mul_block_quant",
+            "vllm persistent_masked_m_silu_mul_quant, its Triton kernel",
+            (MASKED,),
+            masked_silu_mul_quant_by_triton,
+            options("silu_mul_block_quant", scale_layout=LAYOUTS),
+            needs=("num_rows",),
+            tolerance={"q": ROUNDED_TWICE, "scale": 2.0**-7},
+            reason="silu(gate) and the product are rounded to the dtype of x",
         ),
         Peer(
             "block_quant",
