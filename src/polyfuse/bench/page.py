@@ -49,6 +49,7 @@ def render(benchmarks: Path) -> str:
         "whole_model": lambda name: whole_model(results[name]),
         "conv": lambda name: conv(results[name]),
         "conformance": lambda: conformance(results),
+        "sanitizer": lambda name: sanitizer(results[name]),
     }
     template = environment.from_string((benchmarks / TEMPLATE).read_text(encoding="utf-8"))
     return template.render(tables, results=results)
@@ -278,6 +279,16 @@ def conformance(results: Mapping[str, Result]) -> str:
     summary = f"{total('passed'):,} passed, {total('failed')} failed, {total('skipped')} skipped."
     made = "\n".join(f"- {caption(name, data)}" for name, data in reports.items())
     return f"{table(('cases passed', *backends), rows)}\n\n{summary}\n\n{made}"
+
+
+def sanitizer(data: Result) -> str:
+    """Cases that passed under each tool of compute-sanitizer, and what it reported."""
+    runs = {(one["op"], one["tool"]): f"{one['cases']['passed']} / {one['reports']}" for one in data["runs"]}
+    tools = list(dict.fromkeys(tool for _, tool in runs))
+    names = sorted({op for op, _ in runs})
+    return table(
+        ("cases passed / reports", *tools), ((op, *(runs.get((op, tool), "-") for tool in tools)) for op in names)
+    )
 
 
 def main() -> None:
