@@ -21,6 +21,7 @@ from polyfuse.conformance.worker import Message, Setup, resident
 from polyfuse.dispatch import Support, registry
 from polyfuse.spec import OPS, BackendError
 
+_REUSED = str(2**30)  # bytes up to which glibc keeps freed arrays: to map and clear them anew is a third of a long run
 _POLL = 0.05  # seconds between two looks at the time and the memory of the workers
 _START = 120.0  # seconds until a worker is ready, and for loading a backend, which imports whole frameworks
 _GRACE = 2.0  # seconds until a process that has hung up has ended
@@ -291,6 +292,8 @@ def _environment(device: str, slot: int, count: int) -> dict[str, str]:
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
     environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        environment.setdefault(name, _REUSED)
     if device == "cuda":
         given = environment.get("CUDA_VISIBLE_DEVICES")
         visible = given.split(",") if given else [str(number) for number in range(accelerators(device))]

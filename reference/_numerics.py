@@ -17,6 +17,8 @@ HALF_BYTE = "float4_e2m1fn"  # the dtype of which a byte holds two numbers
 
 FP32_MAX = float(np.finfo(np.float32).max)
 
+BLOCK = 2**15  # numbers that are rounded together: what is made of them on the way stays in a cache
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -91,6 +93,17 @@ def round_to(value: F64, dtype: str) -> Array:
     if target.kind in "iu":
         limits = ml_dtypes.iinfo(target)
         return np.clip(np.rint(value), limits.min, limits.max).astype(target)
+    if value.size <= BLOCK:
+        return _rounded(value, target)
+    flat, out = value.reshape(-1), np.empty(value.shape, target)
+    parts = out.reshape(-1)
+    for start in range(0, value.size, BLOCK):
+        parts[start : start + BLOCK] = _rounded(flat[start : start + BLOCK], target)
+    return out
+
+
+def _rounded(value: F64, target: np.dtype[np.generic]) -> Array:
+    """`round_to` for a float dtype."""
     info = ml_dtypes.finfo(target)
     _, exponent = np.frexp(np.where(np.isfinite(value), value, 0.0))
     # frexp gives |value| in [2**(exponent-1), 2**exponent); the grid there has step 2**(exponent-1-nmant).

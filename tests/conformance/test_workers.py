@@ -261,6 +261,14 @@ def test_no_worker_reserves_memory_that_another_one_needs(monkeypatch):
     assert workers._environment("cpu", 0, 2)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
 
 
+def test_workers_keep_the_memory_of_freed_arrays_unless_they_are_told_otherwise(monkeypatch):
+    name, other = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"
+    monkeypatch.setenv(name, "4096")
+    monkeypatch.delenv(other, raising=False)
+    found = workers._environment("cpu", 0, 2)
+    assert (found[name], found[other]) == ("4096", "1073741824")
+
+
 def test_what_jax_has_compiled_is_kept_for_the_other_workers(monkeypatch, tmp_path):
     pytest.importorskip("jax")
     folders = []
