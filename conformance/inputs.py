@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any
 from zlib import crc32
 
@@ -30,9 +31,12 @@ class Described:
     dtype: str
 
 
-def make_inputs(spec: OpSpec, case: Case, seed: int = 0) -> dict[str, Any]:
-    """Every parameter of the op for this case: NumPy arrays, host values and attributes."""
-    return _inputs(spec, case, lambda tensor, names: _array(spec, tensor, case, names, seed))
+def make_inputs(spec: OpSpec, case: Case, seed: int = 0, most: int | None = None) -> dict[str, Any]:
+    """Every parameter of the op for this case: NumPy arrays, host values and attributes.
+
+    With `most`, a matrix of more numbers repeats rows, of about as many numbers: for what measures times alone.
+    """
+    return _inputs(spec, case, lambda tensor, names: _array(spec, tensor, case, names, seed, most))
 
 
 def described(spec: OpSpec, case: Case) -> dict[str, Any]:
@@ -122,10 +126,16 @@ def _dtype(tensor: TensorSpec, case: Case) -> str:
     return case.dtypes.get(tensor.name) or case.dtypes.get(tensor.dtype_var) or tensor.dtypes[0]
 
 
-def _array(spec: OpSpec, tensor: TensorSpec, case: Case, names: Mapping[str, Any], seed: int) -> Array:
+def _array(
+    spec: OpSpec, tensor: TensorSpec, case: Case, names: Mapping[str, Any], seed: int, most: int | None
+) -> Array:
     shape, dtype = _shape(tensor, case, names), _dtype(tensor, case)
     whole = tensor.merged(shape, len(names.get("...", ())))
     rng = np.random.default_rng([seed, crc32(case.name.encode()), crc32(tensor.name.encode())])
     fill = fill_named(case.fill.get(tensor.name, "normal"), suite(spec.name).FILLS)
-    values = round_to(fill(rng, whole, dtype), dtype).reshape(shape)
+    made = whole
+    if most and len(whole) > 1 and prod(whole) > most:
+        made = max(1, most // whole[-1]), whole[-1]
+    values = round_to(fill(rng, made, dtype), dtype)
+    values = values.reshape(shape) if made == whole else np.resize(values, shape)
     return LAYOUTS[case.layout.get(tensor.name, "contiguous")](values)

@@ -1,5 +1,6 @@
 """Which bench cases are asked for, what they cost, and that every option of the quantising ops has one."""
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -155,3 +156,13 @@ def test_bytes_of_rows_that_do_not_count_are_not_counted(monkeypatch):
 
 def test_a_row_that_was_left_out_reads_as_a_sentence():
     assert str(LeftOut("op", "m", "c", "all", "too long")) == "op c of m: all: too long"
+
+
+def test_inputs_of_a_measurement_repeat_rows_where_they_are_many():
+    case = Case("large", {"...": (3, 50), "D": 64}, dtypes={"x": "bfloat16"})
+    x = make_inputs(OPS[OP], case, most=1024)["x"]
+    assert x.shape == (3, 50, 128)
+    rows = x.reshape(150, 128)
+    assert (rows[8:] == rows[:-8]).all()
+    assert len(np.unique(rows[:8].astype(np.float32))) > 500
+    assert (make_inputs(OPS[OP], case, most=3 * 50 * 128)["x"] == make_inputs(OPS[OP], case)["x"]).all()

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import prod
 from typing import Any
 
 from polyfuse.bench.peers.check import TIED
 from polyfuse.configs import model_configs
 from polyfuse.conformance import Case
 from polyfuse.conformance.cases import model_case
-from polyfuse.conformance.inputs import Described, described
+from polyfuse.conformance.inputs import described
 from polyfuse.spec import OPS, Call, SpecError, bind
 
 FEW = 256  # rows of a call from which the time of a large one is estimated
@@ -28,11 +27,6 @@ class BenchCase:
     def call(self, case: Case | None = None) -> Call:
         """The call of the case, or of another case of its op, without its arrays."""
         return bind(OPS[self.op], described(OPS[self.op], case or self.case))
-
-    def elements(self, case: Case | None = None) -> int:
-        """The elements of all arguments of the case, or of another one."""
-        values = described(OPS[self.op], case or self.case).values()
-        return sum(prod(value.shape) for value in values if isinstance(value, Described))
 
     def few_rows(self) -> Case | None:
         """The same case with few rows, or None where rows cannot be left out, as the arguments name them."""
