@@ -99,6 +99,14 @@ def _products(
         tl.store(target, round_to(total, DTYPE), mask=live[None, :])
 
 
+@triton.jit
+def _expert_of(chosen_ptr, i, count, experts):
+    """The experts chosen in places i: `experts` for those that are not here, and one more past the last place."""
+    chosen = tl.load(chosen_ptr + i, mask=i < count, other=0)
+    here = (chosen >= 0) & (chosen < experts)
+    return tl.where(i < count, tl.where(here, chosen, experts), experts + 1).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["count"])
 def _route(
     chosen_ptr,  # [count]
@@ -116,8 +124,7 @@ def _route(
     own = expert * 0
     for start in tl.range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        of = tl.minimum(tl.load(chosen_ptr + i, mask=i < count, other=experts + 1), experts + 1).to(tl.int32)
-        of = tl.where(i < count, tl.minimum(of, experts), experts + 1)
+        of = _expert_of(chosen_ptr, i, count, experts)
         before += tl.sum((of < expert).to(tl.int32), 0)
         own += tl.sum((of == expert).to(tl.int32), 0)
     if expert < experts:
@@ -125,8 +132,7 @@ def _route(
     if own > 0:
         for start in tl.range(0, count, BLOCK):
             i = start + tl.arange(0, BLOCK)
-            of = tl.minimum(tl.load(chosen_ptr + i, mask=i < count, other=experts + 1), experts + 1).to(tl.int32)
-            of = tl.where(i < count, tl.minimum(of, experts), experts + 1)
+            of = _expert_of(chosen_ptr, i, count, experts)
             mine = of == expert
             place = before + tl.cumsum(mine.to(tl.int32), 0) - 1
             tl.store(tokens_ptr + place, i // CHOSEN, mask=mine)

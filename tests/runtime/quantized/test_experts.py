@@ -146,10 +146,12 @@ def test_a_routing_sorts_tokens_by_their_experts(backend: str, index: torch.dtyp
 
 @pytest.mark.parametrize(("tokens", "chosen", "experts"), [(1, 1, 1), (5, 8, 300), (700, 7, 9), (1500, 3, 2)])
 def test_a_routing_of_any_size(backend: str, tokens: int, chosen: int, experts: int) -> None:
-    """Up to more than one look of a program; one expert in eight is elsewhere."""
+    """Up to more than one look of a program; one expert in eight is elsewhere, and has any other number."""
     generator = torch.Generator().manual_seed(tokens)
     of = torch.randint(0, experts + experts // 8 + 1, (tokens, chosen), generator=generator)
-    routing = route(of.to(DEVICE), experts)
+    given = of.clone()
+    given[of >= experts] = torch.tensor([-1, experts, 2**40, -(2**40)])[torch.arange(int((of >= experts).sum())) % 4]
+    routing = route(given.to(DEVICE), experts)
     order = of.flatten().argsort(stable=True)
     here = int((of < experts).sum())
     assert (

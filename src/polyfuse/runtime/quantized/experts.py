@@ -33,11 +33,12 @@ class Routing:
 
 
 def route(chosen: torch.Tensor, experts: int) -> Routing:
-    """The routing of tokens to `chosen` [tokens, k] of `experts`; those from that number on are on other devices."""
+    """The routing of tokens to `chosen` [tokens, k] of `experts`; other numbers are of experts on other devices."""
     kernels = _kernels(chosen.device, torch.float32)
     if kernels and chosen.numel():
         return Routing(*kernels.route(chosen, experts))
-    found, order = chosen.reshape(-1).sort(stable=True)
+    flat = chosen.reshape(-1)
+    found, order = torch.where(flat < 0, experts, flat).sort(stable=True)
     numbers = torch.arange(experts, device=found.device, dtype=found.dtype)
     ends = torch.searchsorted(found, numbers, right=True, out_int32=True)
     places = torch.empty_like(order)
