@@ -2,7 +2,8 @@
 
 `python -m tests.triton_impl.every_arch once 100` compiles each kernel for sm_100 once, and with `models` in place of
 `once` in every form that the calls of the models need, and once if they need it in none. With `quick` it is every
-form of the cases of conformance at that level. Further arguments are ops, in place of all. Prints a line for each: the
+form of the cases of conformance at that level, and with `arrays` of these one for each choice of arrays that are there.
+Further arguments are ops, in place of all. Prints a line for each: the
 kernel and its module, seconds, and the bytes of the binary. Then one for each model, kernel and choice of attributes,
 dtypes and arrays: how many forms that needs.
 """
@@ -46,7 +47,7 @@ def calls_of(op: str, how: str, arch: int) -> Iterator[tuple[Case, str]]:
     models = model_configs().items()
     found = [(model_case(name, shape), name) for name, config in models for shape in config.bench.get(op, [])]
     found += [(case, "") for case in cases(op) if case.name in OPS[op].core]
-    if how == "quick":
+    if how in ("quick", "arrays"):
         found = [(case, "") for case, left_out in selected_for(op, "quick") if not left_out]
     for case, model in found:
         call = bind(OPS[op], described(OPS[op], case))
@@ -77,8 +78,9 @@ def launches_of(op: str, how: str, arch: int, forms: dict[str, set[_launch.Launc
         with torch.no_grad():
             function(**arguments(op, case))
         for launch, passed in launched:
-            if launch.kernel not in kernels or (launch not in seen and (model if how == "models" else how == "quick")):
-                kernels.add(launch.kernel)
+            there = launch.kernel, *[x is None for x in passed if how == "arrays"]
+            if there not in kernels or (launch not in seen and (model if how == "models" else how == "quick")):
+                kernels.add(there)
                 seen.add(launch)
                 yield launch, passed
             if model:

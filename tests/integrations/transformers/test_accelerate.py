@@ -86,8 +86,8 @@ def test_model_with_nothing_to_patch() -> None:
     with pytest.raises(polyfuse.SpecError) as error:
         accelerate(nn.Linear(2, 2))
     assert str(error.value) == (
-        f"accelerate: model: expected a vision model ({', '.join(ENCODERS)}), a Gated DeltaNet layer, an FP8 MLP or "
-        "an MLP that torchao has quantised to MXFP8, MXFP4 or NVFP4 in it, got Linear"
+        f"accelerate: model: expected a vision model ({', '.join(ENCODERS)}), a Gated DeltaNet layer, an FP8 MLP, "
+        "FP8 experts or an MLP that torchao has quantised to MXFP8, MXFP4 or NVFP4 in it, got Linear"
     )
 
 
