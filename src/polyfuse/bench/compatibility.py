@@ -103,7 +103,7 @@ def parts() -> str:
     rows = [("vision", ", ".join(f"`{name}`" for name in ENCODERS))]
     rows.append(("gated_delta_net", ", ".join(f"`{name}`" for name in LAYERS)))
     rows.append(("fp8_mlp", "any MLP that computes SiLU, product and block-scaled FP8 linear layers"))
-    rows.append(("fp8_experts", "Transformers' FP8Experts with SiLU; only where it is named unless all are one launch"))
+    rows.append(("fp8_experts", "Transformers' FP8Experts with SiLU where they are one launch, else only if named"))
     rows.append(("torchao_mlp", "such an MLP with MXFP8 or MXFP4 weights of torchao; NVFP4 only where it is named"))
     return table(("kind", "classes"), rows, texts=2)
 
