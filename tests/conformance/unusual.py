@@ -64,17 +64,21 @@ def in_float64(right: Function) -> Function:
 
 @unusual("silu_mul_block_quant")
 def rows_in_chunks(right: Function) -> Function:
-    """Seven rows at a time, the last ones first, into results that are allocated before."""
+    """Seven rows at a time, the last ones first, into results that are allocated before.
+
+    Rows whose scales lie in blocks of 128 rows, or that belong to experts, are computed together.
+    """
 
     def function(x: Any, **keywords: Any) -> Any:
-        if x.dim() != 2 or keywords["num_rows"] is not None or len(x) == 0:
+        together = "swizzled" in keywords["scale_layout"] or keywords["expert_ends"] is not None
+        if x.dim() != 2 or keywords["num_rows"] is not None or len(x) == 0 or together:
             return right(x, **keywords)
         q, scale = (torch.empty_strided(y.shape, y.stride(), dtype=y.dtype) for y in right(x, **keywords))
         for start in reversed(range(0, len(x), 7)):
             rows = slice(start, start + 7)
-            up = keywords["up"]
-            part = right(x[rows], **{**keywords, "up": None if up is None else up[rows]})
-            q[rows], scale[rows] = part
+            given = {name: keywords[name] for name in ("up", "row_weight") if keywords[name] is not None}
+            own = {name: array[rows] for name, array in given.items()}
+            q[rows], scale[rows] = right(x[rows], **{**keywords, **own})
         return q, scale
 
     return function
